@@ -1,0 +1,39 @@
+# `make demo` and `make test` do all the set-up by themselves; a second run starts in seconds.
+# TORCH=torch==2.11.0 make test    uses another torch; PYTHON=python3.12 another interpreter.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+export OMP_WAIT_POLICY := passive# spinning worker threads make small steps up to 15 times slower on shared cores
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+
+.PHONY: build test demo bench lint format
+build: .venv/built
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q "$(TORCH)" "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
+	touch $@
+
+.venv/built: .venv/ready $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation -e ".[demo,dev]"
+	touch $@
+
+test: build
+	$(BIN)/python -m pytest
+
+demo: build
+	$(BIN)/projgrad demo
+
+bench: build
+	$(BIN)/python -m pytest bench --benchmark-only
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*

@@ -1,0 +1,57 @@
+// gram: K = G Gᵀ and v = G uᵀ in one pass over G.
+//
+// Columns are taken in chunks that stay in cache. Inside a chunk the products are summed in T (float for everything but
+// float64 input, unless `wide`), across chunks in double, so the error of K stays that of one short chunk.
+
+#include "common.h"
+
+#define KERNEL_FILE "gram_kernel.h"
+#include "simd.h"
+
+namespace projgrad {
+namespace {
+
+template <class S, class T>
+void gram_rows(const Matrix& G, const Matrix& u, double* K, double* v, const Tensor& like) {
+  const int64_t n = G.rows, m = u.rows, p = G.columns, size = (n + m) * n;
+  const int64_t cache = int64_t(512) << 10;  // half of a common L2
+  const int64_t fit = cache / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(1, n + m);
+  const int64_t chunk = std::clamp<int64_t>(fit / 64 * 64, 256, 2048);
+  const int64_t segments = segment_count(p, chunk, size * sizeof(double));
+  Tensor partial = doubles(like, {segments, size});
+  double* sums = partial.mutable_data_ptr<double>();
+  std::fill(sums, sums + segments * size, 0.0);
+  const int64_t chunks = (p + chunk - 1) / chunk;
+  torch::stable::parallel_for(0, segments, 1, [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) {
+      const int64_t begin = chunks * s / segments * chunk, end = std::min(p, chunks * (s + 1) / segments * chunk);
+      SIMD_DISPATCH(gram_segment<S, T>(G, u, begin, end, chunk, sums + s * size));
+    }
+  });
+  for (int64_t s = 1; s < segments; ++s)
+    for (int64_t k = 0; k < size; ++k) sums[k] += sums[s * size + k];
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j <= i; ++j) K[i * n + j] = K[j * n + i] = sums[i * n + j];
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) v[j * m + i] = sums[(n + i) * n + j];
+}
+
+std::tuple<Tensor, Tensor> gram(Tensor G, Tensor u, bool wide) {
+  const Matrix g(G), w(u);
+  Tensor K = doubles(G, {g.rows, g.rows}), v = doubles(G, {g.rows, w.rows});
+  double *k = K.mutable_data_ptr<double>(), *b = v.mutable_data_ptr<double>();
+  dispatch(G.scalar_type(), [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    if constexpr (!std::is_same_v<S, double>) {
+      if (!wide) return gram_rows<S, float>(g, w, k, b, G);
+    }
+    gram_rows<S, double>(g, w, k, b, G);
+  });
+  return {K, v};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(projgrad, CPU, m) { m.impl("gram", TORCH_BOX(&gram)); }
+
+}  // namespace projgrad

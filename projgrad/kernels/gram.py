@@ -1,0 +1,108 @@
+"""gram on CUDA: K = G Gᵀ and v = G uᵀ, one read of G for n ≤ 64."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 64  # columns a step: with 64 rows, 16 KiB of float32 in flight a program
+DIRECTIONS = 8  # directions a pass, kept in registers
+
+
+@triton.jit
+def _scale(x):
+    """Powers of two that bring each row's largest element into [1, 2), and back, in float64: squares stay in range."""
+    bits = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True)
+    e = tl.minimum(tl.maximum(bits >> 23, 1), 253)
+    down = ((254 - e) << 23).to(tl.float32, bitcast=True)
+    up = (e << 23).to(tl.float32, bitcast=True).to(tl.float64)
+    return x * down[:, None], up
+
+
+@triton.jit
+def gram_kernel(
+    G, u, K, v, todo, n, m, p, per_split, g_row, g_column, u_row, u_column,
+    N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, DIAGONAL: tl.constexpr,
+    WITH_K: tl.constexpr, PREDICATED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of one tile of K and its rows of v over one split of the columns.
+
+    Grid: (row tiles, column tiles, splits); tiles above the diagonal return at once. K [splits, n, n], v [splits, n, m].
+    """
+    i, j, split = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if j > i:
+        return
+    if PREDICATED and tl.load(todo) == 0:
+        return
+    row = (i * N + tl.arange(0, N)).to(tl.int64)
+    column = (j * N + tl.arange(0, N)).to(tl.int64)
+    d = tl.arange(0, M)
+    k = tl.zeros((N, N), tl.float64)
+    b = tl.zeros((N, M), tl.float64)
+    for start in range(split * per_split, tl.minimum((split + 1) * per_split, p), BLOCK):
+        t = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        inside = t[None, :] < p
+        x = tl.load(G + row[:, None] * g_row + t[None, :] * g_column, (row[:, None] < n) & inside, 0.0)
+        if WIDE:
+            x = x.to(tl.float64)
+        else:
+            x, x_up = _scale(x.to(tl.float32))
+        if WITH_K:
+            if DIAGONAL:
+                y = x
+            else:
+                y = tl.load(G + column[:, None] * g_row + t[None, :] * g_column, (column[:, None] < n) & inside, 0.0)
+                if WIDE:
+                    y = y.to(tl.float64)
+                else:
+                    y, y_up = _scale(y.to(tl.float32))
+            if WIDE:
+                k = tl.dot(x, tl.trans(y), k)
+            else:
+                products = tl.dot(x, tl.trans(y), input_precision=PRECISION).to(tl.float64)
+                k += products * x_up[:, None] * (x_up if DIAGONAL else y_up)[None, :]
+        if j == 0:
+            for q in tl.static_range(M):
+                if q < m:
+                    w = tl.load(u + q * u_row + t * u_column, t < p, 0.0).to(tl.float64)
+                    dots = tl.sum(x.to(tl.float64) * w[None, :], 1)
+                    if not WIDE:
+                        dots *= x_up
+                    b += tl.where(d[None, :] == q, dots[:, None], 0.0)
+    if WITH_K:
+        tl.store(K + split * n * n + row[:, None] * n + column[None, :], k, (row[:, None] < n) & (column[None, :] < n))
+    if j == 0:
+        tl.store(v + split * n * m + row[:, None] * m + d[None, :], b, (row[:, None] < n) & (d[None, :] < m))
+
+
+def gram(G: Tensor, u: Tensor, wide: bool, todo: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """K [n, n] and v [n, m]; `todo`: a device flag, where it is 0 nothing is computed and the values mean nothing."""
+    (n, p), m = G.shape, len(u)
+    if n == 0 or p == 0:
+        zeros = G.new_zeros((n, n + m), dtype=torch.float64)
+        return zeros[:, :n].contiguous(), zeros[:, n:].contiguous()
+    N = min(64, max(16, triton.next_power_of_2(n)))
+    tiles = triton.cdiv(n, N)
+    # Enough programs for the largest GPUs, whatever the one at hand: the split fixes the order of the sums. 16 MiB at most.
+    splits = max(1, min(triton.cdiv(p, 8 * BLOCK), 1024 // tiles**2, 2**21 // (n * n)))
+    per_split = triton.cdiv(triton.cdiv(p, BLOCK), splits) * BLOCK
+    splits = triton.cdiv(p, per_split)
+    K = G.new_empty((splits, n, n), dtype=torch.float64)
+    v = G.new_empty((n, m), dtype=torch.float64)
+    for first in range(0, max(1, m), DIRECTIONS):
+        some = u[first : first + DIRECTIONS]
+        part = G.new_zeros((splits, n, len(some)), dtype=torch.float64)
+        gram_kernel[(tiles, tiles, splits)](
+            G, some if len(some) else G, K, part, todo, n, len(some), p, per_split, *G.stride(),
+            *(some.stride() if len(some) else (0, 0)),
+            N=N, M=triton.next_power_of_2(max(1, len(some))), BLOCK=BLOCK, WIDE=wide or G.dtype == torch.float64,
+            DIAGONAL=tiles == 1, WITH_K=first == 0, PREDICATED=todo is not None, PRECISION=precision(),
+        )  # fmt: skip
+        v[:, first : first + DIRECTIONS] = part.sum(0)
+    K = K.sum(0).tril()
+    return K + K.tril(-1).mT, v
+
+
+def precision() -> str:
+    """How float32 tiles are multiplied: as the user told torch to."""
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]

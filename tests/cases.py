@@ -1,0 +1,77 @@
+"""One list of inputs for all ops: name -> (u, G) in float64, to be rounded to the dtype under test."""
+
+import torch
+
+N, P = 6, 300
+
+
+def _rows(n=N, p=P):
+    return torch.randn(n, p, dtype=torch.float64)
+
+
+def _scaled(*scales):
+    G = _rows()
+    for j, scale in enumerate(scales):
+        G[j] *= scale
+    return G
+
+
+def _duplicated():
+    G = _rows()
+    G[3], G[5] = G[0], -2 * G[1]
+    return G
+
+
+def _zero():
+    G = _rows()
+    G[0], G[4] = 0, 0
+    return G
+
+
+def _u(G, m=None):
+    return torch.randn(*(() if m is None else (m,)), G.shape[1], dtype=torch.float64)
+
+
+def _pair(G, m=None):
+    return _u(G, m), G
+
+
+CASES = {
+    "random": lambda: _pair(_rows()),
+    "duplicated": lambda: _pair(_duplicated()),
+    "zero_rows": lambda: _pair(_zero()),
+    "all_zero": lambda: _pair(_rows() * 0),
+    "tiny": lambda: _pair(_scaled(1e-20, 1, 1e-20)),
+    "huge": lambda: _pair(_scaled(1, 1e15, 1, 1e15)),
+    "tiny_and_huge": lambda: _pair(_scaled(1e-20, 1e15, 1, 1e-20, 1e15)),
+    "correlated": lambda: _pair(_rows() + 30 * _rows(1)),
+    "more_samples_than_parameters": lambda: _pair(_rows(12, 7)),
+    "as_many": lambda: _pair(_rows(5, 5)),
+    "u_in_span": lambda: (lambda G: (torch.ones(N, dtype=torch.float64) @ G, G))(_rows()),
+    "u_zero": lambda: (lambda G: (0 * G[0], G))(_rows()),
+    "directions": lambda: _pair(_rows(), 3),
+    "no_direction": lambda: _pair(_rows(), 0),
+    "transposed_storage": lambda: _pair(torch.randn(P, N, dtype=torch.float64).mT),
+    "every_other": lambda: (torch.randn(2 * P, dtype=torch.float64)[::2], _rows(2 * N, 2 * P)[::2, ::2]),
+    "one_sample": lambda: _pair(_rows(1)),
+    "one_parameter": lambda: _pair(_rows(2, 1)),
+    "no_samples": lambda: _pair(_rows(0)),
+    "no_parameters": lambda: _pair(_rows(3, 0)),
+    "odd_sizes": lambda: _pair(_rows(67, 331), 2),
+    "many_chunks": lambda: _pair(_rows(9, 20_011)),
+}
+
+# These do not survive rounding to bfloat16 or float16: out of range, or no longer what their name says.
+FLOAT_ONLY = {"tiny", "huge", "tiny_and_huge", "correlated", "u_in_span"}
+
+
+def make(name, dtype, device="cpu"):
+    """u and G of a case, with their strides."""
+
+    def convert(t):
+        out = torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=device)
+        return out.copy_(t)
+
+    torch.manual_seed(0)
+    u, G = CASES[name]()
+    return convert(u), convert(G)

@@ -1,0 +1,126 @@
+"""project_out against the float64 truth: the op, the reference and the Triton composition on the same cases."""
+
+import pytest
+import torch
+from cases import CASES, FLOAT_ONLY, make
+from numerics import check_projection, cosines, truth
+
+import projgrad
+from projgrad import reference
+from projgrad.kernels import project_out as composed
+
+FLOATS = [torch.float32, torch.float64]
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def _with(implementation):
+    """Call an implementation like the public function."""
+
+    def call(u, G, damping=0.0, rtol=None):
+        return implementation(u if u.ndim == 2 else u[None], G, damping, rtol)[0].reshape(u.shape)
+
+    return call
+
+
+IMPLEMENTATIONS = {
+    "op": projgrad.project_out,
+    "reference": _with(reference.project_out),
+    "triton": _with(composed.on_device),
+}
+
+
+INPUTS = [(name, dtype) for name in CASES for dtype in FLOATS + HALVES if dtype in FLOATS or name not in FLOAT_ONLY]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name, dtype", INPUTS, ids=str)
+def test_exact(name, dtype, implementation, device):
+    u, G = make(name, dtype, device)
+    out = IMPLEMENTATIONS[implementation](u, G)
+    assert out.shape == u.shape and out.dtype == dtype
+    check_projection(name, u, G, out, dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("angle", [1e-2, 1e-4, 1e-6])
+def test_nearly_parallel_rows_are_told_apart(angle, implementation, device):
+    u, G = make("random", torch.float64, device)
+    G[1] = G[0] + angle * G[1]
+    u, G = u.float(), G.float()
+    found, _ = cosines(IMPLEMENTATIONS[implementation](u, G), G)
+    assert found.max() <= 1e-6
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["u", "G"])
+def test_nan_and_inf_reach_the_result(where, bad, implementation, device):
+    u, G = make("random", torch.float32, device)
+    (u if where == "u" else G[2])[7] = bad
+    assert IMPLEMENTATIONS[implementation](u, G).isnan().all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_damping_is_relative_to_the_unit_diagonal(implementation, device):
+    u, G = make("tiny_and_huge", torch.float64, device)
+    rows = G / G.norm(dim=1, keepdim=True)
+    c = torch.linalg.solve(rows @ rows.mT + 0.1 * torch.eye(len(G), dtype=G.dtype, device=device), rows @ u)
+    torch.testing.assert_close(IMPLEMENTATIONS[implementation](u, G, damping=0.1), u - c @ rows, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rtol_keeps_what_it_is_told_to_keep(implementation, device):
+    u, G = make("random", torch.float64, device)
+    G[1] = G[0] + 1e-3 * G[1]  # squared sine about 1e-6
+    u, G = u.float(), G.float()
+    loose = IMPLEMENTATIONS[implementation](u, G, rtol=1e-4)
+    kept = G[[j for j in range(len(G)) if j != (0 if G[0].norm() < G[1].norm() else 1)]]
+    others = [truth(u, kept), truth(u, G[[0, 2, 3, 4, 5]]), truth(u, G[1:])]
+    assert min((loose - other).norm() / other.norm() for other in others) < 1e-5
+    assert (loose - truth(u, G)).norm() > 1e-2 * 1e-3
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_properties(dtype, device):
+    u, G = make("random", dtype, device)
+    v = torch.randn_like(u)
+    out = projgrad.project_out(u, G)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-13}
+    close = lambda a, b: torch.testing.assert_close(a, b, **tolerance)  # noqa: E731
+    close(projgrad.project_out(out, G), out)  # idempotent
+    close(projgrad.project_out(u, G.flip(0)), out)  # the order of samples does not matter
+    scale = torch.tensor([1e-6, 1e3, -1.0, 7.0, 1e-3, 1e5], dtype=dtype, device=device)
+    close(projgrad.project_out(u, scale[:, None] * G), out)  # nor their length
+    close(projgrad.project_out(2 * u + v, G), 2 * out + projgrad.project_out(v, G))  # linear
+    close((out * v).sum(), (u * projgrad.project_out(v, G)).sum())  # symmetric
+    close(projgrad.project_out(torch.stack([u, v]), G)[0], out)
+
+
+def test_same_input_same_bits(device):
+    u, G = make("many_chunks", torch.float32, device)
+    first = projgrad.project_out(u, G)
+    assert all(torch.equal(projgrad.project_out(u, G), first) for _ in range(3))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(projgrad.project_out(u, G), first)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_inputs_are_not_changed(device):
+    u, G = make("tiny_and_huge", torch.float32, device)
+    before = u.clone(), G.clone()
+    projgrad.project_out(u, G)
+    assert torch.equal(u, before[0]) and torch.equal(G, before[1])
+
+
+def test_info(device):
+    u, G = make("duplicated", torch.float32, device)
+    out, info = projgrad.project_out(u, G, return_info=True)
+    assert info.rank == 4 and info.coefficients.shape == (6,)
+    torch.testing.assert_close(u - (info.coefficients @ G.double()).float(), out)
+    torch.testing.assert_close(info.preserved_norm, (out.norm() / u.norm()).double(), rtol=1e-6, atol=0)
+    assert info.residual <= 1e-6
+    _, info = projgrad.project_out(torch.stack([u, u]), G, return_info=True)
+    assert info.coefficients.shape == (6, 2) and info.preserved_norm.shape == (2,)
