@@ -3,6 +3,19 @@
 namespace projgrad::SIMD_NAME {
 namespace {
 
+template <class T, int64_t bytes>
+T sum(const T* parts) {
+  typedef T Half __attribute__((vector_size(bytes / 2)));
+  Half low, high;
+  __builtin_memcpy(&low, parts, sizeof low);
+  __builtin_memcpy(&high, parts + bytes / 2 / sizeof(T), sizeof high);
+  low += high;
+  T left[bytes / 2 / sizeof(T)];
+  __builtin_memcpy(left, &low, sizeof low);
+  if constexpr (bytes / 2 == sizeof(T)) return left[0];
+  else return sum<T, bytes / 2>(left);
+}
+
 template <class T>
 struct Simd {
   typedef T vector __attribute__((vector_size(SIMD_BYTES)));
@@ -12,22 +25,23 @@ struct Simd {
     __builtin_memcpy(&v, p, sizeof v);
     return v;
   }
-  static T sum(vector v) {
+  static T total(vector v) {
     T parts[lanes];
     __builtin_memcpy(parts, &v, sizeof v);
-    for (int64_t half = lanes / 2; half > 0; half /= 2)
-      for (int64_t k = 0; k < half; ++k) parts[k] += parts[k + half];
-    return parts[0];
+    return sum<T, SIMD_BYTES>(parts);
   }
 };
 
-// out[i][j] = a_i · b_j for a block of rows: every loaded vector is used I or J times.
+// out[i][j] = a_i · b_j for a block of rows: every loaded vector is used I or J times. `ahead`: four rows to bring into
+// L2 meanwhile, or null.
 template <int I, int J, class T>
-void dots(const T* const* a, const T* const* b, int64_t length, double* out, int64_t pitch) {
+void dots(const T* const* a, const T* const* b, int64_t length, double* out, int64_t pitch, const T* const* ahead) {
   using V = Simd<T>;
   typename V::vector acc[I][J] = {};
   int64_t k = 0;
   for (; k + V::lanes <= length; k += V::lanes) {
+    if (ahead)
+      for (int i = 0; i < 4; ++i) __builtin_prefetch(ahead[i] + k, 0, 2);
     typename V::vector x[I];
     for (int i = 0; i < I; ++i) x[i] = V::load(a[i] + k);
     for (int j = 0; j < J; ++j) {
@@ -37,30 +51,31 @@ void dots(const T* const* a, const T* const* b, int64_t length, double* out, int
   }
   for (int i = 0; i < I; ++i)
     for (int j = 0; j < J; ++j) {
-      T sum = V::sum(acc[i][j]);
-      for (int64_t tail = k; tail < length; ++tail) sum += a[i][tail] * b[j][tail];
-      out[i * pitch + j] = sum;
+      T tail = 0;
+      for (int64_t last = k; last < length; ++last) tail += a[i][last] * b[j][last];
+      out[i * pitch + j] = V::total(acc[i][j]) + tail;
     }
 }
 
 template <class T, int I>
-void dots_row(int64_t j, const T* const* a, const T* const* b, int64_t length, double* out, int64_t pitch) {
+void dots_row(int64_t j, const T* const* a, const T* const* b, int64_t length, double* out, int64_t pitch,
+              const T* const* ahead) {
   switch (j) {
-    case 1: return dots<I, 1>(a, b, length, out, pitch);
-    case 2: return dots<I, 2>(a, b, length, out, pitch);
-    case 3: return dots<I, 3>(a, b, length, out, pitch);
-    default: return dots<I, 4>(a, b, length, out, pitch);
+    case 1: return dots<I, 1>(a, b, length, out, pitch, ahead);
+    case 2: return dots<I, 2>(a, b, length, out, pitch, ahead);
+    case 3: return dots<I, 3>(a, b, length, out, pitch, ahead);
+    default: return dots<I, 4>(a, b, length, out, pitch, ahead);
   }
 }
 
 template <class T>
-void dots_block(int64_t i, int64_t j, const T* const* a, const T* const* b, int64_t length, double* out,
-                int64_t pitch) {
+void dots_block(int64_t i, int64_t j, const T* const* a, const T* const* b, int64_t length, double* out, int64_t pitch,
+                const T* const* ahead) {
   switch (i) {
-    case 1: return dots_row<T, 1>(j, a, b, length, out, pitch);
-    case 2: return dots_row<T, 2>(j, a, b, length, out, pitch);
-    case 3: return dots_row<T, 3>(j, a, b, length, out, pitch);
-    default: return dots_row<T, 4>(j, a, b, length, out, pitch);
+    case 1: return dots_row<T, 1>(j, a, b, length, out, pitch, ahead);
+    case 2: return dots_row<T, 2>(j, a, b, length, out, pitch, ahead);
+    case 3: return dots_row<T, 3>(j, a, b, length, out, pitch, ahead);
+    default: return dots_row<T, 4>(j, a, b, length, out, pitch, ahead);
   }
 }
 
@@ -68,15 +83,16 @@ void dots_block(int64_t i, int64_t j, const T* const* a, const T* const* b, int6
 // squared norms of the rows of u behind it, [m].
 template <class T>
 void products(const T* const* all, int64_t n, int64_t m, int64_t length, double* out) {
-  for (int64_t i = 0; i < n; i += 4)
-    for (int64_t j = 0; j <= i; j += 4)
-      dots_block(std::min<int64_t>(4, n - i), std::min<int64_t>(4, n - j), all + i, all + j, length, out + i * n + j,
-                 n);
-  for (int64_t i = n; i < n + m; i += 4)
-    for (int64_t j = 0; j < n; j += 4)
-      dots_block(std::min<int64_t>(4, n + m - i), std::min<int64_t>(4, n - j), all + i, all + j, length,
-                 out + i * n + j, n);
-  for (int64_t i = 0; i < m; ++i) dots<1, 1>(all + n + i, all + n + i, length, out + (n + m) * n + i, 1);
+  for (int64_t i = 0; i < n + m;) {
+    const int64_t rows = std::min<int64_t>(4, (i < n ? n : n + m) - i);  // a block holds rows of G or of u, not of both
+    for (int64_t j = 0; j < std::min(i + rows, n); j += 4) {
+      const T* const* ahead =
+          j == 0 && i + 8 <= n ? all + i + 4 : nullptr;  // the next block's rows are still in memory
+      dots_block(rows, std::min<int64_t>(4, n - j), all + i, all + j, length, out + i * n + j, n, ahead);
+    }
+    i += rows;
+  }
+  for (int64_t i = 0; i < m; ++i) dots<1, 1, T>(all + n + i, all + n + i, length, out + (n + m) * n + i, 1, nullptr);
 }
 
 // The power of two that brings the largest element of a row into [0.5, 1), or 0 for a row of zeros.

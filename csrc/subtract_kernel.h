@@ -23,7 +23,7 @@ inline double total(Wide v) {
   return sum;
 }
 
-// out -= Σ_i c_i g_i over I rows. `length` is a multiple of kLanes.
+// out -= Σ_i c_i g_i over I rows. `length` is a multiple of kLanes here and below.
 template <int I, class T>
 void accumulate(const T* const* g, const double* c, int64_t length, double* out) {
   for (int64_t k = 0; k < length; k += kLanes) {
@@ -44,45 +44,66 @@ void dots(const T* const* g, const double* out, int64_t length, double* r, int64
   for (int i = 0; i < I; ++i) r[i * stride] += total(sum[i]);
 }
 
-// One segment of columns: writes out, adds r [n, m] and the squared norms [2, m] behind it to `sums`.
+// wide = narrow, and ‖narrow‖².
+template <class T>
+double copy_square(const T* narrow, int64_t length, double* wide) {
+  Wide sum = {};
+  for (int64_t k = 0; k < length; k += kLanes) {
+    const Wide x = widen(narrow + k);
+    store(wide + k, x);
+    sum += x * x;
+  }
+  return total(sum);
+}
+
+// narrow = wide, rounded to T, and ‖wide‖².
+template <class T>
+double round_square(const double* wide, int64_t length, T* narrow) {
+  typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T))));
+  Wide sum = {};
+  for (int64_t k = 0; k < length; k += kLanes) {
+    const Wide x = widen(wide + k);
+    const Narrow rounded = __builtin_convertvector(x, Narrow);
+    __builtin_memcpy(narrow + k, &rounded, sizeof rounded);
+    sum += x * x;
+  }
+  return total(sum);
+}
+
+// `row` where it may be read to the end of a vector, else a copy of it in `buffer` that ends in zeros.
+template <class T>
+const T* pad(const T* row, int64_t length, int64_t padded, T* buffer) {
+  if (length == padded) return row;
+  if (row != buffer) std::copy(row, row + length, buffer);
+  std::fill(buffer + length, buffer + padded, T(0));
+  return buffer;
+}
+
+// One segment of columns: writes out, adds r [n, m] and the squared norms [2, m] behind it to `sums`. c is [m, n].
 template <class S, class T>
 void subtract_segment(const Matrix& u, const Matrix& G, const double* c, int64_t begin, int64_t end, int64_t chunk,
                       S* result, double* sums) {
   const int64_t n = G.rows, m = u.rows;
-  std::unique_ptr<T[]> buffer(new T[n * chunk]());
+  std::unique_ptr<T[]> buffer(new T[(n + 2) * chunk]);
+  T *direction = buffer.get() + n * chunk, *rounded = direction + chunk;
   std::unique_ptr<double[]> exact(new double[chunk]);
   std::vector<const T*> g(n);
   for (int64_t start = begin; start < end; start += chunk) {
     const int64_t length = std::min(chunk, end - start), padded = (length + kLanes - 1) / kLanes * kLanes;
     rows<S>(G, start, length, buffer.get(), chunk, g.data());
-    if (padded != length) {  // the last columns of all: rows may end in memory that is not ours to read
-      for (int64_t j = 0; j < n; ++j) {
-        T* copy = buffer.get() + j * chunk;
-        if (g[j] != copy) std::copy(g[j], g[j] + length, copy);
-        std::fill(copy + length, copy + padded, T(0));
-        g[j] = copy;
-      }
-    }
+    for (int64_t j = 0; j < n; ++j) g[j] = pad(g[j], length, padded, buffer.get() + j * chunk);
     for (int64_t d = 0; d < m; ++d) {
-      const S* w = static_cast<const S*>(u.data) + d * u.row_stride + start * u.column_stride;
-      double before = 0, after = 0;
-      for (int64_t k = 0; k < length; ++k) {
-        exact[k] = static_cast<double>(static_cast<T>(w[k * u.column_stride]));
-        before += exact[k] * exact[k];
-      }
-      std::fill(exact.get() + length, exact.get() + padded, 0.0);
-      const double* weights = c + d * n;  // c is [m, n] here
+      const T* w = pad(row<S>(u, d, start, length, direction), length, padded, direction);
+      sums[n * m + d] += copy_square(w, padded, exact.get());
+      const double* weights = c + d * n;
       int64_t j = 0;
-      for (; j + 4 <= n; j += 4) accumulate<4>(g.data() + j, weights + j, padded, exact.get());
+      for (; j + 8 <= n; j += 8) accumulate<8>(g.data() + j, weights + j, padded, exact.get());
       for (; j < n; ++j) accumulate<1>(g.data() + j, weights + j, padded, exact.get());
-      for (j = 0; j + 4 <= n; j += 4) dots<4>(g.data() + j, exact.get(), padded, sums + j * m + d, m);
+      for (j = 0; j + 8 <= n; j += 8) dots<8>(g.data() + j, exact.get(), padded, sums + j * m + d, m);
       for (; j < n; ++j) dots<1>(g.data() + j, exact.get(), padded, sums + j * m + d, m);
-      for (int64_t k = 0; k < length; ++k) {
-        after += exact[k] * exact[k];
-        result[d * u.columns + start + k] = static_cast<S>(static_cast<T>(exact[k]));
-      }
-      sums[n * m + d] += before;
-      sums[n * m + m + d] += after;
+      sums[n * m + m + d] += round_square(exact.get(), padded, rounded);
+      S* out = result + d * u.columns + start;
+      for (int64_t k = 0; k < length; ++k) out[k] = static_cast<S>(rounded[k]);
     }
   }
 }

@@ -1,7 +1,7 @@
-"""Reference projectors: slow, known, in one place. For comparison, and for runs that must reproduce published behaviour.
+"""Reference projectors: slow, known, in one place. For comparison, and to reproduce published behaviour.
 
-Each takes u (p,) or (m, p) and G (n, p) and returns like u, in the dtype it is given. `OrthoGrad(projector=...)` accepts
-any of them.
+Each takes u (p,) or (m, p) and G (n, p) and returns like u, in the dtype it is given. `OrthoGrad(projector=...)`
+accepts `qr` and `lstsq`.
 """
 
 from collections.abc import Sequence

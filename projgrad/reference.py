@@ -24,7 +24,7 @@ def gram(G: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         g = g.double()  # [n, chunk]
         K.addmm_(g, g.mT)
         v.addmm_(g, w.double().mT)
-    return K, v
+    return K.tril() + K.tril(-1).mT, v  # a matrix product need not be symmetric to the last bit
 
 
 def subtract(u: Tensor, G: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:

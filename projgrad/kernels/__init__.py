@@ -4,14 +4,12 @@ Without them every op runs its reference.
 """
 
 from importlib.util import find_spec
-from types import ModuleType
 
 from ..ops import flat
 from . import project_out
 
-_C: ModuleType | None = None
 if find_spec("projgrad._C"):  # absent is fine; present and broken must fail here, loudly
-    import projgrad._C as _C
+    from .. import _C as _C
 
     flat._project_out.register_kernel("cpu")(project_out.on_host)
 

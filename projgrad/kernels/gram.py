@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # columns a step: with 64 rows, 16 KiB of float32 in flight a program
+BLOCK = 32  # columns a step: with 64 rows, the largest that spills no register on sm_80, sm_90 and sm_100
 DIRECTIONS = 8  # directions a pass, kept in registers
 
 
@@ -27,7 +27,8 @@ def gram_kernel(
 ):  # fmt: skip
     """Partial sums of one tile of K and its rows of v over one split of the columns.
 
-    Grid: (row tiles, column tiles, splits); tiles above the diagonal return at once. K [splits, n, n], v [splits, n, m].
+    Grid: (row tiles, column tiles, splits); tiles above the diagonal return at once.
+    K [splits, n, n], v [splits, n, m].
     """
     i, j, split = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if j > i:
@@ -75,15 +76,24 @@ def gram_kernel(
         tl.store(v + split * n * m + row[:, None] * m + d[None, :], b, (row[:, None] < n) & (d[None, :] < m))
 
 
+def tile(n: int) -> tuple[int, bool, int]:
+    """Rows of a tile, whether one tile holds all n rows, and warps: what keeps the tile in registers."""
+    if n > 64:
+        return 32, False, 8  # two different tiles a program
+    N = max(16, triton.next_power_of_2(n))
+    return N, True, 4 if N < 64 else 8
+
+
 def gram(G: Tensor, u: Tensor, wide: bool, todo: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """K [n, n] and v [n, m]; `todo`: a device flag, where it is 0 nothing is computed and the values mean nothing."""
     (n, p), m = G.shape, len(u)
     if n == 0 or p == 0:
         zeros = G.new_zeros((n, n + m), dtype=torch.float64)
         return zeros[:, :n].contiguous(), zeros[:, n:].contiguous()
-    N = min(64, max(16, triton.next_power_of_2(n)))
+    N, diagonal, warps = tile(n)
     tiles = triton.cdiv(n, N)
-    # Enough programs for the largest GPUs, whatever the one at hand: the split fixes the order of the sums. 16 MiB at most.
+    # Enough programs for the largest GPUs, whatever the one at hand, since the split fixes the order of the sums;
+    # 16 MiB of them at most.
     splits = max(1, min(triton.cdiv(p, 8 * BLOCK), 1024 // tiles**2, 2**21 // (n * n)))
     per_split = triton.cdiv(triton.cdiv(p, BLOCK), splits) * BLOCK
     splits = triton.cdiv(p, per_split)
@@ -96,7 +106,7 @@ def gram(G: Tensor, u: Tensor, wide: bool, todo: Tensor | None = None) -> tuple[
             G, some if len(some) else G, K, part, todo, n, len(some), p, per_split, *G.stride(),
             *(some.stride() if len(some) else (0, 0)),
             N=N, M=triton.next_power_of_2(max(1, len(some))), BLOCK=BLOCK, WIDE=wide or G.dtype == torch.float64,
-            DIAGONAL=tiles == 1, WITH_K=first == 0, PREDICATED=todo is not None, PRECISION=precision(),
+            DIAGONAL=diagonal, WITH_K=first == 0, PREDICATED=todo is not None, PRECISION=precision(), num_warps=warps,
         )  # fmt: skip
         v[:, first : first + DIRECTIONS] = part.sum(0)
     K = K.sum(0).tril()

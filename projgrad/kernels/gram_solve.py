@@ -1,5 +1,5 @@
-"""gram_solve on CUDA: one program a system, the matrix in registers, n ≤ 128; larger systems run the reference, which
-does not wait for the device either."""
+"""gram_solve on CUDA: one program a system, the matrix in registers, n ≤ 64; larger systems run the reference, which does
+not wait for the device either."""
 
 import torch
 import triton
@@ -8,12 +8,12 @@ from torch import Tensor
 
 from .. import reference
 
-LARGEST = 128
+LARGEST, WARPS = 64, 4  # the largest matrix that stays in registers, without spills
 
 
 @triton.jit
 def gram_solve_kernel(
-    K, b, x, rank, factor, y, n, m, damping, rtol, largest, N: tl.constexpr, M: tl.constexpr
+    K, b, x, rank, factor, y, n, m, damping: tl.float64, rtol: tl.float64, N: tl.constexpr, M: tl.constexpr
 ):  # fmt: skip
     """Right-looking pivoted Cholesky of C = D⁻¹ K D⁻¹ + damping I. factor [l, n, N] and y [l, n, M] are scratch."""
     system = tl.program_id(0).to(tl.int64)
@@ -25,10 +25,11 @@ def gram_solve_kernel(
     y += system * n * M
     square = tl.load(K + i * n + i, i < n, 0.0).to(tl.float64)
     a = tl.load(K + i[:, None] * n + i[None, :], (i[:, None] < n) & (i[None, :] < n), 0.0).to(tl.float64)
-    finite = tl.min(tl.min((tl.abs(a) <= largest).to(tl.int32), 1), 0)
+    finite = tl.min(tl.min((a - a == 0).to(tl.int32), 1), 0)
     scale = tl.where(square > 0, 1 / tl.sqrt(tl.where(square > 0, square, 1.0)), 0.0)
     a = a * scale[:, None] * scale[None, :]
-    left = tl.where(square > 0, 1.0 + damping, 0.0).to(tl.float64)
+    left = tl.where(square > 0, tl.full((N,), damping, tl.float64) + 1.0, 0.0)
+    cut = tl.full((), rtol, tl.float64)
     w = (
         tl.load(b + i[:, None] * m + d[None, :], (i[:, None] < n) & (d[None, :] < m), 0.0).to(tl.float64)
         * scale[:, None]
@@ -40,7 +41,7 @@ def gram_solve_kernel(
         masked = tl.where((used == 0) & (i < n), left, -1.0)
         pivot = tl.argmax(masked, 0)
         value = tl.max(masked, 0)
-        if (value > rtol) & (finite == 1):
+        if (value > cut) & (finite == 1):
             root = tl.sqrt(value)
             row = tl.sum(tl.where(i[:, None] == pivot, a, 0.0), 0)
             row = tl.where(i == pivot, root, tl.where(used == 1, 0.0, row / root))
@@ -80,8 +81,7 @@ def gram_solve(K: Tensor, b: Tensor, damping: float, rtol: float | None) -> tupl
     N, M = max(16, triton.next_power_of_2(n)), triton.next_power_of_2(m)
     scratch = b.new_empty((systems, n, N + M), dtype=torch.float64)
     factor, y = scratch.flatten().split([systems * n * N, systems * n * M])
-    limits = torch.tensor([damping, rtol, torch.finfo(K.dtype).max], dtype=torch.float64).tolist()
     gram_solve_kernel[(systems,)](
-        K.contiguous(), b.contiguous(), x, rank, factor, y, n, m, *limits, N=N, M=M, num_warps=4 if N <= 64 else 8
+        K.contiguous(), b.contiguous(), x, rank, factor, y, n, m, damping, rtol, N=N, M=M, num_warps=WARPS
     )
     return x, rank

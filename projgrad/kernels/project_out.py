@@ -1,5 +1,8 @@
-"""project_out from its leaf kernels: gram, gram_solve, subtract. The reference always multiplies in float64; here float32
-input is multiplied in float32 first, and the residual that subtract measures on G decides whether that was enough."""
+"""project_out from its leaf kernels: gram, gram_solve, subtract.
+
+The reference always multiplies in float64. Here float32 input is multiplied in float32 first, and the residual that
+subtract measures on G decides whether that was enough.
+"""
 
 import torch
 from torch import Tensor
@@ -11,8 +14,11 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def on_host(u: Tensor, G: Tensor, damping: float, rtol: float | None) -> Result:
-    """Two passes over G where the first projection is at rounding level; else refine, first with the Gram matrix at hand,
-    then with one multiplied in float64, which also tells gradients apart that float32 products cannot."""
+    """Two passes over G where the first projection is at rounding level.
+
+    Else refine, first with the Gram matrix at hand, then with one multiplied in float64, which also tells gradients
+    apart that float32 products cannot.
+    """
     n, multiply = len(G), reference.accumulation(G.dtype)
     limit = {torch.float32: 4, torch.float64: 64}[multiply] * torch.finfo(multiply).eps
     wide = multiply == torch.float64 or (rtol is not None and rtol < reference.default_rtol(n, torch.float32))
@@ -43,8 +49,10 @@ def _largest(cosines: Tensor) -> Tensor:
 
 
 def on_device(u: Tensor, G: Tensor, damping: float, rtol: float | None) -> Result:
-    """The same decisions without asking the host: the refinement is launched always and returns at once where a flag in
-    device memory says that it is not needed, so the whole projection can be captured in a CUDA graph."""
+    """The same decisions without asking the host, so that the whole projection can be captured in a CUDA graph.
+
+    The refinement is always launched, and returns at once where a flag in device memory says that it is not needed.
+    """
     from .gram import gram
     from .gram_solve import gram_solve
     from .subtract import subtract

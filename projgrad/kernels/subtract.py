@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 64
-BLOCK = 128
+ROWS, BLOCK, WARPS = 64, 128, 8  # the tile stays in registers between its two uses, without spills
 
 
 @triton.jit
@@ -14,7 +13,7 @@ def subtract_kernel(
     u, G, c, out, r, squares, todo, n, m, p, per_split, u_row, u_column, g_row, g_column,
     N: tl.constexpr, BLOCK: tl.constexpr, PREDICATED: tl.constexpr,
 ):  # fmt: skip
-    """One split of the columns of one direction. Grid: (splits, m). r [splits, n, m], squares [splits, 2, m], zeroed."""
+    """One split of the columns of one direction. Grid: (splits, m); r [splits, n, m], squares [splits, 2, m]."""
     split, d = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     if PREDICATED and tl.load(todo) == 0:
         return
@@ -63,7 +62,7 @@ def subtract(
         N = min(ROWS, max(1, triton.next_power_of_2(max(1, n))))
         subtract_kernel[(splits, m)](
             u, G, c.contiguous(), out, r, squares, todo, n, m, p, per_split, *u.stride(), *G.stride(),
-            N=N, BLOCK=BLOCK, PREDICATED=todo is not None,
+            N=N, BLOCK=BLOCK, PREDICATED=todo is not None, num_warps=WARPS,
         )  # fmt: skip
     r, squares = r.sum(0), squares.sum(0)
     if previous:

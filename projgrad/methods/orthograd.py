@@ -46,9 +46,9 @@ class OrthoGrad:
         optimizer: any torch optimizer. The applied update is orthogonal only for SGD without momentum or weight decay;
             adaptive ones rescale it coordinate by coordinate.
         alpha: weight of the mean retain gradient, in [0, 1]; 0 is pure projected ascent.
-        scope: "global" projects the concatenated gradient once. "per_tensor" projects every parameter tensor on its own,
-            as the published code does: it implies global orthogonality but removes up to n dimensions from *each*
-            tensor, so a tensor with at most n elements (small biases, norm scales) is not updated by forgetting at all.
+        scope: "global" projects the concatenated gradient once. "per_tensor" projects every tensor on its own, as the
+            published code does: it implies global orthogonality but removes up to n dimensions from *each* tensor, so
+            a tensor with at most n elements (small biases, norm scales) is not updated by forgetting at all.
         ascend: True: the forget loss is an ordinary loss and is maximised. False: it is a forget objective to minimise
             (random labels, distillation to a neutral target).
         damping, rtol: see `projgrad.project_out`.

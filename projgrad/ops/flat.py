@@ -306,9 +306,9 @@ def project_out(
         u: (p,) or (m, p), the direction or directions.
         G: (n, p), one gradient per row; dtype and device of u: float32, float64, bfloat16 or float16; any strides.
         damping: at least 0, dimensionless (see `gram_solve`). 0 projects exactly.
-        rtol: a row whose squared sine to the span of the others is not above it counts as dependent. Default: 8 n eps of
-            float64, resolved in float64 when float32 products are not enough to decide, so that gradients at an angle of
-            1e-6 are still told apart.
+        rtol: a row whose squared sine to the span of the others is not above it counts as dependent. Default: 8 n eps
+            of float64, resolved in float64 where float32 products are not enough to decide, so that gradients at an
+            angle of 1e-6 are still told apart.
         return_info: also return a `ProjectionInfo` (coefficients, rank, residual, preserved norm).
 
     Returns:

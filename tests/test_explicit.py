@@ -1,0 +1,167 @@
+"""Explicit per-sample gradients against a loop of batch size one, on closures that split and on ones that do not."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from projgrad.explicit import ExplicitGradients, project
+from projgrad.projectors import lstsq
+
+N = 7
+
+
+class Twice(nn.Module):
+    """Its output depends on two calls of the same layer, and one parameter is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.unused = nn.Linear(6, 6), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.layer(x)))[:, :4]
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(9, 6), nn.Linear(6, 4)
+
+    def forward(self, x, ids):
+        return self.layer(self.embedding(ids) * x)
+
+
+class Routed(nn.Module):
+    """Control flow that depends on the data: vmap refuses it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return torch.stack([self.a(row) if row.sum() > 0 else self.b(row) for row in x])
+
+
+def _image():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 3, 2, padding=1), nn.GroupNorm(3, 3), nn.Flatten(), nn.Linear(36, 4)
+    )
+
+
+def _vectors():
+    return (torch.randn(N, 6, dtype=torch.float64),)
+
+
+MODELS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), _vectors),
+    "convolution": (_image, _vectors),
+    "batch_norm_eval": (lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).eval(), _vectors),
+    "twice": (Twice, _vectors),
+    "two_inputs": (TwoInputs, lambda: (*_vectors(), torch.randint(9, (N,)))),
+    "routed": (Routed, _vectors),
+}
+
+
+def _setup(name):
+    build, inputs = MODELS[name]
+    model, args, y = build().double(), inputs(), torch.randint(4, (N,))
+    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    return model, params, args, y
+
+
+def _loop(model, params, args, y):
+    """The rows of G from one backward pass a sample."""
+    rows = []
+    for j in range(N):
+        loss = F.cross_entropy(model(*(a[j : j + 1] for a in args)), y[j : j + 1])
+        grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True, allow_unused=True)
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore:vmap cannot run this model")
+def test_rows(name, chunk_size):
+    model, params, args, y = _setup(name)
+    closure = lambda: F.cross_entropy(model(*args), y, reduction="none")  # noqa: E731
+    samples = ExplicitGradients(model, closure, params, chunk_size)
+    G = _loop(model, params, args, y)
+    torch.testing.assert_close(samples.rows(list(params)), G)
+    assert (samples._cotangents is not None) == (name != "routed")  # the fast route, wherever it is exact
+    weights = torch.randn(N, dtype=torch.float64)
+    torch.testing.assert_close(torch.cat([g.flatten() for g in samples.combine(weights)]), weights @ G)
+    some = list(params)[1:2]
+    torch.testing.assert_close(samples.rows(some), G.split([p.numel() for p in params.values()], 1)[1])
+
+
+def _shared(model, x, y):
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    return losses - losses.mean()
+
+
+CLOSURES = {
+    "losses_share_terms": _shared,
+    "called_twice": lambda model, x, y: F.cross_entropy(model(x) + model(-x), y, reduction="none"),
+    "called_twice_on_part": lambda model, x, y: F.cross_entropy(
+        torch.cat([model(x[:3]), model(x[3:])]), y, reduction="none"
+    ),
+    "parameter_outside_the_model": lambda model, x, y: (
+        F.cross_entropy(model(x), y, reduction="none") + model[0].weight.square().sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLOSURES)
+def test_closures_that_do_not_split_are_exact_too(name):
+    """The reference differentiates each returned loss on the closure's own graph."""
+    model, params, (x,), y = _setup("mlp")
+    samples = ExplicitGradients(model, lambda: CLOSURES[name](model, x, y), params)
+    losses = CLOSURES[name](model, x, y)
+    rows = [torch.autograd.grad(loss, list(params.values()), retain_graph=True) for loss in losses]
+    expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    torch.testing.assert_close(samples.rows(list(params)), expected)
+
+
+def test_dropout_keeps_its_mask():
+    """The rows belong to the forward pass of the closure, not to a second one with another mask."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 4)).double()
+    params, (x,), y = dict(model.named_parameters()), _vectors(), torch.randint(4, (N,))
+    samples = ExplicitGradients(model, lambda: F.cross_entropy(model(x), y, reduction="none"), params)
+    with pytest.warns(UserWarning, match="vmap cannot run this model"):
+        G = samples.rows(list(params))
+    rows = [torch.autograd.grad(loss, list(params.values()), retain_graph=True) for loss in samples.losses]
+    torch.testing.assert_close(G, torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]))
+
+
+@pytest.mark.parametrize("max_bytes", [None, 10_000, 1])
+@pytest.mark.parametrize("damping", [0.0, 0.2])
+def test_groups_of_parameters_give_the_same_projection(max_bytes, damping):
+    model, params, args, y = _setup("convolution")
+    samples = ExplicitGradients(model, lambda: F.cross_entropy(model(*args), y, reduction="none"), params)
+    u = {name: torch.randn_like(p) for name, p in params.items()}
+    flat = torch.cat([g.flatten() for g in u.values()])
+    u_perp, done = project(u, samples, damping=damping, max_bytes=max_bytes)
+    found = torch.cat([g.flatten() for g in u_perp.values()])
+    G = samples.rows(list(params))
+    if damping:
+        K = G @ G.mT
+        expected = flat - torch.linalg.solve(K + damping * K.diagonal().diag(), G @ flat) @ G
+    else:
+        expected = lstsq(flat, G)
+        assert next(iter(done.values())).residual < 1e-13
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert next(iter(done.values())).rank == N
+
+
+def test_half_precision_parameters():
+    model, params, args, y = _setup("mlp")
+    model.to(torch.bfloat16)
+    model[2].float()
+    head = lambda: model[2](model[1](model[0](args[0].bfloat16())).float())  # noqa: E731
+    samples = ExplicitGradients(model, lambda: F.cross_entropy(head(), y, reduction="none"), params)
+    G = samples.rows(list(params))
+    assert G.dtype == torch.float32 and G.isfinite().all()
+    u_perp, done = project({name: torch.randn_like(p) for name, p in params.items()}, samples)
+    assert all(u_perp[name].dtype == p.dtype for name, p in params.items())
+    assert done["0.weight, 0.bias, 2.weight, 2.bias"].residual < 1e-6

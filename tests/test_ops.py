@@ -1,0 +1,134 @@
+"""What every public op promises besides its value: derivatives, opcheck, compilation, vmap, and errors that help."""
+
+import pytest
+import torch
+from cases import make
+from torch.library import opcheck
+
+import projgrad
+
+ops = torch.ops.projgrad
+
+
+def _double(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+# name -> (public function, inputs that require gradients)
+FUNCTIONS = {
+    "gram": (projgrad.gram, lambda: (_double(3, 7), _double(2, 7))),
+    "gram_alone": (projgrad.gram, lambda: (_double(3, 7),)),
+    "gram_solve": (lambda A, b: projgrad.gram_solve(A @ A.mT, b), lambda: (_double(2, 3, 7), _double(2, 3))),
+    "gram_solve_damped": (
+        lambda A, b: projgrad.gram_solve(A @ A.mT, b, damping=0.2),
+        lambda: (_double(4, 2), _double(4, 3)),
+    ),
+    "project_out": (projgrad.project_out, lambda: (_double(7), _double(3, 7))),
+    "project_out_directions": (projgrad.project_out, lambda: (_double(2, 7), _double(3, 7))),
+    "project_out_damped": (
+        lambda u, G: projgrad.project_out(u, G, damping=0.2),
+        lambda: (_double(2, 4), _double(6, 4)),
+    ),
+    "project_out_everything": (projgrad.project_out, lambda: (_double(3), _double(3, 3))),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_derivatives(name):
+    function, inputs = FUNCTIONS[name]
+    args = inputs()
+    assert torch.autograd.gradcheck(function, args)
+    assert torch.autograd.gradgradcheck(function, args)
+
+
+def test_derivative_at_fixed_rank():
+    """With a duplicated row the projection is smooth only in directions that keep the rank; those are right."""
+    u, G = _double(6), _double(2, 6)
+    function = lambda u, G: projgrad.project_out(u, torch.cat([G, 3 * G[:1], 0 * G[:1]]))  # noqa: E731
+    assert torch.autograd.gradcheck(function, (u, G))
+    plain = torch.autograd.grad(projgrad.project_out(u, G).square().sum(), (u, G))
+    doubled = torch.autograd.grad(function(u, G).square().sum(), (u, G))
+    torch.testing.assert_close(plain, doubled)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiles_into_one_graph(name):
+    function, inputs = FUNCTIONS[name]
+    args = inputs()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), function(*args))
+
+    def backward(f):
+        out = f(*args)
+        out = out if isinstance(out, tuple) else (out,)
+        return torch.autograd.grad(sum(o.square().sum() for o in out), args)
+
+    torch.testing.assert_close(backward(compiled), backward(function))
+
+
+def test_compiles_with_the_default_backend():
+    u, G = make("random", torch.float32)
+    compiled = torch.compile(lambda u, G: 2 * projgrad.project_out(u, G), fullgraph=True)
+    torch.testing.assert_close(compiled(u, G), 2 * projgrad.project_out(u, G))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_opcheck(dtype, device):
+    u, G = make("directions", dtype, device)
+    u.requires_grad_(), G.requires_grad_()
+    opcheck(ops.gram.default, (G, u, False))
+    opcheck(ops.subtract.default, (u.detach(), G.detach(), torch.zeros(6, 3, dtype=torch.float64, device=device)))
+    # derivatives of a half-precision projection differ by rounding between two runs of opcheck's tracer
+    utils = ("test_schema", "test_faketensor") if dtype.itemsize == 2 else torch.library._OPCHECK_DEFAULT_UTILS
+    opcheck(ops.project_out.default, (u, G, 0.1, None), test_utils=utils)
+
+
+def test_opcheck_gram_solve(device):
+    A = torch.randn(2, 4, 9, device=device)
+    K, b = (A @ A.mT).requires_grad_(), torch.randn(2, 4, 3, device=device, requires_grad=True)
+    opcheck(ops.gram_solve.default, (K, b, 0.0, None))
+    opcheck(ops.gram_solve.default, (K.double(), b.double(), 0.5, 1e-3))
+
+
+def test_vmap():
+    u, G = torch.randn(4, 9), torch.randn(4, 3, 9)
+    expected = torch.stack([projgrad.project_out(a, b) for a, b in zip(u, G, strict=True)])
+    torch.testing.assert_close(torch.vmap(projgrad.project_out)(u, G), expected)
+    one = torch.stack([projgrad.project_out(a, G[0]) for a in u])
+    torch.testing.assert_close(torch.vmap(projgrad.project_out, in_dims=(0, None))(u, G[0]), one)
+    K, v = torch.vmap(projgrad.gram)(G, u)
+    torch.testing.assert_close(K[2], projgrad.gram(G[2]))
+    torch.testing.assert_close(torch.vmap(projgrad.gram_solve)(K, v), projgrad.gram_solve(K, v))
+    shared = torch.vmap(projgrad.gram_solve, in_dims=(None, 0))(K[0], v)
+    torch.testing.assert_close(shared, torch.stack([projgrad.gram_solve(K[0], b) for b in v]))
+
+
+G23, u3, K22, b2 = torch.ones(2, 3), torch.ones(3), torch.eye(2), torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: projgrad.project_out(torch.ones(4), G23), ValueError, r"u \(4,\) and G \(2, 3\)"),
+        (lambda: projgrad.project_out(torch.ones(1, 1, 3), G23), ValueError, r"u must be .* got u \(1, 1, 3\)"),
+        (lambda: projgrad.project_out(u3, u3), ValueError, r"G must be \(n, p\).* got shape \(3,\)"),
+        (lambda: projgrad.project_out(u3.double(), G23), TypeError, r"u torch.float64 and G torch.float32"),
+        (lambda: projgrad.project_out(u3.int(), G23.int()), TypeError, r"G must be float32.* got torch.int32"),
+        (lambda: projgrad.project_out(u3.to("meta"), G23), ValueError, r"u on meta and G on cpu"),
+        (lambda: projgrad.project_out(u3, G23, damping=-1.0), ValueError, r"damping must be .* got -1.0"),
+        (lambda: projgrad.project_out(u3, G23, damping=float("nan")), ValueError, r"damping must be .* got nan"),
+        (lambda: projgrad.project_out(u3, G23, rtol=1.0), ValueError, r"rtol must be in \[0, 1\).* got 1.0"),
+        (lambda: projgrad.gram(torch.ones(2)), ValueError, r"gram: G must be \(n, p\)"),
+        (lambda: projgrad.gram(G23, torch.ones(2)), ValueError, r"gram: u must .* got u \(2,\) and G \(2, 3\)"),
+        (lambda: projgrad.gram(G23.bool()), TypeError, r"gram: G must be float32.* got torch.bool"),
+        (lambda: projgrad.gram_solve(G23, b2), ValueError, r"K must be \(..., n, n\); got shape \(2, 3\)"),
+        (lambda: projgrad.gram_solve(K22, u3), ValueError, r"got b \(3,\) and K \(2, 2\)"),
+        (lambda: projgrad.gram_solve(K22.half(), b2.half()), TypeError, r"K must be float32 or float64"),
+        (lambda: projgrad.gram_solve(K22, b2.double()), TypeError, r"K torch.float32 and b torch.float64"),
+        (lambda: projgrad.gram_solve(K22, b2.to("meta")), ValueError, r"K on cpu and b on meta"),
+        (lambda: projgrad.gram_solve(K22, b2, damping=-0.5), ValueError, r"damping must be .* got -0.5"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
