@@ -59,7 +59,11 @@ int64_t solve(const T* K, const T* b, T* x, int64_t n, int64_t m, double damping
   }
   const int64_t rank = pivots.size();
   for (int64_t d = 0; d < m; ++d) {
-    for (int64_t i = 0; i < n; ++i) w[i] = static_cast<double>(b[i * m + d]) * scale[i];
+    bool usable = finite;
+    for (int64_t i = 0; i < n; ++i) {
+      usable &= std::abs(b[i * m + d]) <= std::numeric_limits<T>::max();
+      w[i] = static_cast<double>(b[i * m + d]) * scale[i];
+    }
     std::fill(z, z + pitch, 0.0);
     for (int64_t k = 0; k < rank; ++k) {
       const double* row = factor + k * pitch;
@@ -75,7 +79,7 @@ int64_t solve(const T* K, const T* b, T* x, int64_t n, int64_t m, double damping
       z[pivots[k]] = (y[k] - known) / row[pivots[k]];
     }
     for (int64_t i = 0; i < n; ++i)
-      x[i * m + d] = finite ? static_cast<T>(z[i] * scale[i]) : std::numeric_limits<T>::quiet_NaN();
+      x[i * m + d] = usable ? static_cast<T>(z[i] * scale[i]) : std::numeric_limits<T>::quiet_NaN();
   }
   return rank;
 }

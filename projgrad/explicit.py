@@ -253,6 +253,6 @@ def check_losses(losses: Tensor) -> None:
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    """Equal up to rounding: two routes through the same arithmetic. A wrong split is off by parts of one, not by √eps."""
+    """Equal up to rounding: two routes through the same arithmetic. A wrong split is off by far more than √eps."""
     error = (found.double() - expected.double()).norm()
     return bool(error <= torch.finfo(expected.dtype).eps ** 0.5 * expected.double().norm())

@@ -86,7 +86,8 @@ def gram_solve(K: Tensor, b: Tensor, damping: float, rtol: float | None) -> tupl
         root = row.gather(1, pivot)  # [l, 1]
         value = torch.where(root > 0, (y - (row[..., None] * x).sum(1)) / torch.where(root > 0, root, 1), 0)
         x = x.scatter(1, pivot[..., None].expand(-1, -1, x.shape[2]), value[:, None])
-    x = torch.where(finite[:, None, None], x * scale[..., None], torch.nan)
+    finite = finite[:, None, None] & b.isfinite().all(1, keepdim=True)  # [l, 1, m]
+    x = torch.where(finite, x * scale[..., None], torch.nan)
     return x.to(dtype), rank
 
 
@@ -106,6 +107,11 @@ def cosines(K: Tensor, r: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor
     return r.abs() / (torch.where(square > 0, square, 1).sqrt()[:, None] * torch.where(norm > 0, norm, 1))
 
 
+def in_range(K: Tensor, b: Tensor) -> Tensor:
+    """b [n, m], NaN where a float64 row is so small that its square vanished: loud, where dropping it would be silent."""
+    return b.masked_fill((K.diagonal() < 1e-290)[:, None] & (b != 0), torch.nan)
+
+
 def project_out(
     u: Tensor, G: Tensor, damping: float, rtol: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -114,6 +120,7 @@ def project_out(
     Two rounds: the second solves for what the first left over, measured on G itself.
     """
     K, b = gram(G, u)
+    b = in_range(K, b)
     c = torch.zeros_like(b)
     for _ in range(2):
         step, rank = gram_solve(K[None], b[None], damping, rtol)

@@ -1,5 +1,7 @@
-"""gram_solve on CUDA: one program a system, the matrix in registers, n ≤ 64; larger systems run the reference, which does
-not wait for the device either."""
+"""gram_solve on CUDA: one program a system, the matrix in registers, n ≤ 64.
+
+Larger systems run the reference, which does not wait for the device either.
+"""
 
 import torch
 import triton

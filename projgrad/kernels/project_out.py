@@ -23,6 +23,7 @@ def on_host(u: Tensor, G: Tensor, damping: float, rtol: float | None) -> Result:
     limit = {torch.float32: 4, torch.float64: 64}[multiply] * torch.finfo(multiply).eps
     wide = multiply == torch.float64 or (rtol is not None and rtol < reference.default_rtol(n, torch.float32))
     K, b = _gram(G, u, wide)
+    b = reference.in_range(K, b)
     ridge = damping * K.diagonal()[:, None]
     c, before = torch.zeros_like(b), float("inf")
     for attempt in range(4):
@@ -61,6 +62,7 @@ def on_device(u: Tensor, G: Tensor, damping: float, rtol: float | None) -> Resul
     limit = {torch.float32: 4, torch.float64: 64}[multiply] * torch.finfo(multiply).eps
     wide = multiply == torch.float64 or (rtol is not None and rtol < reference.default_rtol(n, torch.float32))
     K, b = gram(G, u, wide)
+    b = reference.in_range(K, b)
     cut = reference.default_rtol(n, torch.float64 if wide else torch.float32) if rtol is None else rtol
     step, rank = gram_solve(K[None], b[None], damping, cut)
     c = step[0]
