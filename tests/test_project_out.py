@@ -61,6 +61,14 @@ def test_nan_and_inf_reach_the_result(where, bad, implementation, device):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", [1e-180, 1e180])
+def test_rows_whose_squares_leave_float64_are_not_dropped_silently(scale, implementation, device):
+    u, G = make("random", torch.float64, device)
+    G[2] *= scale
+    assert IMPLEMENTATIONS[implementation](u, G).isnan().all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_damping_is_relative_to_the_unit_diagonal(implementation, device):
     u, G = make("tiny_and_huge", torch.float64, device)
     rows = G / G.norm(dim=1, keepdim=True)

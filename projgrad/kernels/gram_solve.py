@@ -32,10 +32,9 @@ def gram_solve_kernel(
     a = a * scale[:, None] * scale[None, :]
     left = tl.where(square > 0, tl.full((N,), damping, tl.float64) + 1.0, 0.0)
     cut = tl.full((), rtol, tl.float64)
-    w = (
-        tl.load(b + i[:, None] * m + d[None, :], (i[:, None] < n) & (d[None, :] < m), 0.0).to(tl.float64)
-        * scale[:, None]
-    )
+    w = tl.load(b + i[:, None] * m + d[None, :], (i[:, None] < n) & (d[None, :] < m), 0.0).to(tl.float64)
+    usable = tl.min((w - w == 0).to(tl.int32), 0)  # [M]
+    w *= scale[:, None]
     used = tl.zeros((N,), tl.int32)
     pivots = tl.zeros((N,), tl.int32)
     count = 0
@@ -66,7 +65,7 @@ def gram_solve_kernel(
         root = tl.sum(tl.where(i == pivot, row, 0.0), 0)
         value = (top - tl.sum(row[:, None] * z, 0)) / root
         z = tl.where(i[:, None] == pivot, value[None, :], z)
-    z = tl.where(finite == 1, z * scale[:, None], float("nan"))
+    z = tl.where((finite * usable)[None, :] == 1, z * scale[:, None], float("nan"))
     tl.store(x + i[:, None] * m + d[None, :], z.to(x.dtype.element_ty), (i[:, None] < n) & (d[None, :] < m))
     tl.store(rank + system, count.to(tl.int64))
 

@@ -255,7 +255,7 @@ def gram_solve(K: Tensor, b: Tensor, *, damping: float = 0.0, rtol: float | None
         rtol: rank tolerance on the pivots of C, in [0, 1). Default 8 n eps of the dtype of K.
 
     Returns:
-        x like b; NaN where the system holds a NaN or an Inf. Differentiable twice (at fixed rank).
+        x like b; NaN for a system that holds a NaN or an Inf, and for a column of b that does. Differentiable twice (at fixed rank).
 
     Raises:
         ValueError: shapes that do not match, two devices, damping < 0, rtol outside [0, 1).
