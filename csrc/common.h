@@ -16,6 +16,8 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu.h"
+
 namespace projgrad {
 
 using torch::headeronly::ScalarType;
@@ -48,8 +50,8 @@ inline Tensor doubles(const Tensor& like, std::initializer_list<int64_t> shape) 
 }
 
 // Columns are cut into segments, one unit of parallel work each. Their number depends on the problem alone, never on
-// the number of threads, so the same input gives the same bits on any machine with the same vector width. `bytes` of
-// partial sums a segment are kept below 8 MiB together.
+// the number of threads, so the same input gives the same bits on any machine with the same vector width. The partial
+// sums, `bytes` a segment, stay below 8 MiB together unless two segments need more.
 inline int64_t segment_count(int64_t columns, int64_t chunk, int64_t bytes) {
   const int64_t fit = std::max<int64_t>(2, (int64_t(8) << 20) / std::max<int64_t>(1, bytes));
   return std::clamp<int64_t>(columns / (4 * chunk), 1, std::min<int64_t>(64, fit));

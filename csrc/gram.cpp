@@ -37,6 +37,7 @@ void gram_rows(const Matrix& G, const Matrix& u, double* K, double* v, const Ten
 }
 
 std::tuple<Tensor, Tensor> gram(Tensor G, Tensor u, bool wide) {
+  STD_TORCH_CHECK(u.scalar_type() == G.scalar_type() && u.size(1) == G.size(1), "gram: u must match G (n, p)");
   const Matrix g(G), w(u);
   Tensor K = doubles(G, {g.rows, g.rows}), v = doubles(G, {g.rows, w.rows});
   double *k = K.mutable_data_ptr<double>(), *b = v.mutable_data_ptr<double>();

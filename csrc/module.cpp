@@ -5,6 +5,8 @@
 
 #include <string>
 
+#include "cpu.h"
+
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
@@ -20,14 +22,7 @@ PYBIND11_MODULE(_C, m) {
 #else
         info["cuda"] = false;
 #endif
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-        __builtin_cpu_init();
-        info["simd"] = __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? "avx512"
-                       : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")        ? "avx2"
-                                                                                                : "baseline";
-#else
-        info["simd"] = "baseline";
-#endif
+        info["simd"] = std::to_string(8 * projgrad::simd_bytes()) + " bit";
         return info;
       },
       "How the extension was built and which instruction set it uses on this machine.");

@@ -9,7 +9,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma")
 #define SIMD_BYTES 32
 #define SIMD_NAME avx2
 #include KERNEL_FILE
@@ -18,7 +18,7 @@
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl")
+#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
 #define SIMD_BYTES 64
 #define SIMD_NAME avx512
 #include KERNEL_FILE
@@ -26,11 +26,12 @@
 #undef SIMD_NAME
 #pragma GCC pop_options
 
-#define SIMD_DISPATCH(...)                                                                             \
-  do {                                                                                                 \
-    if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) avx512::__VA_ARGS__; \
-    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) avx2::__VA_ARGS__;       \
-    else baseline::__VA_ARGS__;                                                                        \
+#define SIMD_DISPATCH(...)                   \
+  do {                                       \
+    const int bytes = simd_bytes();          \
+    if (bytes == 64) avx512::__VA_ARGS__;    \
+    else if (bytes == 32) avx2::__VA_ARGS__; \
+    else baseline::__VA_ARGS__;              \
   } while (0)
 #else
 #define SIMD_DISPATCH(...) baseline::__VA_ARGS__

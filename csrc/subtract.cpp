@@ -37,6 +37,9 @@ void subtract_rows(const Matrix& u, const Matrix& G, const double* c, S* out, do
 }
 
 std::tuple<Tensor, Tensor, Tensor> subtract(Tensor u, Tensor G, Tensor c) {
+  STD_TORCH_CHECK(u.scalar_type() == G.scalar_type() && u.size(1) == G.size(1), "subtract: u must match G (n, p)");
+  STD_TORCH_CHECK(c.scalar_type() == ScalarType::Double && c.size(0) == G.size(0) && c.size(1) == u.size(0),
+                  "subtract: c must be float64 (n, m)");
   const Matrix w(u), g(G);
   Tensor out = torch::stable::new_empty(u, std::vector<int64_t>{w.rows, w.columns});
   Tensor r = doubles(u, {g.rows, w.rows}), squares = doubles(u, {2, w.rows});

@@ -1,23 +1,18 @@
 """Per-sample gradients as an explicit matrix, from the two closures of a method alone.
 
-The model's one call inside the retain closure is recorded; the gradient of the losses with respect to its output splits
-the closure into loss and model, and `vmap` over the samples of the model's inputs gives all rows in the time of a few
-backward passes. Whether that split is exact is measured, never assumed: the losses and the rows must reproduce an
-ordinary backward pass with unequal weights. Where they do not (dropout, a model called twice, losses that share terms)
-every loss is differentiated on its own, batched: exact too, n times slower.
+The gradient of the losses at the output of the model's one call inside the retain closure, and `vmap` over the samples
+of that call's inputs, give all rows in the time of a few backward passes. Whether the closure really splits into
+samples there is checked on every step. Where it does not (dropout, a model called twice, losses that share terms)
+every loss is differentiated on its own: exact too, n times slower.
 """
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
-
-from . import reference
-from .ops.flat import gram, project_out
 
 
 class ExplicitGradients:
@@ -49,197 +44,129 @@ class ExplicitGradients:
                 self.losses = closure()
         finally:
             handle.remove()
-        check_losses(self.losses)
-        self._cotangents = self._split(calls)
+        _check_losses(self.losses)
+        self._split = self._find_split(*calls[0]) if len(calls) == 1 else None
 
     @property
     def n(self) -> int:
         return len(self.losses)
 
-    def combine(self, weights: Tensor) -> list[Tensor]:
-        """Σ_j w_j g_j, one tensor per parameter, by one ordinary backward pass; weights (n,)."""
-        return list(self._backward(list(self.params.values()), weights.to(self.losses.dtype)))
+    def combine(self, weights: Tensor) -> list[Tensor | None]:
+        """Σ_j w_j g_j by one ordinary backward pass, None for a parameter that the losses do not use; weights (n,)."""
+        inputs = list(self.params.values())
+        weights = weights.to(self.losses.dtype)
+        return list(torch.autograd.grad(self.losses, inputs, weights, retain_graph=True, allow_unused=True))
 
-    def rows(self, names: list[str]) -> Tensor:
+    def rows(self, names: Sequence[str]) -> Tensor:
         """G (n, p) for the named parameters, flattened and concatenated in that order."""
-        if self._cotangents is not None:
+        if self._split is not None:
             try:
                 G = self._fill(names, self._vmap_chunks(names))
-            except RuntimeError as error:  # no batching rule, randomness, data-dependent control flow
+            except Exception as error:  # whatever the model does not allow: a batch of one, batching, randomness
                 warnings.warn(f"vmap cannot run this model, differentiating loss by loss: {error}", stacklevel=2)
             else:
-                expected = torch.cat([self._expected[name].flatten() for name in names])
-                if _close(self._weights.to(G.dtype) @ G, expected):
+                if self._confirms(names, G):
                     return G
-            self._cotangents = None
-        return self._fill(names, self._batched_chunks(names))
+            self._split = None
+        return self._fill(names, self._loss_chunks(names))
 
-    def _fill(self, names: list[str], chunks: Iterator[tuple[int, tuple[Tensor, ...]]]) -> Tensor:
+    def _fill(self, names: Sequence[str], chunks: Iterator[tuple[int, Sequence[Tensor]]]) -> Tensor:
         sizes = [self.params[name].numel() for name in names]
         dtype = functools.reduce(torch.promote_types, (self.params[name].dtype for name in names))
         G = torch.empty(self.n, sum(sizes), dtype=dtype, device=self.losses.device)
         for start, grads in chunks:
             for part, grad in zip(G[start:].split(sizes, 1), grads, strict=True):
-                part[: len(grad)] = grad.flatten(1)
+                part[: len(grad)] = grad.reshape(len(grad), part.shape[1])
         return G
 
-    def _backward(self, inputs: list[Tensor], weights: Tensor, batched: bool = False) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            self.losses, inputs, weights, retain_graph=True, is_grads_batched=batched, materialize_grads=True
-        )
-
-    def _split(self, calls: list[tuple]) -> Tensor | None:
-        """dℓ_j/d(output of sample j), or None where the closure does not split into samples at the model's output."""
-        if len(calls) != 1:
+    def _find_split(self, args: tuple, kwargs: dict, out: Tensor) -> tuple | None:
+        """(args, out, dℓ_j/d out_j), or None where sample j is not row j of everything, or a loss looks at another."""
+        n = self.n
+        if kwargs or not args or not all(isinstance(a, Tensor) and a.ndim and len(a) == n for a in args):
             return None
-        args, kwargs, out = calls[0]
-        batched = all(isinstance(a, Tensor) and a.ndim > 0 and len(a) == self.n for a in args)
-        if not (args and batched and not kwargs and isinstance(out, Tensor) and out.ndim and len(out) == self.n):
+        if not (isinstance(out, Tensor) and out.requires_grad and out.ndim and len(out) == n):
             return None
-        weights = 1 + torch.arange(self.n, device=self.losses.device, dtype=self.losses.dtype) / max(1, self.n)
-        (plain,) = self._backward([out], torch.ones_like(weights))
-        weighted, *expected = self._backward([out, *self.params.values()], weights)
-        if not _close(plain * weights.view(-1, *(1,) * (out.ndim - 1)), weighted):
-            return None  # a loss depends on the output of another sample
-        self._args, self._weights = args, weights
-        self._expected = dict(zip(self.params, expected, strict=True))
-        return plain
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules()):
+            return None  # hooks would see, and might keep, what only lives inside vmap
+        if _reaches_a_leaf(self.losses, out):
+            return None  # a penalty on the weights, or features taken from inside the model
+        gradient = functools.partial(torch.autograd.grad, self.losses, out, retain_graph=True, materialize_grads=True)
+        # Samples whose loss is left out must have no gradient, exactly. The masks are the binary digits of j and their
+        # complements: for any two samples one mask holds the first alone, and another the second.
+        j = torch.arange(n, device=self.losses.device)
+        for bit in range((n - 1).bit_length()):
+            for on in (j >> bit & 1, 1 - (j >> bit & 1)):
+                if gradient(on.to(self.losses.dtype))[0][on == 0].any():
+                    return None
+        return args, out.detach(), gradient(torch.ones_like(self.losses))[0]
 
-    def _vmap_chunks(self, names: list[str]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    def _confirms(self, names: Sequence[str], G: Tensor) -> bool:
+        """The rows reproduce an ordinary backward pass with weights ± 1 / ‖g_j‖, so that each row counts alike."""
+        lengths = G.double().norm(dim=1)
+        signs = 1 - 2 * (torch.arange(self.n, device=G.device) * 0x9E3779B1 >> 16 & 1)
+        largest = lengths.max().clamp_min(torch.finfo(torch.float64).tiny)
+        weights = (signs * largest / lengths.clamp_min(1e-6 * largest)).to(self.losses.dtype)
+        inputs = [self.params[name] for name in names]
+        expected = torch.autograd.grad(self.losses, inputs, weights, retain_graph=True, materialize_grads=True)
+        difference = weights.double() @ G.double() - torch.cat([g.flatten() for g in expected]).double()
+        return bool(difference.norm() <= self._tolerance * (weights.double().abs() * lengths).norm())
+
+    @property
+    def _tolerance(self) -> float:
+        """Two routes through the same arithmetic agree to this; many layers in a half type to more than its eps."""
+        return max(min(100 * torch.finfo(p.dtype).eps, 0.05) for p in self.params.values())
+
+    def _vmap_chunks(self, names: Sequence[str]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         inputs = {name: self.params[name].detach() for name in names}
+        args, out, cotangents = self._split
 
-        def one(cotangent: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+        def one(cotangent: Tensor, *args: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
             def call(some: dict[str, Tensor]) -> Tensor:
                 return functional_call(self.model, some, tuple(a[None] for a in args))
 
-            return tuple(vjp(call, inputs)[1](cotangent[None])[0].values())
+            alone, backward = vjp(call, inputs)
+            return alone[0], tuple(backward(cotangent[None])[0].values())
 
-        step = self.chunk_size or max(1, self.n)
+        step = self.chunk_size or self.n
         for start in range(0, self.n, step):
             chunk = slice(start, start + step)
             with torch.no_grad():
-                grads = vmap(one)(self._cotangents[chunk], *(a[chunk] for a in self._args))
+                alone, grads = vmap(one)(cotangents[chunk], *(a[chunk] for a in args))
+            expected = out[chunk].reshape(len(alone), -1).double()
+            error = (alone.reshape(len(alone), -1).double() - expected).norm(dim=1)
+            if (error > self._tolerance * expected.norm(dim=1)).any():
+                raise ValueError("its output for a sample alone is not its output for that sample in the batch")
             yield start, grads
 
-    def _batched_chunks(self, names: list[str]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    def _loss_chunks(self, names: Sequence[str]) -> Iterator[tuple[int, Sequence[Tensor]]]:
         inputs = [self.params[name] for name in names]
+        gradient = functools.partial(torch.autograd.grad, retain_graph=True, materialize_grads=True)
         unit = torch.eye(self.n, dtype=self.losses.dtype, device=self.losses.device)
-        step = self.chunk_size or max(1, self.n)
+        step = self.chunk_size or self.n
         for start in range(0, self.n, step):
-            yield start, self._backward(inputs, unit[start : start + step], batched=True)
+            chunk = unit[start : start + step]
+            try:
+                yield start, gradient(self.losses, inputs, chunk, is_grads_batched=True)
+            except (RuntimeError, NotImplementedError):  # an operation without a batching rule
+                grads = [gradient(self.losses, inputs, one) for one in chunk]
+                yield start, [torch.stack(some) for some in zip(*grads, strict=True)]
 
 
-class Projected(NamedTuple):
-    """What one projection did: independent rows used (None: not known), ‖u_perp‖ / ‖u‖ and max_j |cos(g_j, u_perp)|."""
-
-    rank: int | None
-    preserved_norm: float
-    residual: float
-
-
-def project(
-    u: dict[str, Tensor],
-    samples: ExplicitGradients,
-    *,
-    per_tensor: bool = False,
-    damping: float = 0.0,
-    rtol: float | None = None,
-    max_bytes: int | None = None,
-    projector: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> tuple[dict[str, Tensor], dict[str, Projected]]:
-    """u_perp by name, and what was done: one entry per tensor, or a single one for the whole vector.
-
-    Raises:
-        ArithmeticError: an undamped projection at default tolerance left more of a row than rounding explains.
-    """
-    groups = [[name] for name in u] if per_tensor else _groups(samples, max_bytes)
-    u_perp, done = {}, {}
-    if per_tensor or len(groups) == 1:
-        for names in groups:
-            flat, done[", ".join(names)] = _project_flat(_flat(u, names), samples.rows(names), damping, rtol, projector)
-            u_perp |= _unflat(flat, u, names)
-    else:
-        u_perp, done["all"] = _project_groups(u, samples, groups, damping, rtol)
-    if not damping and rtol is None and projector is None:
-        _check_residual(u, done)
-    return u_perp, done
+def _reaches_a_leaf(losses: Tensor, out: Tensor) -> bool:
+    """Whether a tensor that requires gradients enters the losses other than through `out`."""
+    seen, nodes = {out.grad_fn}, [losses.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # the accumulator of a leaf
+            return True
+        nodes += [following for following, _ in node.next_functions]
+    return False
 
 
-def _project_flat(
-    u: Tensor, G: Tensor, damping: float, rtol: float | None, projector: Callable | None
-) -> tuple[Tensor, Projected]:
-    u = u.to(G.dtype)
-    if projector is None:
-        out, info = project_out(u, G, damping=damping, rtol=rtol, return_info=True)
-        return out, Projected(int(info.rank), float(info.preserved_norm), float(info.residual))
-    out = projector(u, G)
-    K, r = gram(G, out)
-    squares = torch.stack([u.double().square().sum(), out.double().square().sum()])[:, None]
-    cosines = reference.cosines(K, r[:, None], squares, u.dtype)
-    before, after = squares.sqrt().flatten().tolist()
-    return out, Projected(None, after / before if before else 1.0, float(cosines.max()))
-
-
-def _project_groups(
-    u: dict[str, Tensor], samples: ExplicitGradients, groups: list[list[str]], damping: float, rtol: float | None
-) -> tuple[dict[str, Tensor], Projected]:
-    """The global projection with only one group of columns of G in memory; Gᵀ c is a weighted backward pass.
-
-    Rounds repeat, each measuring on G what the last one left, until that is at rounding level (three at most).
-    """
-    dtype = functools.reduce(torch.promote_types, (g.dtype for g in u.values()))
-    before = sum(float(g.double().square().sum()) for g in u.values())
-    u_perp, c, rank = dict(u), 0.0, 0
-    for repeat in range(4):
-        sweeps = [gram(samples.rows(names), _flat(u_perp, names)) for names in groups]
-        K, r = (sum(parts) for parts in zip(*sweeps, strict=True))
-        after = sum(float(g.double().square().sum()) for g in u_perp.values())
-        cosines = reference.cosines(K, r[:, None], r.new_tensor([[before], [after]]), dtype)
-        b = r - damping * K.diagonal() * c
-        worst = float(reference.cosines(K, b[:, None], r.new_tensor([[before], [after]]), dtype).max())
-        if repeat == 3 or (repeat and worst <= 4 * torch.finfo(dtype).eps):
-            break
-        step, ranks = torch.ops.projgrad.gram_solve(K[None], b[None, :, None], damping, rtol)
-        c, rank = c + step[0, :, 0], int(ranks[0])
-        spanned = dict(zip(samples.params, samples.combine(c), strict=True))
-        u_perp = {name: u[name] - spanned[name] for name in u}
-    return u_perp, Projected(rank, (after / before) ** 0.5 if before else 1.0, float(cosines.max()))
-
-
-def _groups(samples: ExplicitGradients, max_bytes: int | None) -> list[list[str]]:
-    """Consecutive parameters whose rows of G fit into max_bytes together; at least one a group."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, p in samples.params.items():
-        size += samples.n * p.numel() * p.element_size()
-        if max_bytes is not None and groups[-1] and size > max_bytes:
-            groups.append([])
-            size = samples.n * p.numel() * p.element_size()
-        groups[-1].append(name)
-    return groups
-
-
-def _flat(grads: dict[str, Tensor], names: list[str]) -> Tensor:
-    return torch.cat([grads[name].flatten() for name in names])
-
-
-def _unflat(flat: Tensor, like: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    parts = flat.split([like[name].numel() for name in names])
-    return {name: part.view_as(like[name]).to(like[name].dtype) for name, part in zip(names, parts, strict=True)}
-
-
-def _check_residual(u: dict[str, Tensor], done: dict[str, Projected]) -> None:
-    """Rounding leaves about 1e-7 in float32 and 1e-16 in float64; anything above these limits is a wrong answer."""
-    limit = 1e-10 if all(g.dtype == torch.float64 for g in u.values()) else 1e-5
-    name, worst = max(done.items(), key=lambda item: item[1].residual)
-    if worst.residual > limit:
-        raise ArithmeticError(
-            f"the projection left {worst.residual:.1e} of a retain gradient (limit {limit:.0e}) in {name[:80]}; "
-            "nothing was changed. Please report this with the shapes and dtypes of your model"
-        )
-
-
-def check_losses(losses: Tensor) -> None:
+def _check_losses(losses: Tensor) -> None:
     if not isinstance(losses, Tensor) or losses.ndim != 1:
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"retain() must return one loss per sample, shape (n,); got {got}: use reduction='none'")
@@ -250,9 +177,3 @@ def check_losses(losses: Tensor) -> None:
     if not losses.isfinite().all():
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         raise FloatingPointError(f"retain() returned NaN or Inf for samples {bad[:8]}; nothing was changed")
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    """Equal up to rounding: two routes through the same arithmetic. A wrong split is off by far more than √eps."""
-    error = (found.double() - expected.double()).norm()
-    return bool(error <= torch.finfo(expected.dtype).eps ** 0.5 * expected.double().norm())

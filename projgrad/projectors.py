@@ -15,8 +15,9 @@ def qr(u: Tensor, G: Tensor) -> Tensor:
 
     QR has no rank test: on duplicated or zero rows Q holds arbitrary directions, and they are removed from u too.
     """
-    Q = torch.linalg.qr(G.mT).Q  # [p, min(n, p)]
-    return u - (u @ Q) @ Q.mT
+    with torch.autocast(u.device.type, enabled=False):
+        Q = torch.linalg.qr(G.mT).Q  # [p, min(n, p)]
+        return u - (u @ Q) @ Q.mT
 
 
 def qr_per_tensor(u: Tensor, G: Tensor, sizes: Sequence[int]) -> Tensor:

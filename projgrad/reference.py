@@ -4,6 +4,9 @@ Sizes, here and in the whole project: n samples, p parameters, m directions, l i
 Everything is computed in float64 whatever the dtype of the input; only `out` is rounded back.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,8 +35,8 @@ def subtract(u: Tensor, G: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     r and the norms are those of `out` before it is rounded to the dtype of u.
     """
-    out = torch.empty_like(u)
-    r = torch.zeros_like(c)
+    out = u.new_empty(u.shape)
+    r = c.new_zeros(c.shape)
     squares = c.new_zeros((2, u.shape[0]))
     width = _columns(G.shape[0] + u.shape[0])
     for o, w, g in zip(out.split(width, 1), u.split(width, 1), G.split(width, 1), strict=True):
@@ -64,28 +67,31 @@ def gram_solve(K: Tensor, b: Tensor, damping: float, rtol: float | None) -> tupl
     w = b * scale[..., None]  # right-hand side, reduced as the factor grows [l, n, m]
     x = torch.zeros_like(w)
     rank = torch.zeros(K.shape[0], dtype=torch.int64, device=K.device)
-    factor, pivots, ys = [], [], []
-    for _ in range(n):
+    factor = torch.zeros_like(K)  # one row a step [l, n, n]
+    pivots, ys = [], []
+    for step in range(n):
         pivot = left.argmax(1, keepdim=True)  # [l, 1]
         value = left.gather(1, pivot)
-        keep = (value > rtol) & finite[:, None]
+        keep = value > rtol
         root = torch.where(keep, value, 1).sqrt()
-        column = K.gather(2, pivot[:, None].expand(-1, n, -1))[..., 0] * scale * scale.gather(1, pivot)
-        for row in factor:
-            column = column - row * row.gather(1, pivot)
+        across = pivot[:, None]  # [l, 1, 1]
+        column = K.gather(1, across.expand(-1, -1, n))[:, 0] * scale * scale.gather(1, pivot)
+        column = column - (factor.gather(2, across.expand(-1, n, -1)).mT @ factor)[:, 0]
         row = torch.where(keep & left.isfinite(), column / root, 0)  # used rows carry left = -inf [l, n]
         row = row.scatter(1, pivot, torch.where(keep, root, 0))
-        y = torch.where(keep, w.gather(1, pivot[..., None].expand(-1, -1, w.shape[2]))[:, 0] / root, 0)  # [l, m]
+        y = torch.where(keep, w.gather(1, across.expand(-1, -1, w.shape[2]))[:, 0] / root, 0)  # [l, m]
         w = w - row[..., None] * y[:, None]
         left = (left - row.square()).scatter(1, pivot, float("-inf"))
         rank += keep[:, 0]
-        factor.append(row)
+        factor[:, step] = row
         pivots.append(pivot)
         ys.append(y)
-    for row, pivot, y in zip(reversed(factor), reversed(pivots), reversed(ys), strict=True):
+    for step in reversed(range(n)):
+        row, pivot, y = factor[:, step], pivots[step], ys[step]
         root = row.gather(1, pivot)  # [l, 1]
         value = torch.where(root > 0, (y - (row[..., None] * x).sum(1)) / torch.where(root > 0, root, 1), 0)
         x = x.scatter(1, pivot[..., None].expand(-1, -1, x.shape[2]), value[:, None])
+    rank = torch.where(finite, rank, 0)
     finite = finite[:, None, None] & b.isfinite().all(1, keepdim=True)  # [l, 1, m]
     x = torch.where(finite, x * scale[..., None], torch.nan)
     return x.to(dtype), rank
@@ -96,36 +102,81 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def cosines(K: Tensor, r: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor:
+def cosines(K: Tensor, r: Tensor, squares: Tensor, c: Tensor) -> Tensor:
     """|cos(g_j, out)| [n, m] from r = G outᵀ; a zero row is orthogonal to everything.
 
-    An `out` of norm below 8 n eps ‖u‖ is rounding noise without a direction (u lies in the span): measured against ‖u‖.
+    `out` is what is left of u and of the n terms c_j g_j after summing them in float64. Below the rounding of that sum
+    it is noise without a direction (u lies in the span): what it has in common with a row is measured against ‖u‖.
     """
-    square = K.diagonal()
+    lengths = K.diagonal().sqrt()[:, None]
     before, after = squares.sqrt()
-    norm = torch.where(after > default_rtol(len(K), accumulation(dtype)) * before, after, before)
-    return r.abs() / (torch.where(square > 0, square, 1).sqrt()[:, None] * torch.where(norm > 0, norm, 1))
+    noise = default_rtol(len(K), torch.float64) * (before + (c.abs() * lengths).sum(0))
+    norm = torch.where(after > noise, after, before)
+    cosine = r.abs() / torch.where(lengths > 0, lengths, 1) / torch.where(norm > 0, norm, 1)
+    return cosine.masked_fill(norm.isinf(), torch.nan)
 
 
 def in_range(K: Tensor, b: Tensor) -> Tensor:
-    """b [n, m], NaN where a float64 row is so small that its square vanished: loud, where dropping it would be silent."""
+    """b [n, m], NaN where a float64 row is so small that its square vanished: loud, as dropping it would be silent."""
     return b.masked_fill((K.diagonal() < 1e-290)[:, None] & (b != 0), torch.nan)
+
+
+Products = Callable[[bool], tuple[Tensor, Tensor]]
+Apply = Callable[[Tensor], tuple[Any, Tensor, Tensor]]
+
+
+def refined(
+    products: Products,
+    apply: Apply,
+    dtype: torch.dtype,
+    damping: float,
+    rtol: float | None,
+    solve: Callable[..., tuple[Tensor, Tensor]] = gram_solve,
+) -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:
+    """The projection from passes over G that the caller makes, until what is left of every row is at rounding level.
+
+    products(wide) returns K and b = G uᵀ, multiplied in float64 where `wide`; apply(c) returns out = u - cᵀ G,
+    r = G outᵀ and the squared norms of u and out. One of each is all that well-conditioned input needs. Else refine:
+    solve for what is left, first with the Gram matrix at hand, then with a wide one, which also tells rows apart that
+    products in float32 cannot.
+    """
+    multiply = accumulation(dtype)
+    limit = {torch.float32: 4, torch.float64: 64}[multiply] * torch.finfo(multiply).eps
+    wide = multiply == torch.float64
+    K, b = products(wide)
+    n = len(K)
+    if not wide and rtol is not None and rtol < default_rtol(n, torch.float32):
+        wide, (K, b) = True, products(True)
+    b = in_range(K, b)
+    c, before = torch.zeros_like(b), float("inf")
+    for attempt in range(6):
+        cut = default_rtol(n, torch.float64 if wide else torch.float32) if rtol is None else rtol
+        step, rank = solve(K[None], b[None], damping, cut)
+        c = c + step[0]
+        out, r, squares = apply(c)
+        b = r - damping * K.diagonal()[:, None] * c
+        left = cosines(K, b, squares, c)
+        if rtol is not None:
+            left = left.where(c != 0, 0)  # the rows that the caller's tolerance dropped stay as they are
+        pending = (left > limit).any(0)  # [m]; not where it is NaN, which no refinement mends
+        if not pending.any():
+            break
+        size = (b.abs() * K.diagonal()[:, None].clamp_min(1e-290).rsqrt()).amax(0)  # [m]
+        if attempt and not wide:
+            wide, size = True, float("inf")
+            K, _ = products(True)
+        elif wide and not (size < before / 2)[pending].any():  # as good as it gets
+            break
+        before = size
+    return out, c, rank[0], largest(cosines(K, r, squares, c)), squares
+
+
+def largest(t: Tensor) -> Tensor:
+    return t.amax() if t.numel() else t.new_zeros(())
 
 
 def project_out(
     u: Tensor, G: Tensor, damping: float, rtol: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out = u - Gᵀ c with (K + damping diag K) c = G uᵀ, c [n, m], rank, max |cos(g_j, out)|, squared norms [2, m].
-
-    Two rounds: the second solves for what the first left over, measured on G itself.
-    """
-    K, b = gram(G, u)
-    b = in_range(K, b)
-    c = torch.zeros_like(b)
-    for _ in range(2):
-        step, rank = gram_solve(K[None], b[None], damping, rtol)
-        c = c + step[0]
-        out, r, squares = subtract(u, G, c)
-        b = r - damping * K.diagonal()[:, None] * c
-    worst = cosines(K, r, squares, u.dtype)
-    return out, c, rank[0], worst.amax() if worst.numel() else squares.new_zeros(()), squares
+    """out = u - Gᵀ c with (K + damping diag K) c = G uᵀ, c [n, m], rank, max |cos(g_j, out)|, squared norms [2, m]."""
+    return refined(lambda wide: gram(G, u), lambda c: subtract(u, G, c), torch.float64, damping, rtol)

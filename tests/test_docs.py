@@ -27,6 +27,12 @@ def test_readme():
         exec(compile(example, str(README), "exec"), namespace)
 
 
+def test_measured_tables_are_those_of_the_results():
+    from bench.readme import written
+
+    assert written(README.read_text()) == README.read_text()
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
     results = doctest.testmod(importlib.import_module(name), extraglobs={"projgrad": projgrad, "torch": torch})

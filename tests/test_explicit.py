@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from projgrad.explicit import ExplicitGradients, project
+from projgrad.explicit import ExplicitGradients
+from projgrad.projection import project
 from projgrad.projectors import lstsq
 
 N = 7
@@ -79,6 +80,12 @@ def _loop(model, params, args, y):
     return torch.stack(rows)
 
 
+def _flat(grads, params):
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, params.values(), strict=True)]
+    )
+
+
 @pytest.mark.parametrize("chunk_size", [None, 1, 3])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore:vmap cannot run this model")
@@ -88,9 +95,9 @@ def test_rows(name, chunk_size):
     samples = ExplicitGradients(model, closure, params, chunk_size)
     G = _loop(model, params, args, y)
     torch.testing.assert_close(samples.rows(list(params)), G)
-    assert (samples._cotangents is not None) == (name != "routed")  # the fast route, wherever it is exact
+    assert (samples._split is not None) == (name != "routed")  # the fast route, wherever it is exact
     weights = torch.randn(N, dtype=torch.float64)
-    torch.testing.assert_close(torch.cat([g.flatten() for g in samples.combine(weights)]), weights @ G)
+    torch.testing.assert_close(_flat(samples.combine(weights), params), weights @ G)
     some = list(params)[1:2]
     torch.testing.assert_close(samples.rows(some), G.split([p.numel() for p in params.values()], 1)[1])
 
@@ -121,6 +128,127 @@ def test_closures_that_do_not_split_are_exact_too(name):
     rows = [torch.autograd.grad(loss, list(params.values()), retain_graph=True) for loss in losses]
     expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
     torch.testing.assert_close(samples.rows(list(params)), expected)
+
+
+def _coupled(coupling):
+    def losses(model, x, y):
+        z = model(x)
+        return F.cross_entropy(z, y, reduction="none") + coupling(z)
+
+    return losses
+
+
+def _one_small_sample(z):
+    """A term of sample 3 looks at sample 5: far below the rounding of what sample 5 has itself."""
+    return 1e-12 * torch.nn.functional.one_hot(torch.tensor(3), N) * z[5].square().sum()
+
+
+NEARLY_SPLIT = {
+    "neighbours": _coupled(lambda z: 1e-3 * (z - z.roll(1, 0)).square().sum(1)),
+    "small_sample": _coupled(_one_small_sample),
+    "weight_penalty": lambda model, x, y: (
+        F.cross_entropy(model(x), y, reduction="none") + 1e-7 * model[0].weight.square().sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NEARLY_SPLIT)
+def test_weak_coupling_is_noticed(name, dtype):
+    """Coupling far below any tolerance on the numbers is still found: the check of the split is exact."""
+    model, params, (x,), y = _setup("mlp")
+    model.to(dtype)
+    samples = ExplicitGradients(model, lambda: NEARLY_SPLIT[name](model, x.to(dtype), y), params)
+    assert samples._split is None
+
+
+class Scaled(nn.Module):
+    """A parameter without dimensions, an empty one, a shared one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.scale, self.empty = (
+            nn.Linear(6, 4),
+            nn.Parameter(torch.tensor(2.0)),
+            nn.Parameter(torch.ones(0)),
+        )
+        self.second = nn.Linear(4, 4)
+        self.third = nn.Linear(4, 4)
+        self.third.weight = self.second.weight
+
+    def forward(self, x):
+        return self.scale * self.third(self.second(self.first(x))) + self.empty.sum()
+
+
+class NeedsABatch(nn.Module):
+    """Refuses a batch of one; its samples are independent all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x):
+        if len(x) == 1:
+            raise ValueError("expected more than one sample")
+        return self.layer(x)
+
+
+class Hooked(nn.Linear):
+    def __init__(self):
+        super().__init__(6, 4)
+        self.kept = []
+        self.register_forward_hook(lambda module, args, out: self.kept.append(out.detach()))
+
+
+class CentersItsBatch(nn.Module):
+    """Couples the samples inside the model, weakly."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x):
+        z = self.layer(x)
+        return z - 1e-2 * z.mean(0)
+
+
+@pytest.mark.filterwarnings("ignore:vmap cannot run this model")
+@pytest.mark.parametrize("build", [Scaled, NeedsABatch, Hooked, CentersItsBatch])
+def test_unusual_models(build):
+    model, x, y = build().double(), torch.randn(N, 6, dtype=torch.float64), torch.randint(4, (N,))
+    params = dict(model.named_parameters())
+    samples = ExplicitGradients(model, lambda: F.cross_entropy(model(x), y, reduction="none"), params)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    rows = [torch.autograd.grad(loss, list(params.values()), retain_graph=True) for loss in losses]
+    expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    torch.testing.assert_close(samples.rows(list(params)), expected)
+    if build is Hooked:
+        assert all(kept.shape == (N, 4) and kept.norm() > 0 for kept in model.kept)
+
+
+def test_model_called_without_gradients():
+    """A teacher's call is not the one to split at."""
+    model, params, (x,), _ = _setup("mlp")
+
+    def closure():
+        with torch.no_grad():
+            target = model(x).softmax(1)
+        return F.cross_entropy(model[2](model[1](model[0](x))), target, reduction="none")
+
+    samples = ExplicitGradients(model, closure, params)
+    torch.testing.assert_close(samples.rows(list(params)).sum(0), _flat(samples.combine(torch.ones(N)), params))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_groups_in_low_precision(dtype):
+    model, params, (x,), y = _setup("mlp")
+    model.to(dtype)
+    closure = lambda: F.cross_entropy(model(x.to(dtype)), y, reduction="none")  # noqa: E731
+    u = {name: torch.randn_like(p) for name, p in params.items()}
+    results = [project(u, ExplicitGradients(model, closure, params), max_bytes=b) for b in (None, 200)]
+    for name in params:
+        torch.testing.assert_close(results[1][0][name], results[0][0][name])
+    assert results[1][1]["all parameters"].residual <= 1e-6
 
 
 def test_dropout_keeps_its_mask():

@@ -83,6 +83,36 @@ def test_opcheck(dtype, device):
     opcheck(ops.project_out.default, (u, G, 0.1, None), test_utils=utils)
 
 
+def test_opcheck_of_transposed_input(device):
+    u, c = torch.randn(9, 2, device=device).mT, torch.zeros(2, 3, dtype=torch.float64, device=device).mT
+    G = torch.randn(3, 9, device=device)
+    opcheck(ops.project_out.default, (u, G, 0.0, None))
+    opcheck(ops.subtract.default, (u, G, c))
+
+
+def test_forward_mode_is_refused_not_zero():
+    u, G = torch.randn(9), torch.randn(3, 9)
+    for call in (
+        lambda t: projgrad.project_out(t, G),
+        lambda t: projgrad.gram(G, t)[1],
+        lambda t: projgrad.gram_solve(torch.eye(9), t),
+    ):
+        with pytest.raises(RuntimeError, match="forward-mode derivatives"):
+            torch.func.jvp(call, (u,), (u,))
+
+
+def test_derivatives_of_tiny_rows_stay_in_range():
+    G = torch.randn(3, 9)
+    G[1] *= 1e-20
+    G.requires_grad_()
+    projgrad.gram(G).diagonal().log().sum().backward()
+    rows = G.detach().double()
+    torch.testing.assert_close(G.grad, (2 * rows / rows.square().sum(1, keepdim=True)).float())
+    G.grad = None
+    projgrad.project_out(torch.randn(9), G, damping=0.1).sum().backward()
+    assert G.grad.isfinite().all()
+
+
 def test_opcheck_gram_solve(device):
     A = torch.randn(2, 4, 9, device=device)
     K, b = (A @ A.mT).requires_grad_(), torch.randn(2, 4, 3, device=device, requires_grad=True)

@@ -134,6 +134,39 @@ def test_frozen_and_foreign_parameters_are_left_alone():
     assert changed == ["0.weight", "2.weight"] and model[2].bias.grad is None
 
 
+def test_unused_parameters_get_no_gradient():
+    """A zero gradient would let AdamW decay them; plain training does not."""
+    model, *_ = _setup()
+    head = nn.Linear(7, 2).double()
+    model.add_module("unused", head)
+    body = lambda x: model[2](model[1](model[0](x)))  # noqa: E731
+    x, y = torch.randn(N, 5, dtype=torch.float64), torch.randint(3, (N,))
+    before = head.weight.detach().clone()
+    projgrad.OrthoGrad(model, torch.optim.AdamW(model.parameters(), lr=0.1)).step(
+        lambda: F.cross_entropy(body(-x), y), lambda: F.cross_entropy(body(x), y, reduction="none")
+    )
+    assert head.weight.grad is None and torch.equal(head.weight, before)
+
+
+def test_nearly_parallel_retain_gradients_in_float64():
+    model, forget, _ = _setup()
+    x = torch.randn(1, 5, dtype=torch.float64) + 1e-4 * torch.randn(30, 5, dtype=torch.float64)
+    for scope in ("global", "per_tensor"):
+        unlearner = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.0), scope=scope)
+        retain = lambda: F.cross_entropy(model(x), torch.arange(30) % 3, reduction="none")  # noqa: E731
+        assert unlearner.step(forget, retain).residual <= 1e-6
+
+
+def test_an_optimizer_that_fails_leaves_the_gradients_alone():
+    model, forget, retain = _setup()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    unlearner = projgrad.OrthoGrad(model, torch.optim.LBFGS(model.parameters()))  # it needs a closure
+    with pytest.raises(TypeError, match="closure"):
+        unlearner.step(forget, retain)
+    assert all(p.grad.eq(1).all() for p in model.parameters())
+
+
 def test_max_norm_clips_the_whole_update():
     model, forget, retain = _setup()
     before = _parameters(model)
@@ -196,13 +229,13 @@ def test_batch_statistics_are_refused(norm):
 def test_a_wrong_projection_is_noticed(monkeypatch):
     """The self-check fires when the projection is not what it should be."""
     model, forget, retain = _setup()
-    import projgrad.explicit as explicit
+    import projgrad.projection as projection
 
     def broken(u, G, **kwargs):
         out, info = projgrad.project_out(u, G, **kwargs)
         return out, info._replace(residual=info.residual + 1e-3)
 
-    monkeypatch.setattr(explicit, "project_out", broken)
+    monkeypatch.setattr(projection, "project_out", broken)
     before = _parameters(model)
     with pytest.raises(ArithmeticError, match=r"left 1\.0e-03 of a retain gradient"):
         projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.1)).step(forget, retain)

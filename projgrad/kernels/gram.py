@@ -88,8 +88,7 @@ def gram(G: Tensor, u: Tensor, wide: bool, todo: Tensor | None = None) -> tuple[
     """K [n, n] and v [n, m]; `todo`: a device flag, where it is 0 nothing is computed and the values mean nothing."""
     (n, p), m = G.shape, len(u)
     if n == 0 or p == 0:
-        zeros = G.new_zeros((n, n + m), dtype=torch.float64)
-        return zeros[:, :n].contiguous(), zeros[:, n:].contiguous()
+        return G.new_zeros((n, n), dtype=torch.float64), G.new_zeros((n, m), dtype=torch.float64)
     N, diagonal, warps = tile(n)
     tiles = triton.cdiv(n, N)
     # Enough programs for the largest GPUs, whatever the one at hand, since the split fixes the order of the sums;

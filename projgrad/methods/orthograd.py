@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..explicit import ExplicitGradients, Projected, project
+from ..explicit import ExplicitGradients
+from ..projection import Projected, project
 
 
 @dataclass(frozen=True)
@@ -117,18 +118,25 @@ class OrthoGrad:
         """
         start = time.perf_counter()
         _check_batch_norm(self.model)
-        params = list(self.params.values())
+        params = {name: p for name, p in self.params.items() if p.requires_grad}
         with torch.enable_grad():
             loss = forget()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"forget() must return one scalar loss; got {got}")
-        forget_loss = float(loss.detach())
-        u = dict(zip(self.params, torch.autograd.grad(loss, params, materialize_grads=True), strict=True))
-        _check_finite("forget", u, forget_loss)
-        samples = ExplicitGradients(self.model, retain, self.params, self.chunk_size)
-        mean = samples.combine(torch.full_like(samples.losses, 1 / max(1, samples.n)))
-        _check_finite("retain", dict(zip(self.params, mean, strict=True)))
+        if not loss.isfinite():
+            raise FloatingPointError(f"the forget loss is {loss.item()}; nothing was changed")
+        grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()), allow_unused=True), strict=True))
+        samples = ExplicitGradients(self.model, retain, params, self.chunk_size)
+        means = dict(zip(params, samples.combine(torch.full_like(samples.losses, 1 / samples.n)), strict=True))
+        # A parameter that neither loss uses gets no gradient, as in plain training; a zero one would let it decay.
+        used = [name for name in params if grads[name] is not None or means[name] is not None]
+        u, mean = (
+            {name: torch.zeros_like(params[name]) if some[name] is None else some[name] for name in used}
+            for some in (grads, means)
+        )
+        _check_finite("forget", u)
+        _check_finite("retain", mean)
         u_perp, done = project(
             u,
             samples,
@@ -139,21 +147,32 @@ class OrthoGrad:
             projector=self.projector,
         )
         _check_finite("projected forget", u_perp)
-        for p, retain_grad, g in zip(params, mean, u_perp.values(), strict=True):
-            p.grad = self.alpha * retain_grad + self.sign * (1 - self.alpha) * g
-        if self.max_norm is not None:
-            nn.utils.clip_grad_norm_(params, self.max_norm)
-        self.optimizer.step()
+        update = {name: self.alpha * mean[name] + self.sign * (1 - self.alpha) * u_perp[name] for name in used}
+        self._apply(params, update)
         before, after = _norm(u), _norm(u_perp)
         return StepRecord(
             rank=None if self.projector else sum(d.rank for d in done.values()),
             preserved_norm=after / before if before else 1.0,
             residual=max(d.residual for d in done.values()),
-            forget_loss=forget_loss,
+            forget_loss=float(loss.detach()),
             retain_loss=float(samples.losses.detach().mean()),
             seconds=time.perf_counter() - start,
             tensors=done if self.scope == "per_tensor" else {},
         )
+
+    def _apply(self, params: dict[str, Tensor], update: dict[str, Tensor]) -> None:
+        """Write the update to `.grad`, clip it, step; the old `.grad` comes back if the optimizer refuses."""
+        old = {name: p.grad for name, p in params.items()}
+        try:
+            for name, p in params.items():
+                p.grad = update.get(name)
+            if self.max_norm is not None:
+                nn.utils.clip_grad_norm_(params.values(), self.max_norm)
+            self.optimizer.step()
+        except BaseException:
+            for name, p in params.items():
+                p.grad = old[name]
+            raise
 
 
 def _norm(grads: dict[str, Tensor]) -> float:
@@ -169,9 +188,7 @@ def _check_batch_norm(model: nn.Module) -> None:
             )
 
 
-def _check_finite(what: str, grads: dict[str, Tensor], loss: float = 0.0) -> None:
-    if loss - loss != 0:
-        raise FloatingPointError(f"the {what} loss is {loss}; nothing was changed")
+def _check_finite(what: str, grads: dict[str, Tensor]) -> None:
     for name, grad in grads.items():
         if not grad.isfinite().all():
             raise FloatingPointError(f"the {what} gradient of {name} holds NaN or Inf; nothing was changed")

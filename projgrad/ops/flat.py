@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import custom_op
 
 from .. import reference
@@ -17,7 +18,8 @@ class ProjectionInfo(NamedTuple):
 
     coefficients: c with result = u - Gᵀ c, float64, (n,) or (n, m) like the directions.
     rank: number of independent rows of G that were used, int64 scalar.
-    residual: max over j of |cos(g_j, result)|, measured on the result before rounding to a half type; float64 scalar.
+    residual: max over j of |cos(g_j, result)|, measured on G with the result before its last rounding; float64 scalar.
+        A result that is nothing but the rounding of its sum has no direction: it is measured relative to ‖u‖.
     preserved_norm: ‖result‖ / ‖u‖, float64, () or (m,).
     """
 
@@ -64,7 +66,7 @@ def _(G, u, wide):
 
 @_subtract.register_fake
 def _(u, G, c):
-    return u.new_empty(u.shape), torch.empty_like(c), c.new_empty((2, u.shape[0]))
+    return u.new_empty(u.shape), c.new_empty(c.shape), c.new_empty((2, u.shape[0]))
 
 
 @_gram_solve.register_fake
@@ -92,12 +94,16 @@ def _gram_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _gram_backward(ctx, dK, dv):
     G, u = ctx.saved_tensors
     dG, du = torch.zeros_like(G), torch.zeros_like(u)
-    if dK is not None:
-        dG = (dK + dK.mT).to(G.dtype) @ G
+    if dK is not None and ctx.needs_input_grad[0]:
+        dG = _product(dK + dK.mT, G)
     if dv is not None:
-        dv = dv.to(G.dtype)
-        dG, du = dG + dv @ u, dv.mT @ G
+        dG, du = dG + _product(dv, u), _product(dv.mT, G)
     return dG, du, None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float64, rounded to b's dtype: coefficients of tiny rows leave float32 and float16."""
+    return (a @ b.double()).to(b.dtype)
 
 
 def _subtract_backward(ctx, *_):
@@ -140,10 +146,12 @@ def _project_out_backward(ctx, dout, dc, *_):
     if dc is not None:
         K, _ = _gram(G, u[:0], True)
         e = _gram_solve(K[None], dc[None], ctx.damping, ctx.rtol)[0][0]
-        du, f = du + e.mT.to(G.dtype) @ G, f - e
-    dG = -(c.to(G.dtype) @ du) - f.to(G.dtype) @ out
-    if ctx.damping:
-        dG = dG + (2 * ctx.damping * (c * f).sum(1, keepdim=True)).to(G.dtype) * G
+        du, f = du + _product(e.mT, G), f - e
+    dG = None
+    if ctx.needs_input_grad[1]:
+        dG = -_product(torch.cat([c, f], 1), torch.cat([du, out]))
+        if ctx.damping:
+            dG = dG + (2 * ctx.damping * (c * f).sum(1, keepdim=True) * G).to(G.dtype)
     return du, dG, None, None
 
 
@@ -190,7 +198,7 @@ def _check_flat(op: str, u: Tensor | None, G: Tensor) -> None:
     if G.dtype not in DTYPES:
         raise TypeError(f"{op}: G must be float32, float64, bfloat16 or float16; got {G.dtype}")
     if u is None:
-        return
+        return _check_reverse_mode(op, G)
     if u.ndim not in (1, 2) or u.shape[-1] != G.shape[1]:
         raise ValueError(
             f"{op}: u must be (p,) or (m, p) with the p of G (n, p); got u {tuple(u.shape)} and G {tuple(G.shape)}"
@@ -199,6 +207,13 @@ def _check_flat(op: str, u: Tensor | None, G: Tensor) -> None:
         raise TypeError(f"{op}: u and G must have one dtype; got u {u.dtype} and G {G.dtype}: convert one of them")
     if u.device != G.device:
         raise ValueError(f"{op}: u and G must be on one device; got u on {u.device} and G on {G.device}")
+    _check_reverse_mode(op, u, G)
+
+
+def _check_reverse_mode(op: str, *tensors: Tensor) -> None:
+    """Custom operators have no forward-mode rule, and torch takes a missing one for zero: refuse instead."""
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(f"{op}: forward-mode derivatives (jvp, jacfwd) are not supported: use reverse mode")
 
 
 def _check_solver(op: str, damping: float, rtol: float | None) -> None:
@@ -249,13 +264,14 @@ def gram_solve(K: Tensor, b: Tensor, *, damping: float = 0.0, rtol: float | None
     is in the range of K, as G u always is.
 
     Args:
-        K: (..., n, n) symmetric positive semi-definite, float32 or float64. Only its symmetric part should be nonzero.
+        K: (..., n, n) symmetric positive semi-definite, float32 or float64; symmetry is not checked.
         b: (..., n) or (..., n, m), the dtype, device and batch dimensions of K.
         damping: at least 0, dimensionless: added to the unit diagonal of C, so large and small gradients count alike.
         rtol: rank tolerance on the pivots of C, in [0, 1). Default 8 n eps of the dtype of K.
 
     Returns:
-        x like b; NaN for a system that holds a NaN or an Inf, and for a column of b that does. Differentiable twice (at fixed rank).
+        x like b; NaN for a system that holds a NaN or an Inf, and for a column of b that does. Differentiable twice
+        (at fixed rank).
 
     Raises:
         ValueError: shapes that do not match, two devices, damping < 0, rtol outside [0, 1).
@@ -284,6 +300,7 @@ def gram_solve(K: Tensor, b: Tensor, *, damping: float = 0.0, rtol: float | None
     if b.device != K.device:
         raise ValueError(f"gram_solve: K and b must be on one device; got K on {K.device} and b on {b.device}")
     _check_solver("gram_solve", damping, rtol)
+    _check_reverse_mode("gram_solve", K, b)
     n, batch = K.shape[-1], K.shape[:-2]
     columns = b[..., None] if vector else b
     count = batch.numel()
@@ -312,7 +329,8 @@ def project_out(
         return_info: also return a `ProjectionInfo` (coefficients, rank, residual, preserved norm).
 
     Returns:
-        Like u. NaN or Inf anywhere in G or u gives NaN. Differentiable twice in u and G, at fixed rank.
+        Like u. NaN or Inf in G gives NaN, and so it does in a direction for that direction. Differentiable twice in u
+        and G in reverse mode, at fixed rank.
 
     Raises:
         ValueError: shapes that do not match, two devices, damping < 0, rtol outside [0, 1).

@@ -1,0 +1,111 @@
+"""Write the measured tables into the README from the files under bench/results: `python -m bench.readme`."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+from projgrad.demo.methods import TITLES
+
+from .report import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def flat() -> str:
+    with (RESULTS / "flat_cpu.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = ["projgrad", "plain Gram", "QR", "lstsq"]
+    lines = [
+        f"Projection of one float32 vector, median milliseconds (extra memory in MB), {rows[0]['threads']} threads, "
+        f"{rows[0]['device']}, torch {rows[0]['torch']}; `make bench` measures it on your machine:",
+        "",
+        "| n x p | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(names),
+    ]
+    for size in dict.fromkeys(row["size"] for row in rows if row["op"] == "project_out"):
+        found = {row["contender"]: row for row in rows if row["op"] == "project_out" and row["size"] == size}
+        cells = [f"{_ms(found[name])} ({float(found[name]['extra_mb']):.0f})" for name in names]
+        cells = [f"**{cells[0]}**", *(f"{c}, {_times(found[n])} x" for n, c in zip(names[1:], cells[1:], strict=True))]
+        n, p = size.split("x")
+        lines.append(f"| {n} x {int(p):,} | " + " | ".join(cells) + " |")
+    solve = {row["contender"]: row for row in rows if row["op"] == "gram_solve"}
+    lines += ["", "Two hundred Gram systems of n = 64, with rank detection: " + ", ".join(_solver(solve)) + "."]
+    return "\n".join(lines)
+
+
+def _ms(row: dict) -> str:
+    return f"{float(row['ms']):.3g}"
+
+
+def _times(row: dict) -> str:
+    return f"{float(row['times_ours']):.1f}"
+
+
+def _solver(rows: dict[str, dict]) -> list[str]:
+    titles = {"projgrad": "`gram_solve`", "linalg.solve": "`torch.linalg.solve` (none)"}
+    return [
+        f"{titles.get(name, name)} {_ms(row)} ms" + (f" ({_times(row)} x)" if name != "projgrad" else "")
+        for name, row in rows.items()
+    ]
+
+
+def demo() -> str:
+    results = json.loads((RESULTS / "demo-digits.json").read_text())
+    summary, sizes = results["summary"], results["sizes"]
+    lines = [
+        f"`make demo` trains a network of {sizes['parameters']:,} parameters on scikit-learn's digits with 15 % of the "
+        f"training labels wrong, and forgets these {sizes['forget']} samples. Settings of every method come from one "
+        f"search on validation data (`{results['chosen_by']['command']}`); mean ± standard deviation over "
+        f"{len(results['seeds'])} seeds:",
+        "",
+        "| method | wrong labels repeated % | retain % | test % | ms/step |",
+        "|---|---|---|---|---|",
+    ]
+    for method, row in summary["methods"].items():
+        cells = [_share(row[key]) for key in ("forget", "retain", "test")]
+        cells.append(f"{1e3 * row['step_seconds']:.1f}" if row["step_seconds"] else "")
+        lines.append(f"| {TITLES[method]} | " + " | ".join(cells) + " |")
+    lines += ["", summary["verdict"], ""]
+    panel = results["panel_settings"][0]
+    lines += [
+        f"What more retain gradients buy (α = {panel['alpha']}, lr {panel['lr']}, {panel['steps']} steps):",
+        "",
+        "| retain samples a step | wrong labels repeated % | test % | preserved norm | ms/step |",
+        "|---|---|---|---|---|",
+    ]
+    for row in summary["panel"]:
+        label = f"{row['n']}, no projection" if row["method"] == "neggrad" else str(row["n"])
+        kept = "" if row["preserved_norm"] is None else f"{row['preserved_norm']:.2f}"
+        cells = [_share(row["forget"]), _share(row["test"]), kept, f"{1e3 * row['step_seconds']:.1f}"]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines += ["", "The projection alone, on the same gradients (MiB beyond the gradients themselves):", ""]
+    lines += ["| n x p | QR | projgrad | relative difference |", "|---|---|---|---|"]
+    for row in summary["projection"]:
+        cells = [f"{1e3 * row['seconds'][k]:.1f} ms, {_mebibytes(row['bytes'][k])}" for k in ("qr", "projgrad")]
+        lines.append(f"| {row['n']} x {row['p']:,} | " + " | ".join(cells) + f" | {row['relative_difference']:.0e} |")
+    return "\n".join(
+        [*lines, "", "![Accuracy per step, time and memory of the projection](bench/results/demo-digits.png)"]
+    )
+
+
+def _share(value: dict) -> str:
+    return f"{100 * value['mean']:.1f}" + ("" if value["std"] is None else f" ± {100 * value['std']:.1f}")
+
+
+def _mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.1f} MiB"
+
+
+def written(text: str) -> str:
+    """`text` with every generated section made anew."""
+    for name, section in (("flat", flat), ("demo", demo)):
+        pattern = rf"(<!-- {name}: .*? -->\n).*?(\n<!-- end -->)"
+        text, count = re.subn(pattern, lambda m, s=section: m[1] + s() + m[2], text, flags=re.S)
+        if count != 1:
+            raise ValueError(f"README.md must hold one section <!-- {name}: ... --> ... <!-- end -->; found {count}")
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text()))

@@ -1,0 +1,18 @@
+// Which vectors this processor has: decided at run time, in one place.
+#pragma once
+
+namespace projgrad {
+
+// Bytes of the widest vectors that the kernels may use here.
+inline int simd_bytes() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  __builtin_cpu_init();
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (wide) return 64;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 32;
+#endif
+  return 16;
+}
+
+}  // namespace projgrad

@@ -1,0 +1,1 @@
+"""The real-data demo: the same forgetting task with OrthoGrad and the baselines, measured and drawn."""

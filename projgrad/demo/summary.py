@@ -1,0 +1,94 @@
+"""Means, spreads and one honest sentence from the runs of a demo."""
+
+import math
+from statistics import fmean, median, stdev
+from typing import Any
+
+from .methods import TITLES
+
+METRICS = ("forget", "retain", "test")
+
+
+def summarize(results: dict[str, Any]) -> dict[str, Any]:
+    """All that tables and pictures show, computed from the finished runs only."""
+    runs = results["runs"]
+    rows = {}
+    for method in TITLES:
+        some = [run for run in runs if run["method"] == method and run["table"] == "main"]
+        if some:
+            rows[method] = _row(some)
+    keys = dict.fromkeys((run["n"], run["method"]) for run in runs if run["table"] == "panel")
+    panel = [
+        {
+            "method": method,
+            "n": n,
+            **_row([r for r in runs if (r["table"], r.get("n"), r["method"]) == ("panel", n, method)]),
+        }
+        for n, method in sorted(keys, key=lambda key: (key[1], key[0]))
+    ]
+    limit = results["chosen_by"].get("limit", 0.05)
+    return {"methods": rows, "panel": panel, "projection": _projection(results), "verdict": verdict(rows, limit)}
+
+
+def _row(runs: list[dict]) -> dict[str, Any]:
+    row: dict[str, Any] = {"seeds": len(runs)}
+    for key in METRICS:
+        values = [run[key] for run in runs]
+        row[key] = {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None}
+    for key in ("step_seconds", "preserved_norm"):
+        values = [run[key] for run in runs if run[key] is not None]
+        row[key] = median(values) if values else None
+    return row
+
+
+def _projection(results: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for n in dict.fromkeys(entry["n"] for entry in results["projection"]):
+        some = [entry for entry in results["projection"] if entry["n"] == n]
+        memory = next((entry for entry in results["memory"] if entry["n"] == n), {})
+        rows.append(
+            {
+                "n": n,
+                "p": some[0]["p"],
+                "seconds": {k: median(entry["seconds"][k] for entry in some) for k in some[0]["seconds"]},
+                "bytes": {k: memory.get(k) for k in some[0]["seconds"]},
+                "relative_difference": max(entry["relative_difference"] for entry in some),
+            }
+        )
+    return rows
+
+
+def verdict(rows: dict[str, dict], limit: float) -> str:
+    """OrthoGrad against the best baseline that forgets, with the spread over seeds. Generated, whatever it says."""
+    if "orthograd" not in rows or "retrained" not in rows:
+        return "Not enough finished runs to compare."
+    ours = rows["orthograd"]
+    baselines = {m: row for m, row in rows.items() if m in ("ascent", "finetune", "neggrad")}
+    forgetting = {m: row for m, row in baselines.items() if row["forget"]["mean"] <= limit}
+    text = f"OrthoGrad leaves {_percent(ours['forget'])} to forget at a test accuracy of {_percent(ours['test'])}"
+    gap = 100 * (rows["retrained"]["test"]["mean"] - ours["test"]["mean"])
+    text += f", {abs(gap):.1f} points {'below' if gap >= 0 else 'above'} retraining"
+    if ours["forget"]["mean"] > limit:
+        return f"{text}. That is not forgetting by the limit of {limit:.0%}."
+    if not forgetting:
+        return f"{text}; no baseline gets below {limit:.0%} to forget."
+    best = max(forgetting, key=lambda m: forgetting[m]["test"]["mean"])
+    theirs = forgetting[best]
+    difference = 100 * (ours["test"]["mean"] - theirs["test"]["mean"])
+    text += f". The best baseline, {TITLES[best]}, reaches {_percent(theirs['test'])}"
+    text += f" and leaves {_percent(theirs['forget'])}"
+    if ours["test"]["std"] is None:
+        return f"{text}: {difference:+.1f} points for OrthoGrad, on one seed, so without a spread to judge it by."
+    spread = 100 * math.hypot(ours["test"]["std"], theirs["test"]["std"])
+    if difference > spread:
+        judgement = "OrthoGrad wins on this data"
+    elif difference < -spread:
+        judgement = "OrthoGrad does not win on this data"
+    else:
+        judgement = "OrthoGrad does not win on this data: the two cannot be told apart"
+    return f"{text}. {judgement} ({difference:+.1f} points; spread over seeds {spread:.1f})."
+
+
+def _percent(value: dict[str, float | None]) -> str:
+    spread = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
+    return f"{100 * value['mean']:.1f}{spread} %"
