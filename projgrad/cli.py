@@ -6,8 +6,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .data import CREDITS, MissingData
-
 MISSING = "this command needs the package {}: pip install 'projgrad[demo]', or `make build` in the repository"
 
 
@@ -15,6 +13,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for bad arguments or missing data, 130 after Ctrl-C."""
     if argv is None:
         _restart_with_passive_waiting()
+    try:
+        return _run(argv)
+    except ModuleNotFoundError as error:
+        print(f"projgrad: {MISSING.format(error.name)}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    from .data import CREDITS
+
     parser = argparse.ArgumentParser(prog="projgrad", description="Gradient projection for machine unlearning.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="unlearn on real data and compare with the baselines (a minute or two)")
@@ -25,11 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--seeds", type=_positive, default=3, help="number of seeds [%(default)s]")
     commands.add_parser("doctor", help="versions, and which kernels are available")
     args = parser.parse_args(argv)
-    try:
-        return _doctor() if args.command == "doctor" else _demo(args.data, args.out, args.seeds)
-    except ModuleNotFoundError as error:
-        print(f"projgrad: {MISSING.format(error.name)}", file=sys.stderr)
-        return 2
+    return _doctor() if args.command == "doctor" else _demo(args.data, args.out, args.seeds)
 
 
 def _restart_with_passive_waiting() -> None:
@@ -53,6 +57,7 @@ def _demo(data: str, out: Path, seeds: int) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    from .data import MissingData
     from .demo.job import Demo, default_plan
     from .demo.picture import draw
     from .demo.tables import tables

@@ -85,7 +85,7 @@ def _project_groups(
         return u_perp, sum(r), sum(squares)
 
     dtype = functools.reduce(torch.promote_types, (g.dtype for g in u.values()))
-    u_perp, _, rank, worst, squares = reference.refined(products, apply, dtype, damping, rtol, _gram_solve)
+    u_perp, _, rank, worst, squares = reference.refined(samples.n, products, apply, dtype, damping, rtol, _gram_solve)
     return u_perp, Projected(int(rank), _preserved(squares), float(worst))
 
 

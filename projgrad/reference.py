@@ -121,11 +121,19 @@ def in_range(K: Tensor, b: Tensor) -> Tensor:
     return b.masked_fill((K.diagonal() < 1e-290)[:, None] & (b != 0), torch.nan)
 
 
+def first_pass(n: int, dtype: torch.dtype, rtol: float | None) -> tuple[bool, float]:
+    """Whether the first Gram matrix must be multiplied in float64 already, and the cosine that counts as rounding."""
+    narrow = accumulation(dtype) == torch.float32
+    limit = 4 * torch.finfo(torch.float32).eps if narrow else 64 * torch.finfo(torch.float64).eps
+    return not narrow or (rtol is not None and rtol < default_rtol(n, torch.float32)), limit
+
+
 Products = Callable[[bool], tuple[Tensor, Tensor]]
 Apply = Callable[[Tensor], tuple[Any, Tensor, Tensor]]
 
 
 def refined(
+    n: int,
     products: Products,
     apply: Apply,
     dtype: torch.dtype,
@@ -140,13 +148,8 @@ def refined(
     solve for what is left, first with the Gram matrix at hand, then with a wide one, which also tells rows apart that
     products in float32 cannot.
     """
-    multiply = accumulation(dtype)
-    limit = {torch.float32: 4, torch.float64: 64}[multiply] * torch.finfo(multiply).eps
-    wide = multiply == torch.float64
+    wide, limit = first_pass(n, dtype, rtol)
     K, b = products(wide)
-    n = len(K)
-    if not wide and rtol is not None and rtol < default_rtol(n, torch.float32):
-        wide, (K, b) = True, products(True)
     b = in_range(K, b)
     c, before = torch.zeros_like(b), float("inf")
     for attempt in range(6):
@@ -179,4 +182,4 @@ def project_out(
     u: Tensor, G: Tensor, damping: float, rtol: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out = u - Gᵀ c with (K + damping diag K) c = G uᵀ, c [n, m], rank, max |cos(g_j, out)|, squared norms [2, m]."""
-    return refined(lambda wide: gram(G, u), lambda c: subtract(u, G, c), torch.float64, damping, rtol)
+    return refined(len(G), lambda wide: gram(G, u), lambda c: subtract(u, G, c), torch.float64, damping, rtol)

@@ -16,7 +16,7 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def on_host(u: Tensor, G: Tensor, damping: float, rtol: float | None) -> Result:
     """Two passes over G where the first projection is at rounding level, which the host looks at."""
     return reference.refined(
-        lambda wide: _gram(G, u, wide), lambda c: _subtract(u, G, c), u.dtype, damping, rtol, _gram_solve
+        len(G), lambda wide: _gram(G, u, wide), lambda c: _subtract(u, G, c), u.dtype, damping, rtol, _gram_solve
     )
 
 
@@ -29,13 +29,11 @@ def on_device(u: Tensor, G: Tensor, damping: float, rtol: float | None) -> Resul
     from .gram_solve import gram_solve
     from .subtract import subtract
 
-    n, multiply = len(G), reference.accumulation(G.dtype)
-    limit = {torch.float32: 4, torch.float64: 64}[multiply] * torch.finfo(multiply).eps
-    narrow = reference.default_rtol(n, torch.float32)
-    wide = multiply == torch.float64 or (rtol is not None and rtol < narrow)
-    exact = reference.default_rtol(n, torch.float64) if rtol is None else rtol
+    wide, limit = reference.first_pass(len(G), G.dtype, rtol)
+    exact = reference.default_rtol(len(G), torch.float64) if rtol is None else rtol
+    cut = reference.default_rtol(len(G), torch.float32) if rtol is None and not wide else exact
     K, b = gram(G, u, wide)
-    step, rank = gram_solve(K[None], reference.in_range(K, b)[None], damping, exact if wide else rtol or narrow)
+    step, rank = gram_solve(K[None], reference.in_range(K, b)[None], damping, cut)
     c = step[0]
     out, r, squares = subtract(u, G, c)
     for attempt in range(2):
