@@ -33,11 +33,15 @@ void accumulate(const T* const* g, const double* c, int64_t length, double* out)
   }
 }
 
-// r_i += g_i · out over I rows.
+// r_i += g_i · out over I rows, which are in cache; the columns behind them, next to be used, are brought there
+// meanwhile.
 template <int I, class T>
 void dots(const T* const* g, const double* out, int64_t length, double* r, int64_t stride) {
+  constexpr int64_t line = 64 / sizeof(T);
   Wide sum[I] = {};
   for (int64_t k = 0; k < length; k += kLanes) {
+    if (k % line == 0)
+      for (int i = 0; i < I; ++i) __builtin_prefetch(g[i] + length + k, 0, 2);
     const Wide x = widen(out + k);
     for (int i = 0; i < I; ++i) sum[i] += widen(g[i] + k) * x;
   }
