@@ -1,7 +1,11 @@
 """Choose the demo's settings on validation data: python -m bench.tune_demo [digits] [faces]
 
-Every method gets the same search: 15 candidates, the same tuning seeds (never the demo's), the same rule. The
-test split is not read. Writes projgrad/demo/settings.json with every candidate's numbers.
+Every method gets the same search: 15 candidates, the same tuning seeds (never the demo's), the same rule. The test
+images are the same for all seeds and are not read. Writes projgrad/demo/settings.json with every candidate's numbers.
+
+What such a search does not cover: the ranges themselves, the numbers of steps and the training recipe were found by
+hand, on tuning seeds of an earlier split that shared images with today's test set, and ranges whose best value lay at
+an edge were moved. The tie rule was added after a first full run, where an exact tie had picked the worse forgetter.
 """
 
 import argparse
@@ -27,7 +31,7 @@ RULE = (
     f"is at most {LIMIT}, ties broken by the smaller share; where no candidate reaches that, the highest validation "
     "accuracy minus that share"
 )
-SEEDS = {"digits": (100, 101, 102), "faces": (100, 101)}
+SEEDS = {"digits": (100, 101, 102), "faces": (100, 101, 102, 103)}
 PLANS = {
     "digits": {"n": 64, "steps": 60, "more_steps": [60, 150, 300], "panel": [16, 64, 256], "panel_steps": 30},
     "faces": {"n": 32, "steps": 30, "more_steps": [30, 75, 150], "panel": [8, 32, 64], "panel_steps": 15},

@@ -102,14 +102,14 @@ class ExplicitGradients:
 
     def _confirms(self, names: Sequence[str], G: Tensor) -> bool:
         """The rows reproduce an ordinary backward pass with weights ± 1 / ‖g_j‖, so that each row counts alike."""
-        lengths = G.double().norm(dim=1)
+        lengths = torch.linalg.vector_norm(G, dim=1).double()
         signs = 1 - 2 * (torch.arange(self.n, device=G.device) * 0x9E3779B1 >> 16 & 1)
         largest = lengths.max().clamp_min(torch.finfo(torch.float64).tiny)
         weights = (signs * largest / lengths.clamp_min(1e-6 * largest)).to(self.losses.dtype)
         inputs = [self.params[name] for name in names]
         expected = torch.autograd.grad(self.losses, inputs, weights, retain_graph=True, materialize_grads=True)
-        difference = weights.double() @ G.double() - torch.cat([g.flatten() for g in expected]).double()
-        return bool(difference.norm() <= self._tolerance * (weights.double().abs() * lengths).norm())
+        difference = weights.to(G.dtype) @ G - torch.cat([g.flatten() for g in expected])
+        return bool(difference.double().norm() <= self._tolerance * (weights.double().abs() * lengths).norm())
 
     @property
     def _tolerance(self) -> float:

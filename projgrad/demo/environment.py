@@ -38,5 +38,5 @@ def environment() -> dict[str, Any]:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
     }

@@ -99,7 +99,7 @@ def _final(ax: Any, results: dict[str, Any]) -> None:
         ax.plot([], [], "o", color=COLORS[method], label=f"{TITLES[method]}: outside, at ({x:.0f}, {y:.0f})")
     ax.set(title="At the end, ± spread over seeds", xlabel=FORGET[results["data"]].lower(), ylabel="test accuracy %")
     ax.set_xlim(min(-0.5, ax.get_xlim()[0]), max(4.0, 2.2 * ax.get_xlim()[1]))  # room for the legend
-    ax.legend(fontsize=8, framealpha=0.9, loc="lower right")
+    ax.legend(fontsize=8, framealpha=0.9, loc="upper right")
 
 
 def _panel(ax: Any, results: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from .methods import TITLES
 
 METRICS = ("forget", "retain", "test")
+BREAKDOWN = 0.1  # a spread over seeds this large means that some run was destroyed
 
 
 def summarize(results: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +87,11 @@ def verdict(rows: dict[str, dict], limit: float) -> str:
         judgement = "OrthoGrad does not win on this data"
     else:
         judgement = "OrthoGrad does not win on this data: the two cannot be told apart"
-    return f"{text}. {judgement} ({difference:+.1f} points; spread over seeds {spread:.1f})."
+    broken = [
+        f"{TITLES[m]} ({_percent(row['test'])})" for m, row in baselines.items() if row["test"]["std"] > BREAKDOWN
+    ]
+    note = f" {' and '.join(broken)} broke down on some seeds and is not seen at its best." if broken else ""
+    return f"{text}. {judgement} ({difference:+.1f} points; spread over seeds {spread:.1f}).{note}"
 
 
 def _percent(value: dict[str, float | None]) -> str:
