@@ -16,7 +16,7 @@ build: .venv/built
 	touch $@
 
 .venv/built: .venv/ready $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation -e ".[demo,dev]"
+	$(BIN)/pip install -q --no-build-isolation --config-settings editable_mode=compat -e ".[demo,dev]"
 	touch $@
 
 test: build
