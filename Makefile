@@ -12,7 +12,7 @@ build: .venv/built
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q "$(TORCH)" "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
+	$(BIN)/pip install -q "$(TORCH)" "setuptools>=77" wheel ninja "pybind11>=2.13" "numpy<2.4"
 	touch $@
 
 .venv/built: .venv/ready $(SOURCES)

@@ -58,7 +58,7 @@ def gram_kernel(
                 else:
                     y, y_up = _scale(y.to(tl.float32))
             if WIDE:
-                k = tl.dot(x, tl.trans(y), k)
+                k = tl.dot(x, tl.trans(y), k, out_dtype=tl.float64)
             else:
                 products = tl.dot(x, tl.trans(y), input_precision=PRECISION).to(tl.float64)
                 k += products * x_up[:, None] * (x_up if DIAGONAL else y_up)[None, :]
