@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, BLOCK, WARPS = 64, 128, 8  # the tile stays in registers between its two uses, without spills
+ROWS, BLOCK, WARPS = 64, 64, 8  # the tile stays in registers between its two uses, without spills
 
 
 @triton.jit
