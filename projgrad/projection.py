@@ -44,7 +44,7 @@ def project(
     else:
         u_perp, done["all parameters"] = _project_groups(u, samples, groups, damping, rtol)
     if not damping and rtol is None and projector is None:
-        _check_residual(samples.n, done)
+        _check_residual(u, samples.n, done)
     return u_perp, done
 
 
@@ -117,11 +117,16 @@ def _unflat(flat: Tensor, like: dict[str, Tensor], names: Sequence[str]) -> dict
     return {name: part.view_as(like[name]).to(like[name].dtype) for name, part in zip(names, parts, strict=True)}
 
 
-def _check_residual(n: int, done: dict[str, Projected]) -> None:
-    """A dependent row may keep the sine that the rank tolerance allows; anything well above it is a wrong answer."""
-    limit = 10 * reference.default_rtol(n, torch.float64) ** 0.5
+def _check_residual(u: dict[str, Tensor], n: int, done: dict[str, Projected]) -> None:
+    """A dependent row may keep the sine that the rank tolerance allows; anything well above it is a wrong answer.
+
+    Where next to nothing of u is left, what it has in common with a row is compared with u: the rounding of the sum.
+    """
+    rounding = max(reference.first_pass(n, g.dtype, None)[1] for g in u.values())
+    limit = max(10 * reference.default_rtol(n, torch.float64) ** 0.5, 2 * rounding)
+    rounded = 1000 * reference.default_rtol(n, torch.float64)
     for name, some in done.items():
-        if not some.residual <= limit:
+        if not (some.residual <= limit or some.residual * some.preserved_norm <= rounded):
             raise ArithmeticError(
                 f"the projection left {some.residual:.1e} of a retain gradient (limit {limit:.0e}) in {name[:80]}; "
                 "nothing was changed. Please report this with the shapes and dtypes of your model"

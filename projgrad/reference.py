@@ -151,8 +151,8 @@ def refined(
     wide, limit = first_pass(n, dtype, rtol)
     K, b = products(wide)
     b = in_range(K, b)
-    c, before = torch.zeros_like(b), float("inf")
-    for attempt in range(6):
+    c, before, norms = torch.zeros_like(b), float("inf"), float("inf")
+    for attempt in range(8):
         cut = default_rtol(n, torch.float64 if wide else torch.float32) if rtol is None else rtol
         step, rank = solve(K[None], b[None], damping, cut)
         c = c + step[0]
@@ -162,15 +162,17 @@ def refined(
         if rtol is not None:
             left = left.where(c != 0, 0)  # the rows that the caller's tolerance dropped stay as they are
         pending = (left > limit).any(0)  # [m]; not where it is NaN, which no refinement mends
+        if not wide and rtol is None:  # a row that looks dependent in float32 may not be: float64 decides
+            pending |= rank[0] < (K.diagonal() > 0).sum()
         if not pending.any():
             break
         size = (b.abs() * K.diagonal()[:, None].clamp_min(1e-290).rsqrt()).amax(0)  # [m]
-        if attempt and not wide:
+        if not wide and (attempt or rank[0] < n):
             wide, size = True, float("inf")
             K, _ = products(True)
-        elif wide and not (size < before / 2)[pending].any():  # as good as it gets
+        elif wide and not ((size < before / 2) | (squares[1] < norms / 4))[pending].any():  # as good as it gets
             break
-        before = size
+        before, norms = size, squares[1]
     return out, c, rank[0], largest(cosines(K, r, squares, c)), squares
 
 

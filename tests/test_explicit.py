@@ -200,6 +200,20 @@ class Hooked(nn.Linear):
         self.register_forward_hook(lambda module, args, out: self.kept.append(out.detach()))
 
 
+class Remembers(nn.Module):
+    """Keeps features and a running value: none of them may come from inside vmap."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()
+        self.features = x
+        return self.layer(x)
+
+
 class CentersItsBatch(nn.Module):
     """Couples the samples inside the model, weakly."""
 
@@ -213,7 +227,7 @@ class CentersItsBatch(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:vmap cannot run this model")
-@pytest.mark.parametrize("build", [Scaled, NeedsABatch, Hooked, CentersItsBatch])
+@pytest.mark.parametrize("build", [Scaled, NeedsABatch, Hooked, CentersItsBatch, Remembers])
 def test_unusual_models(build):
     model, x, y = build().double(), torch.randn(N, 6, dtype=torch.float64), torch.randint(4, (N,))
     params = dict(model.named_parameters())
@@ -222,6 +236,9 @@ def test_unusual_models(build):
     rows = [torch.autograd.grad(loss, list(params.values()), retain_graph=True) for loss in losses]
     expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
     torch.testing.assert_close(samples.rows(list(params)), expected)
+    if build is Remembers:
+        assert samples._split is not None and model.features.shape == (N, 6)
+        assert model.state_dict()["mean"].isfinite().all() and float(model.features.sum()) == float(x.sum())
     if build is Hooked:
         assert all(kept.shape == (N, 4) and kept.norm() > 0 for kept in model.kept)
 

@@ -129,7 +129,7 @@ def test_frozen_and_foreign_parameters_are_left_alone():
     before = copy.deepcopy(model.state_dict())
     unlearner = projgrad.OrthoGrad(model, optimizer)
     unlearner.step(forget, retain)
-    assert list(unlearner.params) == ["0.weight", "2.weight"]
+    assert list(unlearner.parameters()) == ["0.weight", "2.weight"]
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
     assert changed == ["0.weight", "2.weight"] and model[2].bias.grad is None
 
@@ -167,6 +167,45 @@ def test_an_optimizer_that_fails_leaves_the_gradients_alone():
     assert all(p.grad.eq(1).all() for p in model.parameters())
 
 
+def test_a_stale_gradient_moves_nothing():
+    """Frozen parameters, and those of other models in the same optimizer, stay where they are."""
+    model, forget, retain = _setup()
+    other = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    unlearner = projgrad.OrthoGrad(model, torch.optim.SGD([*model.parameters(), other], lr=0.1))
+    model[0].weight.requires_grad_(False)
+    model[0].weight.grad, other.grad = torch.ones_like(model[0].weight), torch.ones_like(other)
+    before = model[0].weight.clone()
+    unlearner.step(forget, retain)
+    assert torch.equal(model[0].weight, before) and other.eq(1).all()
+    model[0].weight.requires_grad_(True)
+    unlearner.step(forget, retain)
+    assert not torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("scope", ["global", "per_tensor"])
+def test_no_valid_step_is_refused(scope):
+    """One retain sample, or a few nearly equal ones, in float32 and float64."""
+    for seed in range(60):
+        torch.manual_seed(seed)
+        dtype, n = (torch.float32, torch.float64)[seed % 2], 1 + seed % 3
+        model = nn.Sequential(nn.Linear(6, 2), nn.Tanh(), nn.Linear(2, 2)).to(dtype)
+        x, y = torch.randn(1, 6, dtype=dtype) + 1e-4 * torch.randn(n, 6, dtype=dtype), torch.randint(2, (n,))
+        retain = lambda x=x, y=y, model=model: F.cross_entropy(model(x), y, reduction="none")  # noqa: E731
+        forget = lambda x=x, y=y, model=model: F.cross_entropy(model(x + 1e-3), y)  # noqa: E731
+        unlearner = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.1), scope=scope)
+        record = unlearner.step(forget, retain)
+        parts = record.tensors.values() if record.tensors else [record]
+        assert all(part.residual <= 4e-6 or part.residual * part.preserved_norm <= 1e-11 for part in parts)
+
+
+def test_sparse_gradients_are_refused():
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten())
+    ids, y = torch.tensor([[0], [1]]), torch.tensor([0, 1])
+    unlearner = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=r"gradient of 0\.weight is sparse: build the layer with sparse=False"):
+        unlearner.step(lambda: F.cross_entropy(model(ids), y), lambda: F.cross_entropy(model(ids), y, reduction="none"))
+
+
 def test_max_norm_clips_the_whole_update():
     model, forget, retain = _setup()
     before = _parameters(model)
@@ -183,6 +222,7 @@ BAD_STEPS = {
     "forget_vector": (lambda f, r: (r, r), ValueError, r"forget\(\) must return one scalar loss; got \(6,\)"),
     "retain_scalar": (lambda f, r: (f, f), ValueError, r"one loss per sample, shape \(n,\); got \(\)"),
     "retain_nothing": (lambda f, r: (f, lambda: r()[:0]), ValueError, "returned no losses"),
+    "forget_constant": (lambda f, r: (lambda: f().detach(), r), ValueError, "do(es)? not depend on any trainable"),
     "retain_constant": (lambda f, r: (f, lambda: r().detach()), ValueError, "do not depend on any trainable"),
     "forget_nan": (lambda f, r: (_poisoned(f, float("nan")), r), FloatingPointError, "forget loss is nan"),
     "retain_inf": (

@@ -75,6 +75,17 @@ def test_u_in_an_ill_conditioned_span(e, implementation, device):
     assert IMPLEMENTATIONS[implementation](u, G).norm() <= 1e-15 / e * 1e3 * u.norm()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("n, p, e", [(20, 2000, 1e-6), (4, 3000, 1e-4)])
+def test_rank_is_decided_in_float64(n, p, e, implementation, device):
+    """Rows that float32 products cannot tell apart count in full; a float64 Gram matrix leaves an error of eps / e²."""
+    G = (torch.randn(1, p, device=device) + e * torch.randn(n, p, device=device)).float()
+    u = torch.randn(p, device=device)
+    expected = truth(u, G)
+    bound = max(1e-5, 4 * torch.finfo(torch.float64).eps / e**2)
+    assert (IMPLEMENTATIONS[implementation](u, G) - expected).norm() <= bound * expected.norm()
+
+
 def test_a_bad_direction_does_not_stop_the_others(device):
     G = torch.randn(6, 300, device=device)
     G[1] = G[0] + 1e-4 * G[1]

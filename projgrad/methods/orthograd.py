@@ -95,17 +95,22 @@ class OrthoGrad:
             raise ValueError(f"scope must be 'global' or 'per_tensor'; got {scope!r}")
         if projector is not None and max_bytes is not None:
             raise ValueError("max_bytes needs projgrad's own projection: a custom projector is given all of G")
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) in owned}
-        if not self.params:
-            raise ValueError("the optimizer holds no parameter of the model that requires a gradient")
         self.model, self.optimizer, self.alpha, self.scope = model, optimizer, alpha, scope
         self.sign = -1.0 if ascend else 1.0
         self.damping, self.rtol, self.max_norm = damping, rtol, max_norm
         self.chunk_size, self.max_bytes, self.projector = chunk_size, max_bytes, projector
+        self.parameters()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is updated, by name: the model's parameters that require gradients now and belong to the optimizer."""
+        owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        found = {name: p for name, p in self.model.named_parameters() if p.requires_grad and id(p) in owned}
+        if not found:
+            raise ValueError("the optimizer holds no parameter of the model that requires a gradient")
+        return found
 
     def step(self, forget: Callable[[], Tensor], retain: Callable[[], Tensor]) -> StepRecord:
-        """One update. On any error the model, its `.grad` and the optimizer are as they were.
+        """One update. An error before the optimizer steps leaves the model, its `.grad` and the optimizer as they were.
 
         Args:
             forget: returns the scalar forget loss.
@@ -118,12 +123,14 @@ class OrthoGrad:
         """
         start = time.perf_counter()
         _check_batch_norm(self.model)
-        params = {name: p for name, p in self.params.items() if p.requires_grad}
+        params = self.parameters()
         with torch.enable_grad():
             loss = forget()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"forget() must return one scalar loss; got {got}")
+        if not loss.requires_grad:
+            raise ValueError("forget() returned a loss that does not depend on any trainable parameter")
         if not loss.isfinite():
             raise FloatingPointError(f"the forget loss is {loss.item()}; nothing was changed")
         grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()), allow_unused=True), strict=True))
@@ -131,6 +138,8 @@ class OrthoGrad:
         means = dict(zip(params, samples.combine(torch.full_like(samples.losses, 1 / samples.n)), strict=True))
         # A parameter that neither loss uses gets no gradient, as in plain training; a zero one would let it decay.
         used = [name for name in params if grads[name] is not None or means[name] is not None]
+        if not used:
+            raise ValueError("neither loss depends on a parameter that the optimizer holds")
         u, mean = (
             {name: torch.zeros_like(params[name]) if some[name] is None else some[name] for name in used}
             for some in (grads, means)
@@ -148,7 +157,7 @@ class OrthoGrad:
         )
         _check_finite("projected forget", u_perp)
         update = {name: self.alpha * mean[name] + self.sign * (1 - self.alpha) * u_perp[name] for name in used}
-        self._apply(params, update)
+        self._apply({params[name]: g for name, g in update.items()})
         before, after = _norm(u), _norm(u_perp)
         return StepRecord(
             rank=None if self.projector else sum(d.rank for d in done.values()),
@@ -160,18 +169,19 @@ class OrthoGrad:
             tensors=done if self.scope == "per_tensor" else {},
         )
 
-    def _apply(self, params: dict[str, Tensor], update: dict[str, Tensor]) -> None:
-        """Write the update to `.grad`, clip it, step; the old `.grad` comes back if the optimizer refuses."""
-        old = {name: p.grad for name, p in params.items()}
+    def _apply(self, update: dict[nn.Parameter, Tensor]) -> None:
+        """Write the update to `.grad`, clip it, step. Every other parameter of the optimizer steps without a gradient:
+        a stale one would move it. The old `.grad` come back if the optimizer refuses."""
+        old = {p: p.grad for group in self.optimizer.param_groups for p in group["params"]}
         try:
-            for name, p in params.items():
-                p.grad = update.get(name)
+            for p in old:
+                p.grad = update.get(p)
             if self.max_norm is not None:
-                nn.utils.clip_grad_norm_(params.values(), self.max_norm)
+                nn.utils.clip_grad_norm_(list(update), self.max_norm)
             self.optimizer.step()
         except BaseException:
-            for name, p in params.items():
-                p.grad = old[name]
+            for p, grad in old.items():
+                p.grad = grad
             raise
 
 
@@ -190,5 +200,7 @@ def _check_batch_norm(model: nn.Module) -> None:
 
 def _check_finite(what: str, grads: dict[str, Tensor]) -> None:
     for name, grad in grads.items():
+        if grad.layout != torch.strided:
+            raise ValueError(f"the {what} gradient of {name} is sparse: build the layer with sparse=False")
         if not grad.isfinite().all():
             raise FloatingPointError(f"the {what} gradient of {name} holds NaN or Inf; nothing was changed")
