@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, FLOAT_ONLY, make
+from cases import CASES, FLOAT_ONLY, TRITON, make
 
 import projgrad
 from projgrad import reference
@@ -25,8 +25,7 @@ IMPLEMENTATIONS = {
     "op": lambda G, u: torch.ops.projgrad.gram(G, u, False),
     "op_wide": lambda G, u: torch.ops.projgrad.gram(G, u, True),
     "reference": reference.gram,
-    "triton": _triton(False),
-    "triton_wide": _triton(True),
+    **({"triton": _triton(False), "triton_wide": _triton(True)} if TRITON else {}),
 }
 
 
