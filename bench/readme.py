@@ -8,6 +8,7 @@ from pathlib import Path
 from projgrad.demo.methods import TITLES
 
 from .report import RESULTS
+from .steps import SUMMARY, summary
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -89,6 +90,21 @@ def demo() -> str:
     )
 
 
+def steps() -> str:
+    with (RESULTS / "steps_cpu.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    lines = [
+        f"Whole steps in float32 on {rows[0]['threads']} threads, {rows[0]['device']}, torch {rows[0]['torch']}, with "
+        "targets in parentheses. Plain is the same two batches without projection, for K alone one forward and "
+        "backward pass; memory is the peak above the loaded model; vmap is `vmap(grad)` and QR, for K alone "
+        "`vmap(grad)` and a product; `python -m bench.steps` measures it on your machine:",
+        "",
+        "| " + " | ".join(SUMMARY) + " |",
+        "|---|" + "---|" * (len(SUMMARY) - 1),
+    ]
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in summary(rows)])
+
+
 def _share(value: dict) -> str:
     return f"{100 * value['mean']:.1f}" + ("" if value["std"] is None else f" ± {100 * value['std']:.1f}")
 
@@ -99,7 +115,10 @@ def _mebibytes(count: int | None) -> str:
 
 def written(text: str) -> str:
     """`text` with every generated section made anew."""
-    for name, section in (("flat", flat), ("demo", demo)):
+    sections = [("flat", flat), ("demo", demo)]
+    if (RESULTS / "steps_cpu.csv").exists():
+        sections.append(("steps", steps))
+    for name, section in sections:
         pattern = rf"(<!-- {name}: .*? -->\n).*?(\n<!-- end -->)"
         text, count = re.subn(pattern, lambda m, s=section: m[1] + s() + m[2], text, flags=re.S)
         if count != 1:

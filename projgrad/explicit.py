@@ -1,4 +1,4 @@
-"""Per-sample gradients as an explicit matrix, from the two closures of a method alone.
+"""Per-sample gradients as an explicit matrix: what reference projectors need, and the tape is tested against.
 
 The gradient of the losses at the output of the model's one call inside the retain closure, and `vmap` over the samples
 of that call's inputs, give all rows in the time of a few backward passes. Whether the closure really splits into
@@ -14,6 +14,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+
+from .ops.flat import gram
+from .reference import cosines
+from .tape.project import Projection
+from .tape.tape import check_losses
 
 
 class ExplicitGradients:
@@ -45,7 +50,7 @@ class ExplicitGradients:
                 self.losses = closure()
         finally:
             handle.remove()
-        _check_losses(self.losses)
+        check_losses(self.losses)
         self._split = self._find_split(*calls[0]) if len(calls) == 1 else None
 
     @property
@@ -184,14 +189,37 @@ def _reaches_a_leaf(losses: Tensor, out: Tensor) -> bool:
     return False
 
 
-def _check_losses(losses: Tensor) -> None:
-    if not isinstance(losses, Tensor) or losses.ndim != 1:
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"retain() must return one loss per sample, shape (n,); got {got}: use reduction='none'")
-    if not len(losses):
-        raise ValueError("retain() returned no losses: without retain samples there is nothing to be orthogonal to")
-    if not losses.requires_grad:
-        raise ValueError("retain() returned losses that do not depend on any trainable parameter")
-    if not losses.isfinite().all():
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        raise FloatingPointError(f"retain() returned NaN or Inf for samples {bad[:8]}; nothing was changed")
+def project_explicit(
+    model: nn.Module,
+    closure: Callable[[], Tensor],
+    params: dict[str, nn.Parameter],
+    projector: Callable[[Tensor, Tensor], Tensor],
+    per_tensor: bool,
+    add: float,
+) -> tuple[float, Projection]:
+    """p.grad <- projector(p.grad, G) + add * mean_j(g_j); the mean loss, and what was done.
+
+    Raises:
+        FloatingPointError: NaN or Inf in a gradient.
+    """
+    samples = ExplicitGradients(model, closure, params)
+    means = dict(zip(params, samples.combine(torch.full_like(samples.losses, add / samples.n)), strict=True))
+    used = [name for name, p in params.items() if p.grad is not None or means[name] is not None]
+    if not used:
+        raise ValueError("neither loss depends on a parameter that the optimizer holds")
+    before = after = worst = 0.0
+    for names in [[name] for name in used] if per_tensor else [used]:
+        u = [torch.zeros_like(params[name]) if params[name].grad is None else params[name].grad for name in names]
+        G, flat = samples.rows(names), torch.cat([g.flatten() for g in u])
+        out = projector(flat.to(G.dtype), G)
+        K, r = gram(G, out[None])
+        squares = torch.stack([flat.double().square().sum(), out.double().square().sum()])[:, None]
+        if not (squares.isfinite().all() and K.isfinite().all()):
+            raise FloatingPointError(f"NaN or Inf in the gradients of {', '.join(names)[:80]}; nothing was changed")
+        worst = max(worst, float(cosines(K, r, squares, torch.zeros_like(r)).max()))
+        before, after = before + float(squares[0]), after + float(squares[1])
+        for name, part in zip(names, out.split([params[name].numel() for name in names]), strict=True):
+            grad = part.view_as(params[name]).to(params[name].dtype)
+            params[name].grad = grad if means[name] is None else grad + means[name]
+    preserved = (after / before) ** 0.5 if before else 1.0
+    return float(samples.losses.detach().mean()), Projection(-1, preserved, worst, 0, 0.0, (before, after))

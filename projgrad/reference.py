@@ -1,10 +1,11 @@
 """What every op computes, in plain PyTorch: the truth that kernels are tested against, and each op's default kernel.
 
-Sizes, here and in the whole project: n samples, p parameters, m directions, l independent systems.
+Sizes, here and in the whole project: n samples, p parameters, m directions, l independent systems; t positions,
+i inputs and o outputs of a layer.
 Everything is computed in float64 whatever the dtype of the input; only `out` is rounded back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -185,3 +186,51 @@ def project_out(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out = u - Gᵀ c with (K + damping diag K) c = G uᵀ, c [n, m], rank, max |cos(g_j, out)|, squared norms [2, m]."""
     return refined(len(G), lambda wide: gram(G, u), lambda c: subtract(u, G, c), torch.float64, damping, rtol)
+
+
+# From the factors of a linear layer y = x Wᵀ: its inputs a [n, t, i] and the gradients at its output b [n, t, o] give
+# the per-sample gradients g_j = Σ_t b_jt a_jtᵀ [o, i].
+
+
+def _per_sample(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The per-sample gradients [samples, o * i] in float64, a few samples at a time, and which ones they are."""
+    count = max(1, CHUNK // max(1, a.shape[2] * b.shape[2]))
+    for start in range(0, a.shape[0], count):
+        part = slice(start, start + count)
+        yield part, (b[part].double().mT @ a[part].double()).flatten(1)
+
+
+def linear_gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | None = None) -> Tensor:
+    """K_jk = <g_j, g2_k> [n, n2]; without a2 and b2 the second group is the first."""
+    if a2 is None or b2 is None:
+        a2, b2 = a, b
+    K = a.new_zeros((a.shape[0], a2.shape[0]), dtype=torch.float64)
+    for j, g in _per_sample(a, b):
+        for k, g2 in _per_sample(a2, b2):
+            K[j, k] = g @ g2.mT
+    return K
+
+
+def linear_dot(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
+    """v_jm = <g_j, u_m> [n, m] for u [m, o, i]."""
+    v = a.new_zeros((a.shape[0], u.shape[0]), dtype=torch.float64)
+    for j, g in _per_sample(a, b):
+        v[j] = g @ u.double().flatten(1).mT
+    return v
+
+
+def linear_combine(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Σ_j c_mj g_j [m, o, i] for c [m, n]."""
+    out = a.new_zeros((c.shape[0], b.shape[2] * a.shape[2]), dtype=torch.float64)
+    for j, g in _per_sample(a, b):
+        out += c[:, j].double() @ g
+    return out.unflatten(1, (b.shape[2], a.shape[2])).to(torch.promote_types(a.dtype, b.dtype))
+
+
+def linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_j g_j and Σ_j g_j² [o, i]."""
+    sums = a.new_zeros((2, b.shape[2] * a.shape[2]), dtype=torch.float64)
+    for _, g in _per_sample(a, b):
+        sums += torch.stack([g.sum(0), g.square().sum(0)])
+    total, squares = sums.unflatten(1, (b.shape[2], a.shape[2])).to(torch.promote_types(a.dtype, b.dtype))
+    return total, squares

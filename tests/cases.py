@@ -78,3 +78,54 @@ def make(name, dtype, device="cpu"):
     torch.manual_seed(0)
     u, G = CASES[name]()
     return convert(u), convert(G)
+
+
+def _layer(n, t, i, o):
+    return torch.randn(n, t, i, dtype=torch.float64), torch.randn(n, t, o, dtype=torch.float64)
+
+
+def _scaled_layer(*scales):
+    a, b = _layer(5, 3, 20, 30)
+    for j, scale in enumerate(scales):
+        b[j] *= scale
+    return a, b
+
+
+def _padded_layer():
+    a, b = _layer(4, 9, 20, 30)
+    b[1, 3:], b[2] = 0, 0
+    return a, b
+
+
+# The factors of one linear layer: name -> (a [n, t, i], b [n, t, o]) in float64.
+FACTORS = {
+    "random": lambda: _layer(6, 5, 33, 17),
+    "one_position": lambda: _layer(9, 1, 64, 48),
+    "no_position_dimension": lambda: tuple(x[:, 0] for x in _layer(9, 1, 64, 48)),
+    "one_sample": lambda: _layer(1, 7, 20, 30),
+    "one_of_all": lambda: _layer(1, 1, 1, 1),
+    "long": lambda: _layer(3, 130, 40, 9),
+    "wide_output": lambda: _layer(4, 3, 5, 301),
+    "wide_input": lambda: _layer(4, 3, 301, 5),
+    "many_samples": lambda: _layer(67, 3, 19, 23),
+    "tiny": lambda: _scaled_layer(1e-20, 1, 1e-20),
+    "huge": lambda: _scaled_layer(1, 1e15, 1, 1e15),
+    "tiny_and_huge": lambda: _scaled_layer(1e-20, 1e15, 1, 1e-20),
+    "padded": _padded_layer,
+    "transposed_storage": lambda: tuple(x.mT.contiguous().mT for x in _layer(6, 5, 33, 17)),
+    "positions_first": lambda: tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in _layer(6, 5, 33, 17)),
+    "every_other": lambda: tuple(x[::2, ::2, ::2] for x in _layer(12, 10, 66, 34)),
+    "no_samples": lambda: _layer(0, 3, 20, 30),
+    "no_positions": lambda: _layer(3, 0, 20, 30),
+    "no_inputs": lambda: _layer(3, 2, 0, 30),
+    "no_outputs": lambda: _layer(3, 2, 20, 0),
+}
+
+
+def make_factors(name, dtypes, device="cpu"):
+    """a and b of a layer in their dtypes, with their strides."""
+    torch.manual_seed(0)
+    return tuple(
+        torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device).copy_(x)
+        for x, dtype in zip(FACTORS[name](), dtypes, strict=True)
+    )

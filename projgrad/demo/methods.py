@@ -43,7 +43,7 @@ def make(method: str, model: nn.Module, optimizer: torch.optim.Optimizer, alpha:
     if method in BASELINES:
         return Mean(model, optimizer, *BASELINES[method](alpha))
     projector = {"orthograd-qr": projectors.qr, "orthograd": None}[method]
-    return OrthoGrad(model, optimizer, alpha, max_norm=MAX_NORM, chunk_size=CHUNK, projector=projector)
+    return OrthoGrad(model, optimizer, alpha, max_norm=MAX_NORM, projector=projector)
 
 
 BASELINES: dict[str, Callable[[float | None], tuple[float, float]]] = {

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..explicit import ExplicitGradients
-from ..projection import Projected, project
+from ..explicit import project_explicit
+from ..tape.project import Projection
+from ..tape.tape import check_losses, per_sample
 
 
 @dataclass(frozen=True)
@@ -20,18 +21,24 @@ class StepRecord:
     preserved_norm: ‖u_perp‖ / ‖u‖ over all parameters: near 1 the projection did nothing, near 0 nothing is left to
         forget with.
     residual: max_j |cos(g_j, u_perp)|, the largest over tensors with scope="per_tensor".
+    refinements: times the result was projected again because the first answer left more than rounding.
+    discrepancy: of the self-check: how far the per-sample gradients and plain autograd are apart, relative.
     forget_loss, retain_loss: before the step; the retain loss is the mean over samples.
     seconds: wall time of the whole step.
-    tensors: the first three for every parameter, with scope="per_tensor"; empty otherwise.
+    skipped: a gradient scaler found NaN or Inf: nothing was updated but its scale.
+    tensors: the same for every parameter, with scope="per_tensor"; empty otherwise.
     """
 
     rank: int | None
     preserved_norm: float
     residual: float
+    refinements: int
+    discrepancy: float
     forget_loss: float
     retain_loss: float
     seconds: float
-    tensors: dict[str, Projected] = field(default_factory=dict)
+    skipped: bool = False
+    tensors: dict[str, Projection] = field(default_factory=dict)
 
 
 class OrthoGrad:
@@ -54,10 +61,14 @@ class OrthoGrad:
             (random labels, distillation to a neutral target).
         damping, rtol: see `projgrad.project_out`.
         max_norm: clip the norm of the whole update, or None.
-        chunk_size: samples differentiated at once; bounds the memory of the model's activations. None: all.
-        max_bytes: bound on the explicit gradient matrix. Above it parameters are treated in groups, each recomputed for
-            every pass (one group holds at least one tensor): slower, the same result. None: hold all of G.
-        projector: function (u, G) -> u_perp instead of projgrad's, such as `projgrad.projectors.qr`; needs all of G.
+        keep_output_gradients: with scope="global", a step needs two backward passes over the retain batch: one for the
+            projection's coefficients, one for the update, which plain autograd makes and so checks. True keeps the
+            gradients at the outputs of all layers from the first pass instead of running the second: less time, and
+            more memory where outputs are large beside the parameters. Choose it when a step fits comfortably; keep
+            False when memory is short or a model is new.
+        scaler: a `torch.amp.GradScaler`: losses are scaled, and its own rule decides on steps with NaN or Inf.
+        projector: function (u, G) -> u_perp instead of projgrad's, such as `projgrad.projectors.qr`. It is given all of
+            G, which takes n times the memory of the parameters: a reference to compare with.
 
     Raises:
         ValueError: alpha outside [0, 1], an unknown scope, no trainable parameter in the optimizer.
@@ -85,20 +96,18 @@ class OrthoGrad:
         damping: float = 0.0,
         rtol: float | None = None,
         max_norm: float | None = None,
-        chunk_size: int | None = None,
-        max_bytes: int | None = None,
+        keep_output_gradients: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
         projector: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha weighs the mean retain gradient and must be in [0, 1]; got {alpha}")
         if scope not in ("global", "per_tensor"):
             raise ValueError(f"scope must be 'global' or 'per_tensor'; got {scope!r}")
-        if projector is not None and max_bytes is not None:
-            raise ValueError("max_bytes needs projgrad's own projection: a custom projector is given all of G")
         self.model, self.optimizer, self.alpha, self.scope = model, optimizer, alpha, scope
         self.sign = -1.0 if ascend else 1.0
         self.damping, self.rtol, self.max_norm = damping, rtol, max_norm
-        self.chunk_size, self.max_bytes, self.projector = chunk_size, max_bytes, projector
+        self.keep_output_gradients, self.scaler, self.projector = keep_output_gradients, scaler, projector
         self.parameters()
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -110,20 +119,59 @@ class OrthoGrad:
         return found
 
     def step(self, forget: Callable[[], Tensor], retain: Callable[[], Tensor]) -> StepRecord:
-        """One update. An error before the optimizer steps leaves the model, its `.grad` and the optimizer as they were.
+        """One update. An error before the optimizer steps leaves the model and the optimizer as they were, with every
+        `.grad` set to None.
 
         Args:
             forget: returns the scalar forget loss.
-            retain: returns the losses of the n retain samples, shape (n,): each one's gradient is protected.
+            retain: returns the losses of the n retain samples, shape (n,): each one's gradient is protected. Sample j
+                must depend on nothing that the other samples hold.
 
         Raises:
-            ValueError: a loss of the wrong shape, or batch norm in training mode (per-sample gradients do not exist).
+            ValueError: a loss of the wrong shape, batch norm in training mode (per-sample gradients do not exist),
+                retain losses that share terms between samples.
             FloatingPointError: NaN or Inf in a loss or a gradient.
-            ArithmeticError: the projection left more of a retain gradient than rounding explains.
+            ArithmeticError: the projection contradicts plain autograd.
         """
         start = time.perf_counter()
         _check_batch_norm(self.model)
         params = self.parameters()
+        for group in self.optimizer.param_groups:  # a stale gradient would move what neither loss depends on
+            for p in group["params"]:
+                p.grad = None
+        skipped, done = False, None
+        try:
+            forget_loss = self._forget(forget, params)
+            retain_loss, done = self._retain(retain, params)
+        except FloatingPointError:
+            if self.scaler is None or not _overflow(params):
+                _clear(params)
+                raise
+            forget_loss = retain_loss = float("nan")
+            skipped = True
+        except BaseException:
+            _clear(params)
+            raise
+        try:
+            self._apply(params)
+        except BaseException:
+            _clear(params)
+            raise
+        return StepRecord(
+            rank=None if done is None or self.projector else done.rank,
+            preserved_norm=done.preserved_norm if done else float("nan"),
+            residual=done.residual if done else float("nan"),
+            refinements=done.refinements if done else 0,
+            discrepancy=done.discrepancy if done else 0.0,
+            forget_loss=forget_loss,
+            retain_loss=retain_loss,
+            seconds=time.perf_counter() - start,
+            skipped=skipped,
+            tensors=done.tensors if done else {},
+        )
+
+    def _forget(self, forget: Callable[[], Tensor], params: dict[str, nn.Parameter]) -> float:
+        """p.grad = ± (1 - α) u."""
         with torch.enable_grad():
             loss = forget()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -133,60 +181,59 @@ class OrthoGrad:
             raise ValueError("forget() returned a loss that does not depend on any trainable parameter")
         if not loss.isfinite():
             raise FloatingPointError(f"the forget loss is {loss.item()}; nothing was changed")
-        grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()), allow_unused=True), strict=True))
-        samples = ExplicitGradients(self.model, retain, params, self.chunk_size)
-        means = dict(zip(params, samples.combine(torch.full_like(samples.losses, 1 / samples.n)), strict=True))
-        # A parameter that neither loss uses gets no gradient, as in plain training; a zero one would let it decay.
-        used = [name for name in params if grads[name] is not None or means[name] is not None]
-        if not used:
-            raise ValueError("neither loss depends on a parameter that the optimizer holds")
-        u, mean = (
-            {name: torch.zeros_like(params[name]) if some[name] is None else some[name] for name in used}
-            for some in (grads, means)
-        )
-        _check_finite("forget", u)
-        _check_finite("retain", mean)
-        u_perp, done = project(
-            u,
-            samples,
-            per_tensor=self.scope == "per_tensor",
-            damping=self.damping,
-            rtol=self.rtol,
-            max_bytes=self.max_bytes,
-            projector=self.projector,
-        )
-        _check_finite("projected forget", u_perp)
-        update = {name: self.alpha * mean[name] + self.sign * (1 - self.alpha) * u_perp[name] for name in used}
-        self._apply({params[name]: g for name, g in update.items()})
-        before, after = _norm(u), _norm(u_perp)
-        return StepRecord(
-            rank=None if self.projector else sum(d.rank for d in done.values()),
-            preserved_norm=after / before if before else 1.0,
-            residual=max(d.residual for d in done.values()),
-            forget_loss=float(loss.detach()),
-            retain_loss=float(samples.losses.detach().mean()),
-            seconds=time.perf_counter() - start,
-            tensors=done if self.scope == "per_tensor" else {},
-        )
+        scaled = loss.reshape(()) if self.scaler is None else self.scaler.scale(loss.reshape(()))
+        weight = torch.full_like(scaled, self.sign * (1 - self.alpha))
+        torch.autograd.backward(scaled, weight, inputs=list(params.values()))
+        return float(loss.detach())
 
-    def _apply(self, update: dict[nn.Parameter, Tensor]) -> None:
-        """Write the update to `.grad`, clip it, step. Every other parameter of the optimizer steps without a gradient:
-        a stale one would move it. The old `.grad` come back if the optimizer refuses."""
-        old = {p: p.grad for group in self.optimizer.param_groups for p in group["params"]}
-        try:
-            for p in old:
-                p.grad = update.get(p)
-            if self.max_norm is not None:
-                nn.utils.clip_grad_norm_(list(update), self.max_norm)
+    def _retain(self, retain: Callable[[], Tensor], params: dict[str, nn.Parameter]) -> tuple[float, Projection]:
+        """p.grad = ± (1 - α) u_perp + α mean_j(g_j)."""
+        if self.projector is not None:
+            return project_explicit(
+                self.model, retain, params, self.projector, per_tensor=self.scope == "per_tensor", add=self.alpha
+            )
+        with per_sample(self.model, params) as tape, torch.enable_grad():
+            losses = retain()
+        check_losses(losses)
+        mean = float(losses.detach().mean())
+        if all(p.grad is None for p in params.values()):
+            raise ValueError("forget() returned a loss that depends on no parameter that the optimizer holds")
+        if self.scaler is not None:
+            losses = self.scaler.scale(losses)
+        add = torch.full((len(losses),), self.alpha / len(losses), dtype=torch.float64, device=losses.device)
+        done = tape.project_(
+            losses,
+            self.scope,
+            self.damping,
+            self.rtol,
+            keep_output_gradients=self.keep_output_gradients,
+            add=add if self.alpha else None,
+        )
+        return mean, done
+
+    def _apply(self, params: dict[str, nn.Parameter]) -> None:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.max_norm is not None:
+            nn.utils.clip_grad_norm_(list(params.values()), self.max_norm)
+        if self.scaler is None:
             self.optimizer.step()
-        except BaseException:
-            for p, grad in old.items():
-                p.grad = grad
-            raise
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
 
 
-def _norm(grads: dict[str, Tensor]) -> float:
-    return float(torch.stack([g.double().square().sum() for g in grads.values()]).sum().sqrt())
+def _clear(params: dict[str, nn.Parameter]) -> None:
+    for p in params.values():
+        p.grad = None
+
+
+def _overflow(params: dict[str, nn.Parameter]) -> bool:
+    """Leave an infinite gradient for the scaler to find, as plain training would: it skips the step and scales less."""
+    _clear(params)
+    p = next(iter(params.values()))
+    p.grad = torch.full_like(p, float("inf"))
+    return True
 
 
 def _check_batch_norm(model: nn.Module) -> None:
@@ -196,11 +243,3 @@ def _check_batch_norm(model: nn.Module) -> None:
                 f"{name or 'the model'} is a {type(module).__name__} that uses batch statistics: the gradient of one "
                 "sample then depends on the others, so there is nothing to project. Call model.eval() before step()"
             )
-
-
-def _check_finite(what: str, grads: dict[str, Tensor]) -> None:
-    for name, grad in grads.items():
-        if grad.layout != torch.strided:
-            raise ValueError(f"the {what} gradient of {name} is sparse: build the layer with sparse=False")
-        if not grad.isfinite().all():
-            raise FloatingPointError(f"the {what} gradient of {name} holds NaN or Inf; nothing was changed")

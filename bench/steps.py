@@ -1,0 +1,285 @@
+"""Whole unlearning steps against plain training, vmap and QR: `python -m bench.steps [--case NAME ...]`.
+
+Every contender has a process of its own. Memory: the peak of three steps above the loaded model, in a fresh process.
+Time: the contenders of a case take one step each in turn, so that all meet the same machine. A result that is wrong is
+not timed. `--profile CASE CONTENDER` shows where the time of one step goes.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin disturb whoever runs next
+
+import argparse
+import contextlib
+import csv
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from projgrad.measure import peak_memory
+
+from .measure import spread, timed
+from .report import RESULTS, environment
+from .step_contenders import CASES, Case, Contender, Job
+
+THREADS = 2
+UPDATE_LIMIT, GRAM_LIMIT = 1e-4, 1e-5  # relative difference from float32 QR, and from a float32 Gram matrix
+RESIDUAL_LIMIT = 1e-6
+RATIOS = ("over_plain", "at_most", "over_ours", "at_least")
+COLUMNS = ("case", "model", "contender", "ms", "ms_20", "ms_80", "rounds", *(f"time_{some}" for some in RATIOS))
+COLUMNS += ("peak_mb", *(f"memory_{some}" for some in RATIOS), "difference", "residual", "note")
+
+
+class Failed(Exception):
+    """Why a contender has no number."""
+
+
+class Worker:
+    """A process that measures one contender; every `ask` gets one measurement."""
+
+    def __init__(self, case: Case, contender: str, result: Path | None = None) -> None:
+        command = [sys.executable, "-m", "bench.steps", "--worker", case.name, contender]
+        variables = dict(os.environ)
+        if result:
+            command += ["--result", str(result)]
+            variables["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory leaves at once: the peak is what was needed
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables, cwd=RESULTS.parent.parent
+        )
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.communicate()
+
+    def ask(self) -> dict:
+        with contextlib.suppress(BrokenPipeError):  # the reason can still be read
+            print(file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            status = self.process.wait()
+            raise Failed("out of memory" if status == -9 else f"ended with status {status}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise Failed(reply["error"])
+        return reply
+
+
+def work(case: Case, contender: Contender, result: str | None) -> None:
+    """The worker's side: the seconds of a step for every line of input, or memory and result of three steps."""
+    warnings.filterwarnings("ignore", "There is a performance drop")  # vmap runs attention sample by sample
+    warnings.filterwarnings("ignore", "Full backward hook is firing")  # opacus on the first layer
+    try:
+        if result:
+            contender.start(case.job(small=True))()
+        job = case.job()
+        step = contender.start(job)
+        for _ in sys.stdin:
+            reply = three_steps(job, step, result) if result else {"seconds": timed(step)}
+            print(json.dumps(reply), flush=True)
+    except Exception as error:
+        text = "out of memory" if "allocate memory" in str(error) else f"{type(error).__name__}: {error}"
+        print(json.dumps({"error": text.splitlines()[0]}), flush=True)
+
+
+def three_steps(job: Job, step: Callable[[], object], file: str) -> dict:
+    """Peak memory, the residual that the last step reports, and its result in a file."""
+    with peak_memory() as peak:
+        for _ in range(3):
+            out = step()
+    whole = not isinstance(out, torch.Tensor)  # its update is in .grad
+    torch.save(torch.cat([p.grad.flatten() for p in job.model.parameters()]) if whole else out, file)
+    return {"peak_mb": peak.bytes and peak.bytes / 1e6, "residual": getattr(out, "residual", None)}
+
+
+def check(case: Case, rows: dict[str, dict], folder: Path) -> None:
+    """The relative difference of every result from its reference; a note where it is wrong."""
+    for name, row in rows.items():
+        reference = case.contenders[name].reference
+        if row["note"] or reference is None:
+            continue
+        if rows[reference]["note"]:
+            row["note"] = f"unchecked: {reference} failed"
+            continue
+        mine, theirs = (torch.load(folder / some).double() for some in (name, reference))
+        row["difference"] = float((mine - theirs).norm() / theirs.norm())
+        if not row["difference"] <= (UPDATE_LIMIT if mine.ndim == 1 else GRAM_LIMIT):
+            row["note"] = f"wrong: differs from {reference} by {row['difference']:.0e}"
+        elif row["residual"] is not None and not row["residual"] <= RESIDUAL_LIMIT:
+            row["note"] = f"wrong: residual {row['residual']:.0e}"
+
+
+def interleave(case: Case, rows: dict[str, dict], rounds: int) -> None:
+    """One step of every contender in turn; two rounds are warm-up, for the slow contenders one."""
+    seconds = {name: [] for name, row in rows.items() if not row["note"]}
+    slow_rounds = max(2, min(3, rounds // 2))
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(case, name)) for name in seconds}
+        for i in range(-2, rounds):
+            for name in list(workers):
+                if case.contenders[name].slow and not -1 <= i < slow_rounds:
+                    continue
+                try:
+                    taken = workers[name].ask()["seconds"]
+                except Failed as error:
+                    rows[name]["note"] = str(error)
+                    del workers[name]
+                    continue
+                if i >= 0:
+                    seconds[name].append(taken)
+    for name in workers:
+        middle = (1e3 * t for t in spread(seconds[name]))
+        rows[name] |= dict(zip(("ms", "ms_20", "ms_80"), middle, strict=True)) | {"rounds": len(seconds[name])}
+
+
+def measure(case: Case, rounds: int, console: Console) -> list[dict]:
+    rows = {}
+    for name, contender in case.contenders.items():
+        if contender.package and importlib.util.find_spec(contender.package) is None:
+            console.print(f"{case.name}: without {name}, which is not installed")
+        else:
+            about = {"case": case.name, "model": f"{case.title}, n = {case.n}", "contender": name, "note": ""}
+            rows[name] = dict.fromkeys(COLUMNS) | about
+    with console.status(case.title) as status, tempfile.TemporaryDirectory() as folder:
+        for name, row in rows.items():
+            status.update(f"{case.name}: memory of {name}")
+            try:
+                with Worker(case, name, Path(folder) / name) as worker:
+                    row |= worker.ask()
+            except Failed as error:
+                row["note"] = str(error)
+        check(case, rows, Path(folder))
+        status.update(f"{case.name}: time of {', '.join(name for name, row in rows.items() if not row['note'])}")
+        interleave(case, rows, rounds)
+    plain, ours = rows["plain"], rows[case.ours]
+    for name, row in rows.items():
+        for unit, column in (("time", "ms"), ("memory", "peak_mb")):
+            row[f"{unit}_over_plain"] = _ratio(row[column], plain[column])
+            row[f"{unit}_over_ours"] = _ratio(row[column], ours[column])
+            row[f"{unit}_at_most"] = getattr(case, unit).get(name)
+            row[f"{unit}_at_least"] = getattr(case, f"more_{unit}") if name == case.explicit else None
+    return list(rows.values())
+
+
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return value / other if value and other else None
+
+
+def cell(row: dict | None, unit: str, over: str = "plain") -> str:
+    """A ratio of time or memory with its target; `row` as measured or as read from a file."""
+    if not row or row["note"] or not row[f"{unit}_over_{over}"]:
+        return row["note"].split(":")[0] if row else ""
+    value, target = row[f"{unit}_over_{over}"], row[f"{unit}_at_{'most' if over == 'plain' else 'least'}"]
+    text = f"{float(value):.3g}"
+    if not target:
+        return text
+    met = float(value) <= float(target) if over == "plain" else float(value) >= float(target)
+    return f"{text} ({'≤' if over == 'plain' else '≥'} {target}{'' if met else ', MISSED'})"
+
+
+SUMMARY = [
+    "model",
+    *(f"{unit} / plain, {some}" for unit in ("time", "memory") for some in ("global", "keep", "per_tensor")),
+    "vmap: time / ours",
+    "vmap: memory / ours",
+]
+
+
+def summary(rows: list[dict]) -> list[list[str]]:
+    """One line per case, under SUMMARY; for K alone `global` is K, and vmap is without QR."""
+    lines = []
+    for case in CASES:
+        found = {row["contender"]: row for row in rows if row["case"] == case.name}
+        if found:
+            ours = [found.get(name) for name in (case.ours, "projgrad keep", "projgrad per_tensor")]
+            cells = [cell(row, unit) for unit in ("time", "memory") for row in ours]
+            vmap = [cell(found.get(case.explicit), unit, "ours") for unit in ("time", "memory")]
+            lines.append([found["plain"]["model"], *cells, *vmap])
+    return lines
+
+
+def details(rows: list[dict]) -> Table:
+    table = Table(title=rows[0]["model"])
+    for column in ("contender", "ms (20-80 %)", "/ plain", "peak MB", "/ plain", "difference", "note"):
+        table.add_column(column, justify="left" if column in ("contender", "note") else "right")
+    for row in rows:
+        table.add_row(
+            row["contender"],
+            f"{row['ms']:.1f} ({row['ms_20']:.1f}-{row['ms_80']:.1f})" if row["ms"] else "",
+            cell(row, "time"),
+            f"{row['peak_mb']:.1f}" if row["peak_mb"] else "",
+            cell(row, "memory"),
+            f"{row['difference']:.1e}" if row["difference"] else "",
+            row["note"],
+        )
+    return table
+
+
+def write(rows: list[dict], path: Path) -> list[dict]:
+    """Rows of other cases stay in the file. Returns all of its rows."""
+    new = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} | environment() for row in rows]
+    if path.exists():
+        with path.open() as file:
+            measured = {row["case"] for row in rows}
+            new += [row for row in csv.DictReader(file) if row["case"] not in measured]
+    order = [case.name for case in CASES]
+    new.sort(key=lambda row: order.index(row["case"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *environment()], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(new)
+    return new
+
+
+def profile(case: Case, contender: Contender) -> str:
+    step = contender.start(case.job())
+    for _ in range(2):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        step()
+    return found.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=60)
+
+
+def main() -> None:
+    cases = {case.name: case for case in CASES}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", nargs="+", choices=cases, default=list(cases), metavar="NAME", help=", ".join(cases))
+    parser.add_argument("--repeats", type=int, help="timed steps of every fast contender, at least 2")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for steps_cpu.csv")
+    parser.add_argument("--profile", nargs=2, metavar=("CASE", "CONTENDER"))
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--result", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    if chosen := args.worker or args.profile:
+        case = cases[chosen[0]]
+        contender = case.contenders[chosen[1]]
+        return work(case, contender, args.result) if args.worker else print(profile(case, contender))
+    console, rows = Console(width=150), []
+    for name in args.case:
+        rows += measure(cases[name], max(2, args.repeats or cases[name].rounds), console)
+        console.print(details([row for row in rows if row["case"] == name]))
+    rows = write(rows, args.out / "steps_cpu.csv")
+    table = Table(title=f"Steps on {THREADS} CPU threads, float32", show_lines=True)
+    for column in SUMMARY:
+        table.add_column(column, overflow="fold")
+    for line in summary(rows):
+        table.add_row(*line)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How a model is read: interception, rules, structure."""

@@ -1,0 +1,107 @@
+"""What a pass over the sites makes of the per-sample gradients it meets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .rules import Rule
+from .sites import Source
+
+if TYPE_CHECKING:
+    from .tape import Tape
+
+
+def part(source: Source, t: Tensor) -> Tensor:
+    """What of a tensor in the shape of the parameter belongs to a source; a view unless the source is rows."""
+    return source.view(t[None] if source.whole else t.contiguous()[None])[0]
+
+
+def combine_(source: Source, rule: Rule, out: Tensor, c: Tensor) -> None:
+    """out += Σ_j c_j g_j for `out` in the shape of the parameter, contiguous."""
+    if source.rows is None:
+        rule.combine_(part(source, out), c)
+        return
+    rows = out.new_zeros(source.tensor.shape)
+    rule.combine_(rows, c)
+    out.index_add_(0, source.rows.flatten(), rows.flatten(0, source.rows.ndim - 1))
+
+
+class Job:
+    """What a pass makes of the per-sample gradients; `piece` is called as they come, `done` when a parameter is."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+
+    def piece(self, name: str, source: Source, rule: Rule) -> None:
+        raise NotImplementedError
+
+    def done(self, name: str) -> None: ...
+
+    def finish(self, n: int) -> None: ...
+
+
+class Products(Job):
+    """K = G Gᵀ and v = G u, summed over parameters."""
+
+    def __init__(self, tape: Tape, u: dict[str, Tensor] | None = None, gram: bool = True, wide: bool = False) -> None:
+        super().__init__(tape)
+        self.u, self.gram, self.wide, self.half = u or {}, gram, wide, False
+        self.K: Tensor | float = 0.0
+        self.v: Tensor | float = 0.0
+
+    def piece(self, name: str, source: Source, rule: Rule) -> None:
+        self.half = self.half or rule.half
+        u = self.u.get(name)
+        u = None if u is None else part(source, u)[None]
+        if self.gram:
+            K, v = rule.gram(u, self.wide)
+            self.K = self.K + K
+        elif u is not None:
+            v = rule.dot(u, self.wide)
+        if u is not None:
+            self.v = self.v + v[:, 0]
+
+    def finish(self, n: int) -> None:
+        zero = torch.zeros(n, dtype=torch.float64, device=self.tape.anchor.device)
+        self.K = self.K if isinstance(self.K, Tensor) else zero.new_zeros((n, n))
+        self.v = self.v if isinstance(self.v, Tensor) else zero
+
+
+class Moments(Job):
+    """Σ_j g_j and Σ_j g_j²."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__(tape)
+        self.first, self.second = (
+            {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in tape.parameters.items()}
+            for _ in range(2)
+        )
+
+    def piece(self, name: str, source: Source, rule: Rule) -> None:
+        targets = self.first[name], self.second[name]
+        if source.rows is None:
+            rule.moments_(*(part(source, t) for t in targets))
+            return
+        sums = [t.new_zeros(source.tensor.shape) for t in targets]
+        rule.moments_(*sums)
+        for target, rows in zip(targets, sums, strict=True):
+            target.index_add_(0, source.rows.flatten(), rows.flatten(0, source.rows.ndim - 1))
+
+
+class Kept(Job):
+    """The rules themselves, for as many products as are wanted, by parameter."""
+
+    def __init__(self, tape: Tape, finished=None) -> None:
+        super().__init__(tape)
+        self.pieces: dict[str, list[tuple[Source, Rule]]] = {}
+        self.finished = finished  # called with a parameter's name when its pieces are complete; they are dropped then
+
+    def piece(self, name: str, source: Source, rule: Rule) -> None:
+        self.pieces.setdefault(name, []).append((source, rule))
+
+    def done(self, name: str) -> None:
+        if self.finished is not None:
+            self.finished(name, self.pieces.pop(name))

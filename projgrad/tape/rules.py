@@ -1,0 +1,237 @@
+"""Rules: per-sample gradients of one parameter from what one use of it left behind, without holding all of them.
+
+The whole extension interface is `Rule`: `chunk(rows)`, and faster `gram`, `dot`, `combine_` where there are any.
+Sizes: n samples, t positions, i inputs, o outputs; a parameter is a matrix of `rows` x `cols`, its first dimension
+against the rest.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..cost import CHUNK_BYTES
+from ..ops.factors import _linear_combine_, _linear_dot, _linear_gram
+from ..ops.flat import _gram
+
+
+class Rule:
+    """Per-sample gradients g_j of one tensor of shape `shape`, for samples j = 0 ... n - 1.
+
+    A new rule sets `n`, `shape` and `dtype` and implements `chunk`. Everything else follows from it; override what the
+    factors give for less.
+    """
+
+    n: int
+    shape: torch.Size
+    dtype: torch.dtype  # what chunks are made in; float64 while `wide`
+    route = "chunks"
+    bytes = 0  # the largest buffer made so far
+    half = False  # whether a factor came in 16 bits
+    small = False  # whether multiplying in float64 costs nothing to speak of
+
+    def chunk(self, rows: slice, wide: bool = False) -> Tensor:
+        """g_j for some rows of the parameter, [n, len(rows), cols]; multiplied in float64 if `wide`."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if len(self.shape) else 1
+
+    @property
+    def cols(self) -> int:
+        return math.prod(self.shape[1:])
+
+    def gram(self, u: Tensor | None, wide: bool = False) -> tuple[Tensor, Tensor]:
+        """K = G Gᵀ [n, n] and v = G u [n, m] in float64; u [m, *shape], None for m = 0."""
+        K, v = 0.0, 0.0
+        for rows, g in self._chunks(wide):
+            k, w = gram(g, None if u is None else u.reshape(len(u), self.rows, self.cols)[:, rows], wide)
+            K, v = K + k, v + w
+        return K, v
+
+    def dot(self, u: Tensor, wide: bool = False) -> Tensor:
+        """G u [n, m] for u [m, *shape]."""
+        return self.gram(u, wide)[1]
+
+    def combine_(self, out: Tensor, c: Tensor) -> None:
+        """out += Σ_j c_j g_j; c [n] float64, out of shape `shape`."""
+        for rows, g in self._chunks():
+            self._add(out, rows, torch.einsum("n,nrc->rc", c.to(g.dtype), g))
+
+    def moments_(self, first: Tensor, second: Tensor) -> None:
+        """first += Σ_j g_j and second += Σ_j g_j², each of shape `shape`."""
+        for rows, g in self._chunks():
+            self._add(first, rows, g.sum(0))
+            self._add(second, rows, g.square().sum(0))
+
+    def _add(self, out: Tensor, rows: slice, part: Tensor) -> None:
+        target = out[rows] if out.ndim else out
+        target.add_(part.reshape(target.shape))
+
+    def dense(self) -> Tensor:
+        """G [n, *shape]."""
+        return self.chunk(slice(0, self.rows)).reshape(self.n, *self.shape)
+
+    def _chunks(self, wide: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        step = max(1, CHUNK_BYTES // max(1, self.n * self.cols * (8 if wide else self.dtype.itemsize)))
+        for start in range(0, self.rows, step):
+            rows = slice(start, min(self.rows, start + step))
+            g = self.chunk(rows, wide)
+            self.bytes = max(self.bytes, g.nbytes)
+            yield rows, g
+
+
+def gram(g: Tensor, u: Tensor | None, wide: bool = False) -> tuple[Tensor, Tensor]:
+    """K and v of an explicit chunk g [n, ...], u [m, ...] or None."""
+    flat = g.reshape(len(g), -1)
+    u = flat.new_empty((0, flat.shape[1])) if u is None else u.reshape(len(u), -1)
+    return _gram(flat, u.to(flat.dtype), wide)
+
+
+def working(dtype: torch.dtype, wide: bool) -> torch.dtype:
+    return torch.float64 if wide or dtype == torch.float64 else torch.float32
+
+
+class Rows(Rule):
+    """Per-sample gradients that are at hand: biases, scales, small free parameters."""
+
+    name = "rows"
+
+    def __init__(self, g: Tensor) -> None:
+        self.g = g  # [n, *shape]
+        self.n, self.shape, self.dtype, self.bytes = len(g), g.shape[1:], working(g.dtype, False), g.nbytes
+        self.half, self.small = g.dtype.itemsize == 2, g.numel() < 1 << 18
+
+    def chunk(self, rows: slice, wide: bool = False) -> Tensor:
+        return self.g.reshape(self.n, self.rows, self.cols)[:, rows].to(working(self.g.dtype, wide))
+
+
+class Product(Rule):
+    """g_j = Σ_t p_jt q_jtᵀ: linear layers, products and contractions with a parameter.
+
+    p [n, t, *left], q [n, t, *right]; `order` permutes the parameter's dimensions into (*left, *right).
+    """
+
+    name = "product"
+
+    def __init__(self, p: Tensor, q: Tensor, left: Sequence[int], right: Sequence[int], order: Sequence[int]) -> None:
+        self.n, self.p, self.q = len(p), p, q
+        self.left, self.right, self.order = tuple(left), tuple(right), tuple(order)
+        sizes = self.left + self.right
+        self.inverse = tuple(self.order.index(d) for d in range(len(order)))
+        self.shape = torch.Size(sizes[d] for d in self.inverse)
+        self.dtype = working(torch.promote_types(p.dtype, q.dtype), False)
+        self.half = p.dtype.itemsize == 2 or q.dtype.itemsize == 2
+
+    @property
+    def form(self) -> tuple:
+        return self.left, self.right, self.order
+
+    def chunk(self, rows: slice, wide: bool = False) -> Tensor:
+        dtype = torch.float64 if wide else self.dtype
+        p, q = self.p.flatten(2), self.q.flatten(2)
+        left, right = list(self.left), list(self.right)
+        first = self.inverse[0] if self.shape else 0  # where the parameter's first dimension is in (*left, *right)
+        length = rows.stop - rows.start
+        if first < len(left):
+            p = self.p.unflatten(2, left).narrow(2 + first, rows.start, length).flatten(2) if left else p
+            left[first] = length
+        else:
+            q = self.q.unflatten(2, right).narrow(2 + first - len(left), rows.start, length).flatten(2)
+            right[first - len(left)] = length
+        g = torch.bmm(p.to(dtype).mT, q.to(dtype)).view(self.n, *left, *right)
+        return g.permute(0, *(1 + d for d in self.inverse)).reshape(self.n, length, self.cols)
+
+    def matrix(self, u: Tensor) -> Tensor:
+        """u [m, *shape] -> [m, |left|, |right|]."""
+        return u.permute(0, *(1 + d for d in self.order)).reshape(len(u), math.prod(self.left), math.prod(self.right))
+
+    def gram(self, u: Tensor | None, wide: bool = False) -> tuple[Tensor, Tensor]:
+        p, q = self.p.flatten(2), self.q.flatten(2)
+        u = p.new_empty((0, p.shape[2], q.shape[2])) if u is None else self.matrix(u)
+        return _linear_gram(q, p, u, wide)
+
+    def dot(self, u: Tensor, wide: bool = False) -> Tensor:
+        return _linear_dot(self.q.flatten(2), self.p.flatten(2), self.matrix(u), wide)
+
+    def combine_(self, out: Tensor, c: Tensor) -> None:
+        p, q, target = self.p.flatten(2), self.q.flatten(2), out.permute(self.order)
+        if len(self.left) == 1 and len(self.right) == 1:
+            _linear_combine_(target, q, p, c)
+        else:
+            part = torch.zeros(p.shape[2], q.shape[2], dtype=self.dtype, device=p.device)
+            _linear_combine_(part, q, p, c)
+            target.add_(part.view(target.shape))
+
+    def transposed(self) -> "Product":
+        """The same for the transposed parameter."""
+        flip = [d for d in range(len(self.order))][::-1]
+        return Product(self.p, self.q, self.left, self.right, [flip[d] for d in self.order])
+
+
+class Grouped(Rule):
+    """One product per group: g_j[h] = Σ_t p_jth q_jthᵀ for p [n, t, h, left], q [n, t, h, right]."""
+
+    name = "grouped product"
+
+    def __init__(self, p: Tensor, q: Tensor, groups: list[int], left: list[int], right: list[int], order: list[int]):
+        self.n, self.p, self.q, self.order = len(p), p, q, order
+        self.sizes = [*groups, *left, *right]
+        self.inverse = [order.index(d) for d in range(len(order))]
+        self.shape = torch.Size(self.sizes[d] for d in self.inverse)
+        first = Product(p[:, :, 0], q[:, :, 0], p.shape[3:], q.shape[3:], (0, 1))
+        self.dtype, self.half = first.dtype, first.half
+
+    def _group(self, h: int) -> Product:
+        return Product(self.p[:, :, h], self.q[:, :, h], self.p.shape[3:], self.q.shape[3:], (0, 1))
+
+    def chunk(self, rows: slice, wide: bool = False) -> Tensor:
+        dtype = torch.float64 if wide else self.dtype
+        p, q = self.p.movedim(1, 3).to(dtype), self.q.movedim(1, 2).to(dtype)  # [n, h, left, t], [n, h, t, right]
+        g = torch.matmul(p, q).reshape(self.n, *self.sizes).permute(0, *(1 + d for d in self.inverse))
+        return g.reshape(self.n, self.rows, self.cols)[:, rows]
+
+    def gram(self, u: Tensor | None, wide: bool = False) -> tuple[Tensor, Tensor]:
+        count, shape = self.p.shape[2], (self.p.shape[3], self.q.shape[3])
+        if u is not None:
+            u = u.permute(0, *(1 + d for d in self.order)).reshape(len(u), count, *shape)
+        passes = [self._group(h).gram(None if u is None else u[:, h], wide) for h in range(count)]
+        K, v = zip(*passes, strict=True)
+        return sum(K), sum(v)
+
+
+def joined(rules: Sequence[Rule]) -> Rule:
+    """One rule for several uses of the same tensor: per-sample gradients are the sum over uses."""
+    if len(rules) == 1:
+        return rules[0]
+    first = rules[0]
+    if all(isinstance(r, Product) and r.form == first.form for r in rules):
+        p, q = (torch.cat([getattr(r, name).flatten(2) for r in rules], 1) for name in "pq")
+        return Product(p, q, first.left, first.right, first.order)
+    return Sum(rules)
+
+
+class Sum(Rule):
+    """Several uses of one tensor: tied embedding and head, a weight used in different ways."""
+
+    name = "sum"
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.rules, self.n, self.shape = rules, rules[0].n, rules[0].shape
+        self.dtype = max((r.dtype for r in rules), key=lambda d: d.itemsize)
+        self.half = any(r.half for r in rules)
+
+    def chunk(self, rows: slice, wide: bool = False) -> Tensor:
+        g = self.rules[0].chunk(rows, wide)
+        for rule in self.rules[1:]:
+            g = rule.add_chunk_(g, rows, wide) if hasattr(rule, "add_chunk_") else g + rule.chunk(rows, wide)
+        return g
+
+    def dot(self, u: Tensor, wide: bool = False) -> Tensor:
+        return sum(rule.dot(u, wide) for rule in self.rules)
+
+    def combine_(self, out: Tensor, c: Tensor) -> None:
+        for rule in self.rules:
+            rule.combine_(out, c)

@@ -1,0 +1,450 @@
+"""The tape: products with the per-sample gradients of a model, made inside ordinary backward passes."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .jobs import Job, Moments, Products
+from .mode import COPIES, VIEWS, Interception
+from .project import Projection, project_, verify
+from .rules import Rows, Rule, joined
+from .sites import Call, Site, Source
+from .structure import Structure, announce, inspect
+
+Directions = Mapping[str, Tensor] | Sequence[Tensor]
+_known: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Structure]] = weakref.WeakKeyDictionary()
+
+
+def per_sample(model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> Tape:
+    """A tape that follows the parameters of a model through one forward pass, whatever the model is made of.
+
+    Args:
+        model: any module.
+        parameters: those to follow, by name. Default: all that require gradients.
+
+    Raises:
+        ValueError: a model from `torch.compile`, or no parameter that requires gradients.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> with projgrad.per_sample(model) as tape:
+        ...     losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+        >>> tape.gram(losses).shape
+        torch.Size([5, 5])
+    """
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        raise ValueError("a compiled model hides its operations: pass the original module (`model._orig_mod`)")
+    if parameters is None:
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError("no parameter of the model requires a gradient: there is nothing to follow")
+    return Tape(parameters, [*model.buffers(), *_tables(model)], _known.setdefault(model, {}))
+
+
+def _tables(model: nn.Module) -> Iterator[Tensor]:
+    """Integer tensors that modules keep as plain attributes, such as the ids of virtual tokens."""
+    for module in model.modules():
+        for value in vars(module).values():
+            for t in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(t, Tensor) and not t.dtype.is_floating_point:
+                    yield t
+
+
+class Tape:
+    """Per-sample gradients g_j = ∂ℓ_j/∂θ of losses computed while the tape is active, never held all at once.
+
+    Args:
+        parameters: what to follow, by name.
+        buffers: tensors that do not depend on the samples.
+        known: structures found before, by the sites of a forward pass.
+
+    Sample j is index j of the losses (n,); where the samples are inside the model is found from the gradients.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], buffers=(), known: dict | None = None) -> None:
+        self.ref = weakref.ref(self)
+        self.parameters = dict(parameters)
+        self.buffers = {id(b) for b in buffers}
+        self.sources: dict[int, Source] = {}
+        for name, p in self.parameters.items():
+            window = (tuple(p.shape), p.stride(), 0) if p.is_contiguous() else None
+            self.sources[id(p)] = Source(p, frozenset([name]), whole=True, window=window)
+        self.sites: list[Site] = []
+        self.unknown: dict[str, str] = {}
+        device = next(iter(self.parameters.values())).device
+        self.anchor = torch.zeros((), requires_grad=True, device=device)
+        self.recomputing = False
+        self._receive: Callable | None = None
+        self._known = {} if known is None else known
+        self._structure: tuple[weakref.ref, Structure] | None = None
+        self._mode = Interception(weakref.proxy(self))
+
+    def __enter__(self) -> Tape:
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._mode.__exit__(*error)
+
+    # What interception calls.
+
+    def source(self, t: Tensor) -> Source | None:
+        source = self.sources.get(id(t))
+        return source if source is not None and source.tensor is t else None
+
+    def call(self, name: str, *tensors: object) -> Call:
+        return Call(self, name, tensors)
+
+    def register(self, site: Site) -> None:
+        if not self.recomputing:  # checkpointing runs parts of the forward pass again, for their inputs only
+            site.index = len(self.sites)
+            self.sites.append(site)
+
+    def note_unknown(self, names, operation: str) -> None:
+        for name in names:
+            self.unknown.setdefault(name, operation)
+
+    def derive(self, out: Tensor, parents: Sequence[Source], name: str, ids: Tensor | None = None) -> Tensor:
+        """Follow a tensor made of followed ones and constants."""
+        if id(out) in self.sources and self.sources[id(out)].tensor is out:
+            return out
+        source = Source(out, frozenset().union(*(p.names for p in parents)))
+        parent = parents[0]
+        if len(parents) == 1 and parent.window is not None:
+            (only,) = parent.names
+            p = self.parameters[only]
+            if name in VIEWS and out.dtype == p.dtype and _shares(out, p):
+                source.window = (tuple(out.shape), out.stride(), out.storage_offset() - p.storage_offset())
+            elif name in COPIES and out.shape == parent.tensor.shape:
+                source.window = parent.window
+        if ids is not None and parent.whole and ids.unique().numel() == ids.numel() and ids.numel() and ids.min() >= 0:
+            source.rows = ids
+        site = getattr(out.grad_fn, "site", None)
+        if isinstance(site, Site):
+            site.derived, source.site = True, site
+        self.sources[id(out)] = source
+        return out
+
+    # What users call.
+
+    def gram(self, losses: Tensor) -> Tensor:
+        """K = G Gᵀ (n, n) in float64, in one backward pass without weight gradients."""
+        self._verified(losses)
+        job = Products(self)
+        self._run(losses, job)
+        return job.K
+
+    def dot(self, losses: Tensor, direction: Directions) -> Tensor:
+        """G u (n,) in float64; u: one tensor per parameter, by name or in order."""
+        self._verified(losses)
+        job = Products(self, self._named(direction), gram=False)
+        self._run(losses, job)
+        return job.v
+
+    def combine(self, losses: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Σ_j w_j g_j by name, one ordinary backward pass; weights (n,)."""
+        check_losses(losses)
+        if weights.shape != losses.shape:
+            raise ValueError(f"weights must be (n,) = {tuple(losses.shape)}, one per loss; got {tuple(weights.shape)}")
+        with self._again():
+            grads = torch.autograd.grad(
+                losses,
+                list(self.parameters.values()),
+                weights.to(losses.dtype),
+                retain_graph=True,
+                materialize_grads=True,
+            )
+        return dict(zip(self.parameters, grads, strict=True))
+
+    def moments(self, losses: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Σ_j g_j and Σ_j g_j² by name, in one backward pass."""
+        self._verified(losses)
+        job = Moments(self)
+        self._run(losses, job)
+        return job.first, job.second
+
+    def project_(
+        self,
+        losses: Tensor,
+        scope: str = "global",
+        damping: float = 0.0,
+        rtol: float | None = None,
+        *,
+        keep_output_gradients: bool = False,
+        add: Tensor | None = None,
+    ) -> Projection:
+        """p.grad <- p.grad - Gᵀ c with G (p.grad - Gᵀ c) = 0, in place; no other buffer of the parameters' size.
+
+        Args:
+            losses: (n,).
+            scope: "global" projects the concatenated gradient, "per_tensor" every tensor on its own, in one backward
+                pass: it removes up to n dimensions from *each* tensor, so one of at most n elements becomes zero.
+            damping, rtol: see `projgrad.project_out`.
+            keep_output_gradients: with scope="global", keep what the first backward pass finds at every layer and make
+                Gᵀ c from that, instead of from a second backward pass: less time, more memory. The check that plain
+                autograd makes of the result is then weaker. The graph is freed.
+            add: (n,), w: also add Σ_j w_j g_j, in the same pass.
+
+        Raises:
+            ValueError: an unknown scope; see also `per_sample`.
+            FloatingPointError: NaN or Inf in p.grad, a loss or a per-sample gradient; p.grad are left or set to None.
+            ArithmeticError: the result contradicts plain autograd: a rule misread the model. p.grad are set to None.
+        """
+        return project_(self, losses, scope, damping, rtol, keep_output_gradients, add)
+
+    # Passes.
+
+    def backward(self, losses: Tensor, weights: Tensor, receive: Callable, retain_graph: bool = True) -> None:
+        """One backward pass that visits the sites and makes no weight gradient."""
+        self._receive = receive
+        try:
+            with self._again():
+                torch.autograd.grad(losses, [self.anchor], weights, retain_graph=retain_graph, allow_unused=True)
+        except RuntimeError as error:
+            if "Checkpointing is not compatible" in str(error):
+                raise ValueError(
+                    "reentrant checkpointing cannot be followed: use checkpoint(use_reentrant=False)"
+                ) from None
+            raise
+        finally:
+            self._receive = None
+
+    def _again(self):
+        return _Recomputing(self)
+
+    def structure(self, losses: Tensor) -> Structure:
+        """How to read the sites; found once per forward pass, or known from an earlier one with the same sites."""
+        if self._structure is not None and self._structure[0]() is losses:
+            return self._structure[1]
+        check_losses(losses)
+        key = (len(losses), tuple(site.key for site in self.sites))
+        found = self._known.get(key)
+        fits = found is not None and all(
+            layout is None or layout.fits(site.shape, len(losses))
+            for site, layout in zip(self.sites, found.layouts, strict=True)
+        )
+        if not fits:
+            found = inspect(self, losses)
+            announce(found.loops)
+            if found.lasting:
+                self._known[key] = found
+        for site, layout in zip(self.sites, found.layouts, strict=True):
+            site.active = layout is not None
+        self._structure = (weakref.ref(losses), found)
+        return found
+
+    def _verified(self, losses: Tensor) -> None:
+        structure = self.structure(losses)
+        if structure.fresh:
+            verify(self, losses)
+            structure.fresh = False
+
+    def _run(self, losses: Tensor, job: Job, retain_graph: bool = True) -> None:
+        n, structure = len(losses), self.structure(losses)
+        plan = Plan(self, structure)
+        waiting: dict[tuple, list[tuple[Source, Rule]]] = defaultdict(list)
+        dense: dict[int, Tensor] = {}
+
+        def flush(key: tuple) -> None:
+            pieces = waiting.pop(key)
+            rule = joined([rule for _, rule in pieces])
+            job.piece(key[0], pieces[0][0], rule)
+            plan.left[key[0]] -= len(pieces)
+            if not plan.left[key[0]]:
+                job.done(key[0])
+
+        def receive(site: Site, b: Tensor, saved: Sequence[Tensor]) -> None:
+            layout = structure.layouts[site.index]
+            if layout is None or not any(plan.wants(s) for s in site.sources):
+                return
+            for source, rule in zip(site.sources, site.make(b, saved, layout, n), strict=True):
+                if not plan.wants(source):
+                    continue
+                if plan.mapped(source):
+                    d = rule.dense()
+                    dense[id(source)] = dense[id(source)] + d if id(source) in dense else d
+                    continue
+                source, rule = _upright(self, source, rule)
+                key = plan.key(source)
+                waiting[key].append((source, rule))
+                if len(waiting[key]) == plan.uses[key]:
+                    flush(key)
+
+        keep = retain_graph or bool(structure.loops or plan.maps)
+        self.backward(losses, torch.ones_like(losses), receive, keep)
+        with torch.no_grad():
+            for key in list(waiting):  # uses that no loss depends on never arrived
+                flush(key)
+            for name, rows in self._mapped(plan, dense, n):
+                job.piece(name, self._whole(name), Rows(rows))
+                job.done(name)
+            for name, rows in self._loops(losses, structure.loops):
+                job.piece(name, self._whole(name), Rows(rows))
+                job.done(name)
+            job.finish(n)
+
+    def _whole(self, name: str) -> Source:
+        return self.sources[id(self.parameters[name])]
+
+    def _mapped(self, plan: Plan, dense: dict[int, Tensor], n: int):
+        """Per-sample gradients of parameters that are used through something computed from them."""
+        rows: dict[str, Tensor] = {}
+        for source in self.sources.values():
+            d = dense.get(id(source))
+            if d is None:
+                continue
+            names = sorted(plan.maps & source.names)
+            if source.whole:
+                grads: Sequence[Tensor | None] = [d]
+            else:
+                grads = _vjps(source.tensor, [self.parameters[name] for name in names], d)
+            for name, g in zip(names, grads, strict=True):
+                if g is not None:
+                    rows[name] = rows[name] + g if name in rows else g
+        for name in sorted(plan.maps):
+            if name in rows:
+                yield name, rows[name]
+
+    def _loops(self, losses: Tensor, loops: Mapping[str, str]):
+        """The fallback: one backward pass per sample, for the parameters that no rule covers."""
+        if not loops:
+            return
+        names = list(loops)
+        inputs = [self.parameters[name] for name in names]
+        rows = {name: p.new_zeros((len(losses), *p.shape)) for name, p in zip(names, inputs, strict=True)}
+        for j, one in enumerate(torch.eye(len(losses), dtype=losses.dtype, device=losses.device)):
+            with self._again():
+                grads = torch.autograd.grad(losses, inputs, one, retain_graph=True, allow_unused=True)
+            for name, g in zip(names, grads, strict=True):
+                if g is not None:
+                    rows[name][j] = g
+        yield from rows.items()
+
+    def _named(self, direction: Directions) -> dict[str, Tensor]:
+        if not isinstance(direction, Mapping):
+            direction = dict(zip(self.parameters, direction, strict=True))
+        for name, u in direction.items():
+            if name not in self.parameters:
+                raise ValueError(f"direction has {name!r}, which the tape does not follow")
+            if u.shape != self.parameters[name].shape:
+                shape = tuple(self.parameters[name].shape)
+                raise ValueError(f"direction[{name!r}] must be {shape} like the parameter; got {tuple(u.shape)}")
+        return dict(direction)
+
+
+def check_losses(losses: Tensor) -> None:
+    if not isinstance(losses, Tensor) or losses.ndim != 1:
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"one loss per sample is needed, shape (n,); got {got}: use reduction='none'")
+    if not len(losses):
+        raise ValueError("there are no losses: without samples there is nothing to be orthogonal to")
+    if not losses.requires_grad:
+        raise ValueError("the losses do not depend on any parameter that the tape follows")
+    if not losses.isfinite().all():
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        raise FloatingPointError(f"NaN or Inf in the losses of samples {bad[:8]}; nothing was changed")
+
+
+class _Recomputing:
+    """Interception during a backward pass: what checkpointing runs again must save the same tensors."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+
+    def __enter__(self) -> None:
+        self.before, self.tape.recomputing = self.tape.recomputing, True
+        self.tape._mode.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self.tape._mode.__exit__(*error)
+        self.tape.recomputing = self.before
+
+
+class Plan:
+    """Which sources are read, which uses belong together, and which parameters need their uses mapped back."""
+
+    def __init__(self, tape: Tape, structure: Structure) -> None:
+        self.tape, self.loops = tape, structure.loops
+        self.uses: dict[tuple, int] = defaultdict(int)
+        self.left: dict[str, int] = defaultdict(int)
+        used: dict[str, dict[int, Source]] = defaultdict(dict)
+        sites = [s for s, layout in zip(tape.sites, structure.layouts, strict=True) if layout is not None]
+        for site in sites:
+            for source in site.sources:
+                if not source.settled or source.site is site:
+                    for name in source.names - self.loops.keys():
+                        used[name][id(source)] = source
+        self.maps = {name for name, some in used.items() if not _direct(tape, name, list(some.values()))}
+        while True:  # a source of several parameters makes all of them mapped
+            more = {n for some in used.values() for s in some.values() if s.names & self.maps for n in s.names}
+            if more - self.loops.keys() <= self.maps:
+                break
+            self.maps |= more - self.loops.keys()
+        for site in sites:
+            for source in site.sources:
+                if self.wants(source) and not self.mapped(source):
+                    key = self.key(_upright(tape, source, None)[0])
+                    self.uses[key] += 1
+                    self.left[key[0]] += 1
+
+    def wants(self, source: Source) -> bool:
+        return not source.settled and bool(source.names - self.loops.keys())
+
+    def mapped(self, source: Source) -> bool:
+        return bool(source.names & self.maps)
+
+    def key(self, source: Source) -> tuple:
+        (name,) = source.names
+        return (name, "whole") if source.whole else (name, source.window or id(source))
+
+
+def _direct(tape: Tape, name: str, sources: list[Source]) -> bool:
+    """Whether the parameter is used only through disjoint parts of itself (or the same part again)."""
+    if any(len(s.names) > 1 or not (s.whole or s.window or s.rows is not None) for s in sources):
+        return False
+    parts = {}
+    for source in sources:
+        source = _upright(tape, source, None)[0]
+        parts["whole" if source.whole else source.window or id(source)] = source
+    if len(parts) == 1:
+        return True
+    if any(s.window is None for s in parts.values()):
+        return False
+    index = torch.arange(tape.parameters[name].numel())
+    touched = torch.cat([index.as_strided(*s.window).flatten() for s in parts.values()])
+    return len(touched.unique()) == len(touched)
+
+
+def _upright(tape: Tape, source: Source, rule: Rule | None) -> tuple[Source, Rule | None]:
+    """A use of Wᵀ as a use of W."""
+    if source.whole or source.window is None or len(source.window[0]) != 2:
+        return source, rule
+    (name,) = source.names
+    whole = tape._whole(name)
+    size, stride, offset = source.window
+    if whole.window == source.window:
+        return whole, rule
+    if whole.window == (size[::-1], stride[::-1], offset) and (rule is None or hasattr(rule, "transposed")):
+        return whole, None if rule is None else rule.transposed()
+    return source, rule
+
+
+def _shares(out: Tensor, p: Tensor) -> bool:
+    return out.untyped_storage().data_ptr() == p.untyped_storage().data_ptr()
+
+
+def _vjps(out: Tensor, inputs: list[Tensor], d: Tensor) -> Sequence[Tensor | None]:
+    """dᵀ ∂out/∂inputs for every row of d [n, *out.shape]."""
+    try:
+        return torch.autograd.grad(
+            out, inputs, d.to(out.dtype), retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    except RuntimeError:  # an operation without a batching rule
+        rows = [torch.autograd.grad(out, inputs, one.to(out.dtype), retain_graph=True, allow_unused=True) for one in d]
+        return [None if g[0] is None else torch.stack(g) for g in zip(*rows, strict=True)]
