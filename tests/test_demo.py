@@ -11,6 +11,7 @@ from projgrad.demo.job import SETTINGS, Demo, Plan, default_plan
 from projgrad.demo.methods import TITLES, TUNED
 from projgrad.demo.picture import draw
 from projgrad.demo.runs import Setting
+from projgrad.demo.steps import METHODS
 from projgrad.demo.tables import tables
 
 pytest.importorskip("sklearn")
@@ -111,11 +112,14 @@ def test_a_tiny_demo_runs_to_the_end(plan, tmp_path):
     assert set(found["summary"]["methods"]) == set(TITLES)
     assert len(found["runs"]) == len(TITLES) + 3
     assert sum(moved) == pytest.approx(demo.expected_seconds)
-    assert [row["n"] for row in found["summary"]["projection"]] == [8, 12]
-    assert max(row["relative_difference"] for row in found["summary"]["projection"]) <= 1e-4
+    steps = found["summary"]["steps"]
+    assert [row["n"] for row in steps] == [8, 12]
+    assert all(set(row["seconds"]) == set(row["bytes"]) == set(METHODS) for row in steps)
+    assert max(row["relative_difference"] for row in steps) <= 1e-4
     ours, qr = (found["summary"]["methods"][method] for method in ("orthograd", "orthograd-qr"))
     assert ours["test"]["mean"] == pytest.approx(qr["test"]["mean"], abs=0.01)
     assert "OrthoGrad leaves" in found["summary"]["verdict"]
+    assert "With 8 or 12 retain samples a step on the tape takes" in found["summary"]["verdict"]
     assert draw(found, tmp_path).read_bytes().startswith(b"\x89PNG")
     assert len(list(tables(found))) == 5
 
@@ -164,6 +168,24 @@ def test_the_verdict_says_what_the_numbers_say(ours, baseline, expected):
 
     rows = {"retrained": row(0.0, 0.98), "neggrad": baseline, "orthograd": ours}
     assert re.search(expected, summary.verdict(rows, 0.05))
+
+
+def needs(tape, reference, plain):
+    return {"orthograd": tape, "orthograd-qr": reference, "neggrad": plain}
+
+
+def test_what_the_tape_saves_is_what_was_measured():
+    one = {"n": 4, "seconds": needs(3.0, 2.0, 1.0), "bytes": needs(10, 40, 10)}
+    assert summary.saving([one]) == (
+        "With 4 retain samples a step on the tape takes 1.5 times the time and 0.25 times the memory of a step with "
+        "the reference projector, and 3 times the time and 1 times the memory of a step without projection."
+    )
+    more = {"n": 8, "seconds": needs(3.0, 30.0, 1.5), "bytes": needs(None, None, None)}
+    assert summary.saving([one, more]) == (
+        "With 4 or 8 retain samples a step on the tape takes 0.1 to 1.5 times the time of a step with the reference "
+        "projector, and 2 to 3 times the time of a step without projection."
+    )
+    assert summary.saving([]) == ""
 
 
 @pytest.mark.parametrize("name", list(data.TASKS))

@@ -13,12 +13,13 @@ from torch import nn
 from ..data import CREDITS, TASKS, Task
 from .environment import environment
 from .methods import TITLES
-from .projection import compare, gradients, peak_bytes
 from .runs import TRAINING, Run, Setting, evaluate, train, unlearn
+from .steps import METHODS, REPEATS, batch, compare, peak_bytes
 from .summary import summarize
 
 SETTINGS = Path(__file__).with_name("settings.json")
 POINTS = 15
+MEMORY_SECONDS = 7.0  # one new process for each method
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Demo:
             "environment": environment(),
             "sizes": {},
             "runs": [],
-            "projection": [],
+            "steps": [],
             "memory": [],
         }
 
@@ -81,29 +82,42 @@ class Demo:
         """Relative costs, for the progress bar; its speed corrects the unit."""
         settings = [*self.plan.settings.items(), *(("orthograd", s) for s in self.plan.panel)]
         settings += [("neggrad", s) for s in self.plan.panel[-1:]]
-        steps = sum(setting.steps * self._step_cost(method, setting) for method, setting in settings)
-        return len(self.plan.seeds) * (2 * TRAINING[self.plan.data]["epochs"] * self._epoch_cost + steps)
+        steps = sum(setting.steps * self._step_cost(method, setting.n) for method, setting in settings)
+        steps += sum(self._compare_cost(n) for n in self._compared)
+        seconds = len(self.plan.seeds) * (2 * TRAINING[self.plan.data]["epochs"] * self._epoch_cost + steps)
+        return seconds + MEMORY_SECONDS * len(self._compared)
 
     @property
     def _epoch_cost(self) -> float:
         return {"digits": 0.06, "faces": 0.16}[self.plan.data]
 
-    def _step_cost(self, method: str, setting: Setting) -> float:
+    def _step_cost(self, method: str, n: int) -> float:
         scale = {"digits": 1.0, "faces": 4.0}[self.plan.data]
-        return scale * (0.008 + (7e-4 * setting.n if method.startswith("orthograd") else 0.0))
+        return scale * (0.01 + {"orthograd": 1.5e-4, "orthograd-qr": 1e-3}.get(method, 0.0) * n)
+
+    def _compare_cost(self, n: int) -> float:
+        return (1 + REPEATS) * sum(self._step_cost(method, n) for method in METHODS)
+
+    @property
+    def _compared(self) -> list[int]:
+        """Numbers of retain samples at which whole steps are compared."""
+        return sorted({self.plan.settings["orthograd"].n, *(setting.n for setting in self.plan.panel)})
 
     def run(self) -> dict[str, Any]:
-        ns = sorted({self.plan.settings["orthograd"].n, *(setting.n for setting in self.plan.panel[-1:])})
         for seed in self.plan.seeds:
             task = TASKS[self.plan.data](seed)
             self._save()
             original = self._seed(task, seed)
-            self.advance(0.0, f"seed {seed}: timing the projectors")
-            u, G = gradients(original, task, ns[-1], seed)
-            self.results["projection"] += [{"seed": seed, **compare(u, G[:n])} for n in ns]
+            for n in self._compared:
+                self.advance(0.0, f"seed {seed}: timing steps, n = {n}")
+                self.results["steps"].append({"seed": seed, **compare(original, *batch(task, n, seed))})
+                self.advance(self._compare_cost(n), f"seed {seed}: timed steps, n = {n}")
+                self._save()
+        for n in self._compared:
+            self.advance(0.0, f"measuring a step's memory, n = {n}")
+            self.results["memory"].append(peak_bytes(original, *batch(task, n, seed)))
+            self.advance(MEMORY_SECONDS, f"measured a step's memory, n = {n}")
             self._save()
-        self.advance(0.0, "measuring the projectors' memory")
-        self.results["memory"] = peak_bytes(u, G, ns)
         self.results["finished"] = True
         self._save()
         return self.results
@@ -129,7 +143,7 @@ class Demo:
         return original
 
     def _unlearn(self, original: nn.Module, task: Task, method: str, setting: Setting, seed: int, table: str) -> None:
-        cost, what = self._step_cost(method, setting), f"seed {seed}: {TITLES[method]}, n = {setting.n}"
+        cost, what = self._step_cost(method, setting.n), f"seed {seed}: {TITLES[method]}, n = {setting.n}"
         run = unlearn(
             copy.deepcopy(original),
             task,

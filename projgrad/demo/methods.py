@@ -9,7 +9,6 @@ from .. import projectors
 from ..methods.orthograd import OrthoGrad
 
 MAX_NORM = 1.0  # every method's update is clipped to this norm: ascent alone grows without bound
-CHUNK = 64  # samples differentiated at once: one chunk's activations stay in cache
 
 
 def cnn(shape: tuple[int, int], classes: int) -> nn.Sequential:

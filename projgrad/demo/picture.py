@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from .methods import TITLES
+from .steps import METHODS
 
 COLORS = {
     "ascent": "#b07aa1",
@@ -20,7 +21,7 @@ CURVES = ("ascent", "finetune", "neggrad", "orthograd")  # OrthoGrad with QR is 
 
 
 def draw(results: dict[str, Any], out: Path) -> Path:
-    """Test and forget curves of each method, what n buys, time and memory of the projectors; returns the file."""
+    """Test and forget curves of each method, what n buys, time and memory of a step; returns the file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,8 +40,8 @@ def draw(results: dict[str, Any], out: Path) -> Path:
         _curves(axes[0, 1], results, "forget", FORGET[results["data"]])
         _final(axes[0, 2], results)
         _panel(axes[1, 0], results)
-        _bars(axes[1, 1], results, "seconds", 1e3, "Projection alone: ms")
-        _bars(axes[1, 2], results, "bytes", 2**-20, "Projection alone: peak MiB beyond G")
+        _bars(axes[1, 1], results, "seconds", 1e3, "One step: ms")
+        _bars(axes[1, 2], results, "bytes", 2**-20, "One step: peak MiB above the model")
         seeds = len(results["seeds"])
         fig.suptitle(f"projgrad demo: {results['data']}, mean of {seeds} seed(s)", fontsize=13, fontweight="bold")
         path = out / f"demo-{results['data']}.png"
@@ -122,20 +123,16 @@ def _panel(ax: Any, results: dict[str, Any]) -> None:
 
 
 def _bars(ax: Any, results: dict[str, Any], key: str, unit: float, title: str) -> None:
-    rows = results["summary"]["projection"]
+    rows = results["summary"]["steps"]
     known = [row for row in rows if None not in row[key].values()]
-    for offset, (name, color) in enumerate((("qr", COLORS["orthograd-qr"]), ("projgrad", COLORS["orthograd"]))):
-        values = [unit * row[key][name] for row in known]
-        bars = ax.bar(
-            [i + 0.38 * offset for i in range(len(known))],
-            values,
-            0.36,
-            color=color,
-            label={"qr": "QR"}.get(name, name),
-        )
+    for offset, method in enumerate(METHODS):
+        values = [unit * row[key][method] for row in known]
+        places = [i + 0.28 * (offset - 1) for i in range(len(known))]
+        label = TITLES[method] + (", no projection" if method == "neggrad" else "")
+        bars = ax.bar(places, values, 0.26, color=COLORS[method], label=label)
         ax.bar_label(bars, fmt="%.3g", fontsize=8)
     ax.set_yscale("log")
-    ax.set_xticks([i + 0.19 for i in range(len(known))], [f"n = {row['n']}" for row in known])
+    ax.set_xticks(range(len(known)), [f"n = {row['n']}" for row in known])
     ax.set_title(title)
     ax.grid(axis="x", visible=False)
     ax.margins(y=0.12)

@@ -1,6 +1,7 @@
-"""Means, spreads and one honest sentence from the runs of a demo."""
+"""Means, spreads and an honest verdict from the runs of a demo."""
 
 import math
+from collections.abc import Iterable
 from statistics import fmean, median, stdev
 from typing import Any
 
@@ -28,7 +29,9 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
         for n, method in sorted(keys, key=lambda key: (key[1], key[0]))
     ]
     limit = results["chosen_by"].get("limit", 0.05)
-    return {"methods": rows, "panel": panel, "projection": _projection(results), "verdict": verdict(rows, limit)}
+    steps = _steps(results)
+    text = f"{verdict(rows, limit)} {saving(steps)}".strip()
+    return {"methods": rows, "panel": panel, "steps": steps, "verdict": text}
 
 
 def _row(runs: list[dict]) -> dict[str, Any]:
@@ -42,15 +45,14 @@ def _row(runs: list[dict]) -> dict[str, Any]:
     return row
 
 
-def _projection(results: dict[str, Any]) -> list[dict[str, Any]]:
+def _steps(results: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
-    for n in dict.fromkeys(entry["n"] for entry in results["projection"]):
-        some = [entry for entry in results["projection"] if entry["n"] == n]
-        memory = next((entry for entry in results["memory"] if entry["n"] == n), {})
+    for n in dict.fromkeys(entry["n"] for entry in results["steps"]):
+        some = [entry for entry in results["steps"] if entry["n"] == n]
+        memory = next((entry["bytes"] for entry in results["memory"] if entry["n"] == n), {})
         rows.append(
             {
                 "n": n,
-                "p": some[0]["p"],
                 "seconds": {k: median(entry["seconds"][k] for entry in some) for k in some[0]["seconds"]},
                 "bytes": {k: memory.get(k) for k in some[0]["seconds"]},
                 "relative_difference": max(entry["relative_difference"] for entry in some),
@@ -92,6 +94,31 @@ def verdict(rows: dict[str, dict], limit: float) -> str:
     ]
     note = f" {' and '.join(broken)} broke down on some seeds and is not seen at its best." if broken else ""
     return f"{text}. {judgement} ({difference:+.1f} points; spread over seeds {spread:.1f}).{note}"
+
+
+def saving(steps: list[dict[str, Any]]) -> str:
+    """What a step on the tape needs beside the reference projector and beside no projection, over all n."""
+
+    def beside(other: str) -> str:
+        parts = []
+        for key, unit in (("seconds", "time"), ("bytes", "memory")):
+            if all(all(row[key].values()) for row in steps):  # no system but Linux tells the memory
+                ratios = [row[key]["orthograd"] / row[key][other] for row in steps]
+                ends = dict.fromkeys(f"{end(ratios):.2g}" for end in (min, max))
+                parts.append(f"{' to '.join(ends)} times the {unit}")
+        return " and ".join(parts)
+
+    if not steps:
+        return ""
+    return (
+        f"With {_listed(row['n'] for row in steps)} retain samples a step on the tape takes {beside('orthograd-qr')} "
+        f"of a step with the reference projector, and {beside('neggrad')} of a step without projection."
+    )
+
+
+def _listed(values: Iterable[int]) -> str:
+    *first, last = map(str, values)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _percent(value: dict[str, float | None]) -> str:

@@ -7,6 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .methods import TITLES
+from .steps import METHODS
 
 FORGET = {"digits": "wrong\nlabels %", "faces": "forgotten\nperson %"}  # short names of the forget share
 
@@ -23,8 +24,8 @@ def tables(results: dict[str, Any]) -> Iterator[Table | str]:
     yield summary["verdict"]
     if summary["panel"]:
         yield _panel(results)
-    if summary["projection"]:
-        yield _projection(summary["projection"])
+    if summary["steps"]:
+        yield _steps(summary["steps"])
 
 
 def _methods(results: dict[str, Any]) -> Table:
@@ -63,19 +64,18 @@ def _panel(results: dict[str, Any]) -> Table:
     return table
 
 
-def _projection(rows: list[dict[str, Any]]) -> Table:
-    table = _table(
-        f"The projection alone, on the same gradients: p = {rows[0]['p']:,}",
-        ("n", "QR ms", "projgrad\nms", "faster", "QR MiB", "projgrad\nMiB", "smaller", "difference"),
-    )
+def _steps(rows: list[dict[str, Any]]) -> Table:
+    short = {"neggrad": "no proj.", "orthograd": "projgrad", "orthograd-qr": "QR"}
+    units = {"seconds": ("ms", 1e3), "bytes": ("MiB", 2**-20)}
+    columns = [f"{short[method]}\n{unit}" for unit, _ in units.values() for method in METHODS]
+    table = _table("One whole step, the same batch and weights", ("n", *columns, "difference"))
     for row in rows:
-        seconds, memory = row["seconds"], row["bytes"]
-        cells = [f"{1e3 * seconds['qr']:.1f}", f"{1e3 * seconds['projgrad']:.1f}"]
-        cells.append(f"{seconds['qr'] / seconds['projgrad']:.1f} x")
-        cells += [_mebibytes(memory["qr"]), _mebibytes(memory["projgrad"])]
-        cells.append(f"{memory['qr'] / memory['projgrad']:.0f} x" if memory["qr"] and memory["projgrad"] else "")
+        cells = [_number(row[key][method], factor) for key, (_, factor) in units.items() for method in METHODS]
         table.add_row(str(row["n"]), *cells, f"{row['relative_difference']:.1e}")
-    table.caption = "MiB: peak memory beyond the gradients. Difference: relative, between the two updates, worst seed."
+    table.caption = (
+        "No projection: NegGrad+; projgrad: OrthoGrad on the tape; QR: OrthoGrad with the reference projector.\n"
+        "MiB: peak memory above the loaded model. Difference: relative, between the two projected updates, worst seed."
+    )
     return table
 
 
@@ -91,5 +91,5 @@ def _share(value: dict[str, float | None]) -> str:
     return f"{100 * value['mean']:.1f}{spread}"
 
 
-def _mebibytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 2**20:.1f}"
+def _number(value: float | None, factor: float) -> str:
+    return "" if value is None else f"{factor * value:.1f}"

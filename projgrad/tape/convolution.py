@@ -1,13 +1,17 @@
 """The rule of convolutions, plain and transposed, in any number of dimensions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rules import CHUNK_BYTES, Rule, gram, working
+from ..cost import CHUNK_BYTES, Route
+from ..ops.factors import _linear_gram
+from .rules import Rule, gram, working
+
+WINDOW_BYTES = 2 * CHUNK_BYTES  # windows are kernel-size times the input: made for a few channels at a time
 
 
 class Convolution(Rule):
@@ -64,27 +68,25 @@ class Convolution(Rule):
         small = self.small.unflatten(2, (self.groups, -1))[:, :, groups].to(dtype)
         return small.movedim(1, 3).reshape(self.n, small.shape[2], small.shape[3], -1)
 
-    def _blocks(self, wide: bool):
-        """Per-sample gradients [n, groups * r, channels, kernel] of some groups, or some channels of the only one."""
-        dtype = torch.float64 if wide else self.dtype
-        taps, positions = math.prod(self.kernel), self.small[0, :, 0].numel()
-        r = self.shape[0] // self.groups
-        one = self.n * taps * (positions + r) * dtype.itemsize  # bytes for one channel of one group
-        step = max(1, CHUNK_BYTES // max(1, one))
-        if self.groups > 1:
-            step = max(1, step // self.channels)
-            spans = [
-                (slice(s, min(s + step, self.groups)), slice(0, self.channels)) for s in range(0, self.groups, step)
-            ]
+    def _spans(self, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
+        """Groups and channels that are treated at once: as many as have windows of `WINDOW_BYTES`."""
+        one = self.n * math.prod(self.kernel) * self.small[0, :, 0].numel() * dtype.itemsize
+        step = max(1, WINDOW_BYTES // max(1, one))
+        if self.groups == 1:
+            for start in range(0, self.channels, step):
+                yield slice(0, 1), slice(start, min(start + step, self.channels))
         else:
-            spans = [(slice(0, 1), slice(s, min(s + step, self.channels))) for s in range(0, self.channels, step)]
-        small = self._small(slice(0, 1), dtype) if self.groups == 1 else None
-        for groups, channels in spans:
-            p = self._small(groups, dtype) if small is None else small
-            q = self._windows(groups, channels, dtype)
+            step = max(1, step // self.channels)
+            for start in range(0, self.groups, step):
+                yield slice(start, min(start + step, self.groups)), slice(0, self.channels)
+
+    def _blocks(self, wide: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Per-sample gradients [n, groups * r, channels, kernel] of every span."""
+        dtype = torch.float64 if wide else self.dtype
+        for groups, channels in self._spans(dtype):
+            p, q = self._small(groups, dtype), self._windows(groups, channels, dtype)
             g = torch.matmul(p, q.mT)  # [n, groups, r, channels * kernel]
-            self.bytes = max(self.bytes, q.nbytes + g.nbytes)
-            yield groups, channels, g.reshape(self.n, g.shape[1] * r, -1, taps)
+            yield groups, channels, g.reshape(self.n, g.shape[1] * g.shape[2], -1, math.prod(self.kernel))
 
     def _part(self, u: Tensor, groups: slice, channels: slice) -> Tensor:
         """The view of a tensor [..., *shape] that belongs to a block."""
@@ -100,10 +102,33 @@ class Convolution(Rule):
 
     def gram(self, u: Tensor | None, wide: bool = False) -> tuple[Tensor, Tensor]:
         K, v = 0.0, 0.0
-        for groups, channels, g in self._blocks(wide):
-            k, w = gram(g, None if u is None else self._part(u, groups, channels), wide)
+        for k, w in self._linear(u, wide) if self.groups == 1 else self._grouped(u, wide):
             K, v = K + k, v + w
         return K, v
+
+    def _grouped(self, u: Tensor | None, wide: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        for groups, channels, g in self._blocks(wide):
+            yield gram(g, None if u is None else self._part(u, groups, channels), wide)
+
+    def _linear(self, u: Tensor | None, wide: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """With one group, the windows of some channels are the inputs of a linear layer."""
+        dtype = torch.float64 if wide else self.dtype
+        small = self._small(slice(0, 1), dtype)[:, 0]  # [n, r, t * positions]
+        for groups, channels in self._spans(dtype):
+            windows = self._windows(groups, channels, dtype)[:, 0]  # [n, channels * kernel, t * positions]
+            some = windows.new_empty((0, *self.shape)) if u is None else u
+            some = self._part(some, groups, channels).flatten(2)
+            yield _linear_gram(windows.mT, small.mT, some, wide)
+
+    def cost(self) -> Route:
+        groups, channels = next(self._spans(self.dtype))
+        count = (groups.stop - groups.start) * (channels.stop - channels.start)
+        positions, taps = self.small[0, :, 0].numel(), math.prod(self.kernel)
+        windows = self.n * count * taps * positions * self.dtype.itemsize
+        flops = self.n * (2 * positions + self.n + 1) * math.prod(self.shape)
+        made = self.n * self.shape[0] // self.groups * count * taps * self.dtype.itemsize
+        made = made if self.groups > 1 else min(made, CHUNK_BYTES)
+        return Route("chunks", self.shape[0], count * taps, flops, windows + made)
 
     def combine_(self, out: Tensor, c: Tensor) -> None:
         dims = len(self.kernel)

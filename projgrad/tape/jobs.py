@@ -46,8 +46,11 @@ class Job:
 class Products(Job):
     """K = G Gᵀ and v = G u, summed over parameters."""
 
-    def __init__(self, tape: Tape, u: dict[str, Tensor] | None = None, gram: bool = True, wide: bool = False) -> None:
+    def __init__(
+        self, tape: Tape, u: dict[str, Tensor] | None = None, gram: bool = True, wide: bool = False, watch: str = ""
+    ) -> None:
         super().__init__(tape)
+        self.watch, self.watched = watch, 0.0  # K of this parameter alone
         self.u, self.gram, self.wide, self.half = u or {}, gram, wide, False
         self.K: Tensor | float = 0.0
         self.v: Tensor | float = 0.0
@@ -59,6 +62,8 @@ class Products(Job):
         if self.gram:
             K, v = rule.gram(u, self.wide)
             self.K = self.K + K
+            if name == self.watch:
+                self.watched = self.watched + K
         elif u is not None:
             v = rule.dot(u, self.wide)
         if u is not None:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .rules import CHUNK_BYTES, Rule, gram, working
+from ..cost import Route
+from .rules import Rule, gram, working
 
 
 class Lookup(Rule):
@@ -41,7 +42,7 @@ class Lookup(Rule):
         order = order[(ids < 0).sum() :]
         used, inverse, counts = ids[order].unique_consecutive(return_inverse=True, return_counts=True)
         ends = counts.cumsum(0).tolist()
-        step = max(1, CHUNK_BYTES // max(1, self.n * self.b.shape[2] * (8 if wide else self.dtype.itemsize)))
+        step = self._step(wide)
         u = None if u is None else u.reshape(len(u), self.shape[0], -1)
         K = torch.zeros(self.n, self.n, dtype=torch.float64, device=ids.device)
         v = K.new_zeros((self.n, 0 if u is None else len(u)))
@@ -49,10 +50,15 @@ class Lookup(Rule):
             some = used[start : start + step]
             span = slice(ends[start - 1] if start else 0, ends[start + len(some) - 1])
             g = self._scattered(inverse[span] - start, len(some), order[span], wide)
-            self.bytes = max(self.bytes, g.nbytes)
             k, w = gram(g, None if u is None else u[:, some], wide)
             K, v = K + k, v + w
         return K, v
+
+    def cost(self) -> Route:
+        used = self.ids[self.ids >= 0].unique().numel()
+        step = min(used, self._step(False))
+        bytes = self.n * step * self.cols * self.dtype.itemsize
+        return Route("chunks", step, self.cols, self.n * (self.n + 1) * used * self.cols, bytes)
 
     def combine_(self, out: Tensor, c: Tensor) -> None:
         keep = self.ids >= 0

@@ -110,6 +110,7 @@ class _Method:
     """Products with the per-sample gradients, and the correction of p.grad. `dtype`: of the products."""
 
     dtype: torch.dtype
+    discrepancy = 0.0  # found so far
     half = False  # whether 16-bit numbers limit what autograd and the rules can agree on
 
     def grads(self) -> dict[str, Tensor]:
@@ -175,7 +176,7 @@ def _solve(method: _Method, n: int, damping: float, rtol: float | None, add: Ten
     residual = left(v - K @ c, after) + rounding
     if damping or rtol is not None:
         residual = left(v - K @ c, after)
-    discrepancy = 0.0
+    discrepancy = method.discrepancy
 
     def apply(w: Tensor, b: Tensor) -> None:
         nonlocal discrepancy
@@ -228,14 +229,25 @@ def _check_finite(K: Tensor, v: Tensor, u2: float) -> None:
         raise FloatingPointError(f"NaN or Inf in the gradients of samples {bad[:8]}; nothing was changed")
 
 
-def _check(method: _Method, found: Outcome, w: Tensor, K: Tensor, v: Tensor, u2: float) -> float:
+def _check(
+    method: _Method,
+    found: Outcome,
+    w: Tensor,
+    K: Tensor,
+    v: Tensor,
+    u2: float,
+    where: str | None = None,
+    floor: float = 0.0,
+) -> float:
     """The self-check: K and v come from the rules, the correction from plain autograd.
+
+    A tensor whose gradient is the rounding of much larger terms is noise on both sides: `floor` is the length of that.
 
     Raises:
         ArithmeticError: they disagree.
     """
     tolerance = 5e-2 if method.half else 1e-3 if method.dtype != torch.float64 else 1e-9
-    scale = float(w.abs() @ K.diagonal().clamp_min(0).sqrt())
+    scale = max(float(w.abs() @ K.diagonal().clamp_min(0).sqrt()), floor)
     length, product = float(w @ K @ w), float(w @ v)
     predicted = Outcome(length, product, length + 2 * product)
     sizes = Outcome(scale**2, scale * u2**0.5, (scale + u2**0.5) ** 2)
@@ -245,10 +257,11 @@ def _check(method: _Method, found: Outcome, w: Tensor, K: Tensor, v: Tensor, u2:
             continue
         error = abs(value - expected)
         worst = max(worst, error / size if size else 0.0)
-        if not error <= tolerance * abs(expected) + 0.1 * tolerance * size:
+        if not error <= tolerance * abs(expected) + 0.1 * tolerance * size + (floor if where else 0.0) ** 2:
             raise ArithmeticError(
                 f"per-sample gradients and plain autograd disagree ({value:.6e} against {expected:.6e})"
-                f"{method.blame(w)}: p.grad were set to None, nothing else was changed. Please report the model"
+                f"{method.blame(w) if where is None else where}: p.grad were set to None, nothing else was changed. "
+                "Please report the model"
             )
     return worst
 
@@ -323,24 +336,48 @@ class _TwoPasses(_Method):
         return f", most of all in {max(errors, key=errors.__getitem__)}" if errors else ""
 
 
+def _watched(tape: Tape, losses: Tensor) -> str:
+    """The parameter whose turn it is: with one backward pass, plain autograd checks one tensor a step, not all."""
+    structure = tape.structure(losses)
+    names = [name for name in tape.parameters if name not in structure.loops]
+    structure.turn += 1
+    return names[structure.turn % len(names)] if names else ""
+
+
+def _check_watched(method: _Method, name: str, K: Tensor | float, grad: Tensor | None, lengths: float) -> float:
+    """`lengths`: Σ_j ‖g_j‖ over all parameters."""
+    if not name:
+        return 0.0
+    n, floor = method.n, 100 * torch.finfo(method.dtype).eps * lengths
+    K = K if isinstance(K, Tensor) else torch.zeros(n, n, dtype=torch.float64)
+    outcome = Outcome(length=0.0 if grad is None else squared(grad))
+    ones = torch.ones(n, dtype=torch.float64, device=K.device)
+    return _check(method, outcome, ones, K, torch.zeros_like(ones), 0.0, f", in {name}", floor)
+
+
 class _KeptGradients(_TwoPasses):
-    """Everything from the rules of one backward pass. What they misread shows in `verify` only, at the first step."""
+    """Everything from the rules of one backward pass; plain autograd checks all of it once, then a tensor a step."""
 
     def __init__(self, tape: Tape, losses: Tensor) -> None:
         super().__init__(tape, losses)
-        self.job = Kept(tape)
-        tape._run(losses, self.job, retain_graph=False)
+        job, self.watch = Kept(tape), _watched(tape, losses)
+        watch = [tape.parameters[self.watch]] if self.watch else []
+        self.grads_of_watch = tape._run(losses, job, retain_graph=False, watch=watch)
         self.pieces: list[tuple[str, Source, Rule]] = [
-            (name, source, rule) for name, some in self.job.pieces.items() for source, rule in some
+            (name, source, rule) for name, some in job.pieces.items() for source, rule in some
         ]
         self.half = self.half or any(rule.half for *_, rule in self.pieces)
         self.n = len(losses)
 
     def products(self, wide: bool) -> tuple[Tensor, Tensor]:
-        job = Products(self.tape, self.grads(), wide=wide)
+        job = Products(self.tape, self.grads(), wide=wide, watch=self.watch)
         for name, source, rule in self.pieces:
             job.piece(name, source, rule)
         job.finish(self.n)
+        for grad in self.grads_of_watch:
+            lengths = float(job.K.diagonal().clamp_min(0).sqrt().sum())
+            self.discrepancy = _check_watched(self, self.watch, job.watched, grad, lengths)
+        self.grads_of_watch = ()
         return job.K, job.v
 
     def dot(self, wide: bool) -> Tensor:
@@ -379,12 +416,12 @@ class _Tensor(_Method):
             yield function(rule, None if self.p.grad is None else part(source, self.p.grad)[None])
 
     def products(self, wide: bool) -> tuple[Tensor, Tensor]:
-        K, v = zip(*self._each(lambda rule, u: rule.gram(u, wide or rule.small)), strict=True)
-        K, v = sum(K), sum(v)
-        return K, v[:, 0] if v.shape[1] else K.new_zeros(self.n)
+        K, v = zip(*self._each(lambda rule, u: rule.gram(u, wide or rule.cheap)), strict=True)
+        self.K, v = sum(K), sum(v)
+        return self.K, v[:, 0] if v.shape[1] else self.K.new_zeros(self.n)
 
     def dot(self, wide: bool) -> Tensor:
-        return sum(rule.dot(part(source, self.p.grad)[None], wide or rule.small) for source, rule in self.pieces)[:, 0]
+        return sum(rule.dot(part(source, self.p.grad)[None], wide or rule.cheap) for source, rule in self.pieces)[:, 0]
 
     def apply(self, w: Tensor) -> Outcome:
         before = self.squares()
@@ -398,11 +435,22 @@ class _Tensor(_Method):
 def _per_tensor(tape: Tape, losses: Tensor, damping: float, rtol: float | None, add: Tensor) -> Projection:
     """Every tensor as soon as its last use has come by, in the one backward pass."""
     n, tensors = len(losses), {}
+    watch = _watched(tape, losses)
+    watched: list[_Tensor] = []
+    squares: list[Tensor] = []  # ‖g_j‖² of every tensor
 
     def finished(name: str, pieces: list[tuple[Source, Rule]]) -> None:
-        tensors[name] = _solve(_Tensor(tape.parameters[name], pieces, n), n, damping, rtol, add)
+        method = _Tensor(tape.parameters[name], pieces, n)
+        tensors[name] = _solve(method, n, damping, rtol, add)
+        squares.append(method.K.diagonal())
+        if name == watch:
+            method.pieces = []
+            watched.append(method)
 
-    tape._run(losses, Kept(tape, finished), retain_graph=False)
+    job = Kept(tape, finished)
+    for grad in tape._run(losses, job, retain_graph=False, watch=[tape.parameters[watch]] if watch else []):
+        for method in watched:
+            _check_watched(method, watch, method.K, grad, float(sum(squares).clamp_min(0).sqrt().sum()))
     for name, p in tape.parameters.items():
         if name not in tensors and p.grad is not None:  # the losses do not use it
             u2 = squared(p.grad)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..cost import CHUNK_BYTES
+from ..cost import CHUNK_BYTES, Route, linear_route
 from ..ops.factors import _linear_combine_, _linear_dot, _linear_gram
 from ..ops.flat import _gram
 
@@ -26,10 +26,8 @@ class Rule:
     n: int
     shape: torch.Size
     dtype: torch.dtype  # what chunks are made in; float64 while `wide`
-    route = "chunks"
-    bytes = 0  # the largest buffer made so far
     half = False  # whether a factor came in 16 bits
-    small = False  # whether multiplying in float64 costs nothing to speak of
+    cheap = False  # whether multiplying in float64 costs nothing to speak of
 
     def chunk(self, rows: slice, wide: bool = False) -> Tensor:
         """g_j for some rows of the parameter, [n, len(rows), cols]; multiplied in float64 if `wide`."""
@@ -70,17 +68,25 @@ class Rule:
         target = out[rows] if out.ndim else out
         target.add_(part.reshape(target.shape))
 
+    def cost(self) -> Route:
+        """How `gram` goes about it: route, flops, bytes besides the factors."""
+        step = self._step(False)
+        flops = self.n * (self.n + 1) * self.rows * self.cols
+        return Route("chunks", step, self.cols, flops, self.n * min(step, self.rows) * self.cols * self.dtype.itemsize)
+
     def dense(self) -> Tensor:
         """G [n, *shape]."""
         return self.chunk(slice(0, self.rows)).reshape(self.n, *self.shape)
 
     def _chunks(self, wide: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        step = max(1, CHUNK_BYTES // max(1, self.n * self.cols * (8 if wide else self.dtype.itemsize)))
+        step = self._step(wide)
         for start in range(0, self.rows, step):
             rows = slice(start, min(self.rows, start + step))
-            g = self.chunk(rows, wide)
-            self.bytes = max(self.bytes, g.nbytes)
-            yield rows, g
+            yield rows, self.chunk(rows, wide)
+
+    def _step(self, wide: bool) -> int:
+        """Rows of the parameter in one chunk."""
+        return max(1, CHUNK_BYTES // max(1, self.n * self.cols * (8 if wide else self.dtype.itemsize)))
 
 
 def gram(g: Tensor, u: Tensor | None, wide: bool = False) -> tuple[Tensor, Tensor]:
@@ -101,8 +107,8 @@ class Rows(Rule):
 
     def __init__(self, g: Tensor) -> None:
         self.g = g  # [n, *shape]
-        self.n, self.shape, self.dtype, self.bytes = len(g), g.shape[1:], working(g.dtype, False), g.nbytes
-        self.half, self.small = g.dtype.itemsize == 2, g.numel() < 1 << 18
+        self.n, self.shape, self.dtype = len(g), g.shape[1:], working(g.dtype, False)
+        self.half, self.cheap = g.dtype.itemsize == 2, g.numel() < 1 << 18
 
     def chunk(self, rows: slice, wide: bool = False) -> Tensor:
         return self.g.reshape(self.n, self.rows, self.cols)[:, rows].to(working(self.g.dtype, wide))
@@ -152,6 +158,10 @@ class Product(Rule):
         p, q = self.p.flatten(2), self.q.flatten(2)
         u = p.new_empty((0, p.shape[2], q.shape[2])) if u is None else self.matrix(u)
         return _linear_gram(q, p, u, wide)
+
+    def cost(self) -> Route:
+        i, o = math.prod(self.right), math.prod(self.left)
+        return linear_route(self.n, self.p.shape[1], i, o, itemsize=self.dtype.itemsize)
 
     def dot(self, u: Tensor, wide: bool = False) -> Tensor:
         return _linear_dot(self.q.flatten(2), self.p.flatten(2), self.matrix(u), wide)

@@ -23,6 +23,7 @@ class Structure:
     layouts: list[Layout | None]
     loops: dict[str, str] = field(default_factory=dict)
     fresh: bool = True  # not compared with plain autograd yet
+    turn: int = 0  # which parameter is compared next
     lasting: bool = True  # whether the next forward pass with the same sites can rely on it
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .explain import Explain, Explanation
 from .jobs import Job, Moments, Products
 from .mode import COPIES, VIEWS, Interception
 from .project import Projection, project_, verify
@@ -198,14 +199,31 @@ class Tape:
         """
         return project_(self, losses, scope, damping, rtol, keep_output_gradients, add)
 
+    def explain(self, losses: Tensor) -> Explanation:
+        """What each parameter costs: its uses, rule, route, predicted bytes and flops, and bytes really in use.
+
+        One backward pass. Print it for a table; it is a list of named tuples.
+        """
+        job = Explain(self)
+        self._run(losses, job)
+        return job.lines
+
     # Passes.
 
-    def backward(self, losses: Tensor, weights: Tensor, receive: Callable, retain_graph: bool = True) -> None:
-        """One backward pass that visits the sites and makes no weight gradient."""
+    def backward(
+        self,
+        losses: Tensor,
+        weights: Tensor,
+        receive: Callable,
+        retain_graph: bool = True,
+        watch: Sequence[Tensor] = (),
+    ) -> tuple[Tensor | None, ...]:
+        """One backward pass that visits the sites and makes no weight gradient but those of `watch`."""
         self._receive = receive
         try:
             with self._again():
-                torch.autograd.grad(losses, [self.anchor], weights, retain_graph=retain_graph, allow_unused=True)
+                inputs = [self.anchor, *watch]
+                return torch.autograd.grad(losses, inputs, weights, retain_graph=retain_graph, allow_unused=True)[1:]
         except RuntimeError as error:
             if "Checkpointing is not compatible" in str(error):
                 raise ValueError(
@@ -245,7 +263,10 @@ class Tape:
             verify(self, losses)
             structure.fresh = False
 
-    def _run(self, losses: Tensor, job: Job, retain_graph: bool = True) -> None:
+    def _run(
+        self, losses: Tensor, job: Job, retain_graph: bool = True, watch: Sequence[Tensor] = ()
+    ) -> tuple[Tensor | None, ...]:
+        """One pass for a job; Σ_j g_j of the parameters in `watch`, from plain autograd."""
         n, structure = len(losses), self.structure(losses)
         plan = Plan(self, structure)
         waiting: dict[tuple, list[tuple[Source, Rule]]] = defaultdict(list)
@@ -277,7 +298,7 @@ class Tape:
                     flush(key)
 
         keep = retain_graph or bool(structure.loops or plan.maps)
-        self.backward(losses, torch.ones_like(losses), receive, keep)
+        watched = self.backward(losses, torch.ones_like(losses), receive, keep, watch)
         with torch.no_grad():
             for key in list(waiting):  # uses that no loss depends on never arrived
                 flush(key)
@@ -288,6 +309,7 @@ class Tape:
                 job.piece(name, self._whole(name), Rows(rows))
                 job.done(name)
             job.finish(n)
+        return watched
 
     def _whole(self, name: str) -> Source:
         return self.sources[id(self.parameters[name])]
