@@ -201,7 +201,7 @@ def test_sparse_gradients_are_refused():
     model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten())
     ids, y = torch.tensor([[0], [1]]), torch.tensor([0, 1])
     unlearner = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match=r"gradient of 0\.weight is sparse: build the layer with sparse=False"):
+    with pytest.raises(ValueError, match="sparse=True.*use sparse=False"):
         unlearner.step(lambda: F.cross_entropy(model(ids), y), lambda: F.cross_entropy(model(ids), y, reduction="none"))
 
 
@@ -277,7 +277,7 @@ def test_a_misread_layer_is_noticed(monkeypatch, keep):
     unlearner = projgrad.OrthoGrad(
         model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.0, keep_output_gradients=keep
     )
-    with pytest.raises(ArithmeticError, match=r"plain autograd disagree.*, most of all in .\.bias"):
+    with pytest.raises(ArithmeticError, match=r"plain autograd disagree.*in .\.bias"):
         unlearner.step(forget, retain)
     assert torch.equal(_parameters(model), before) and all(p.grad is None for p in model.parameters())
 

@@ -136,10 +136,10 @@ def local(function: Callable, args: tuple, kwargs: dict, aligned: bool, tape: Ta
         given = dict(zip(tensors, saved, strict=True))
         batched, fixed = [], {}
         for i, t in given.items():
-            axis = layout.axis - b.ndim if aligned else layout.axis
             if i in followed:
                 continue
-            if -t.ndim <= axis < t.ndim and t.shape[axis] == b.shape[layout.axis]:
+            axis = layout.axis - b.ndim
+            if -t.ndim <= axis and t.shape[axis] == b.shape[layout.axis] and (aligned or t.ndim == b.ndim):
                 batched.append(i)
             else:
                 fixed[i] = t

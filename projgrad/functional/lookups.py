@@ -31,11 +31,13 @@ def embedding(
     """`torch.nn.functional.embedding`: ids (...) into weight (rows, cols).
 
     Raises:
-        ValueError: `scale_grad_by_freq`, whose gradient of one sample depends on the others.
+        ValueError: `scale_grad_by_freq`, whose gradient of one sample depends on the others; `sparse`.
     """
     if scale_grad_by_freq:
         raise ValueError("embedding(scale_grad_by_freq=True) scales one sample's gradient by what the others hold")
     call = tape.call("embedding", input, weight)
+    if sparse and call.follows(weight):
+        raise ValueError("embedding(sparse=True) has gradients that cannot be projected: use sparse=False")
     y = F.embedding(input, weight, padding_idx, max_norm, norm_type, False, sparse)
     padding = None if padding_idx is None else padding_idx % len(weight)
     return lookup(call, y, input, weight, padding)

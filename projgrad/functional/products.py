@@ -47,7 +47,10 @@ def contract(y: Tensor, x: Tensor, sx: str, weight: Tensor, sw: str, sy: str, ca
     claimed = [] if lost or len(set(sx)) < len(sx) or len(set(sw)) < len(sw) else [weight]
     added, beta, alpha = extra or (None, 1, 1)
     order = [sw.index(s) for s in groups + left + right]
-    shape = {s: size for s, size in [*zip(sx, x.shape, strict=True), *zip(sw, weight.shape, strict=True)]}
+    sizes = [*zip(sx, x.shape, strict=True), *zip(sw, weight.shape, strict=True)]
+    shape = dict(sizes)
+    if any(shape[s] != size for s, size in sizes):  # size 1 against another: broadcasting
+        claimed = []
     left_sizes, right_sizes = [shape[s] for s in left], [shape[s] for s in right]
 
     def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule | None]:
@@ -71,10 +74,11 @@ def contract(y: Tensor, x: Tensor, sx: str, weight: Tensor, sw: str, sy: str, ca
             rules.append(Rows(fold(layout.split(b, n), added.shape) * beta))
         return rules
 
-    axes = [sy.index(s) for s in positions + (groups if call.spread(weight) else [])]
+    shared = [sy.index(s) for s in groups] if call.spread(weight) else []
+    axes = [sy.index(s) for s in positions] + shared
     if call.follows(added):  # it may not be spread along the samples
         axes = [a for a in axes if a - len(sy) + added.ndim < 0 or added.shape[a - len(sy) + added.ndim] == 1]
-    return call.tap(y, make, [*claimed, added], axes, [x] if claimed and call.follows(weight) else [])
+    return call.tap(y, make, [*claimed, added], axes, [x] if claimed and call.follows(weight) else [], shared=shared)
 
 
 def matmul(input: Tensor, other: Tensor, *, tape: Tape) -> Tensor:
@@ -123,13 +127,10 @@ def _subscripts(equation: str, operands: Sequence[Tensor]) -> list[str] | None:
         return None
     left, out = equation.replace(" ", "").split("->")
     terms = left.split(",")
-    for term, operand in zip(terms, operands, strict=True):
-        hidden = operand.ndim - len(term.replace("...", ""))
-        if "..." in term:
-            letters = "".join(chr(ord("À") + d) for d in range(hidden))
-            terms = [letters.join(t.split("...")) if t is term else t for t in terms]
-            out = letters.join(out.split("..."))
-    return None if any("." in t for t in (*terms, out)) else [*terms, out]
+    hidden = [o.ndim - len(t.replace("...", "")) if "..." in t else 0 for t, o in zip(terms, operands, strict=True)]
+    letters = "".join(chr(ord("À") + d) for d in range(max(hidden)))
+    spelled = [t.replace("...", letters[len(letters) - h :]) for t, h in zip(terms, hidden, strict=True)]
+    return [*spelled, out.replace("...", letters)]
 
 
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None, *, tape: Tape) -> Tensor:

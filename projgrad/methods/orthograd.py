@@ -96,7 +96,7 @@ class OrthoGrad:
         damping: float = 0.0,
         rtol: float | None = None,
         max_norm: float | None = None,
-        keep_output_gradients: bool = False,
+        keep_output_gradients: bool = True,
         scaler: torch.amp.GradScaler | None = None,
         projector: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:

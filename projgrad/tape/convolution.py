@@ -130,7 +130,9 @@ class Convolution(Rule):
         made = made if self.groups > 1 else min(made, CHUNK_BYTES)
         return Route("chunks", self.shape[0], count * taps, flops, windows + made)
 
-    def combine_(self, out: Tensor, c: Tensor) -> None:
+    def combine_(self, out: Tensor, c: Tensor, wide: bool = False) -> None:
+        if wide:
+            return super().combine_(out, c, wide)
         dims = len(self.kernel)
         scaled = (self.small * c.to(self.small.dtype).view(-1, *[1] * (self.small.ndim - 1))).flatten(0, 1)
         large = F.pad(self.large.flatten(0, 1), self.padding)

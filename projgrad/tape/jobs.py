@@ -19,13 +19,13 @@ def part(source: Source, t: Tensor) -> Tensor:
     return source.view(t[None] if source.whole else t.contiguous()[None])[0]
 
 
-def combine_(source: Source, rule: Rule, out: Tensor, c: Tensor) -> None:
+def combine_(source: Source, rule: Rule, out: Tensor, c: Tensor, wide: bool = False) -> None:
     """out += Σ_j c_j g_j for `out` in the shape of the parameter, contiguous."""
     if source.rows is None:
-        rule.combine_(part(source, out), c)
+        rule.combine_(part(source, out), c, wide)
         return
     rows = out.new_zeros(source.tensor.shape)
-    rule.combine_(rows, c)
+    rule.combine_(rows, c, wide)
     out.index_add_(0, source.rows.flatten(), rows.flatten(0, source.rows.ndim - 1))
 
 
@@ -73,6 +73,20 @@ class Products(Job):
         zero = torch.zeros(n, dtype=torch.float64, device=self.tape.anchor.device)
         self.K = self.K if isinstance(self.K, Tensor) else zero.new_zeros((n, n))
         self.v = self.v if isinstance(self.v, Tensor) else zero
+
+
+class PerParameter(Job):
+    """K of every parameter."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__(tape)
+        self.K: dict[str, Tensor] = {}
+        self.half = False
+
+    def piece(self, name: str, source: Source, rule: Rule) -> None:
+        self.half = self.half or rule.half
+        K, _ = rule.gram(None)
+        self.K[name] = self.K[name] + K if name in self.K else K
 
 
 class Moments(Job):

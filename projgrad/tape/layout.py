@@ -1,11 +1,12 @@
 """Where the samples are in a tensor, found from the gradients themselves."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-LEVELS = 4  # samples are told apart by weights 1, 2, 4, 8: powers of two scale gradients without rounding
+LEVELS = {2: 8, 4: 32, 8: 32}  # different weights at once, by the bytes of a number: float16 has no room for more
 
 
 class Layout(NamedTuple):
@@ -41,40 +42,41 @@ def candidates(shape: torch.Size, axes, n: int) -> list[Layout]:
 
 def norms(b: Tensor, layout: Layout, n: int) -> Tensor:
     """Length of the gradient in each sample's block [n]."""
-    return torch.linalg.vector_norm(
-        layout.split(b, n).flatten(1), dim=1, dtype=torch.promote_types(b.dtype, torch.float32)
-    )
+    return torch.linalg.vector_norm(layout.split(b, n).flatten(1), dim=1, dtype=torch.float64)
 
 
-def weights(n: int, digit: int, like: Tensor) -> Tensor:
-    """Powers of two that differ between samples [n]; `digit` < 0: scattered, else the base-4 digits of j."""
-    j = torch.arange(n, device=like.device)
-    level = j * 0x9E3779B1 >> 13 if digit < 0 else j // LEVELS**digit
-    level = level % LEVELS
-    if digit < 0 and n <= LEVELS:
-        level = j
-    return (2.0**level).to(like.dtype)
+def codes(n: int, like: Tensor) -> list[Tensor]:
+    """Weights [n] for one backward pass after the other, powers of two; no two samples get the same in all of them.
+
+    Scaling by a power of two does not round, so what belongs to a sample is scaled by exactly its weight.
+    """
+    levels = LEVELS[like.element_size()]
+    j, passes = torch.arange(n, device=like.device), []
+    while not passes or n > 1:
+        passes.append((2.0 ** (j % levels - levels // 2)).to(like.dtype))
+        j, n = j // levels, -(-n // levels)
+    return passes
 
 
-def explains(before: Tensor, after: Tensor, weights: Tensor) -> bool:
-    """Whether each sample's block grew by the sample's own weight, exactly up to rounding."""
-    expected = before * weights.to(before.dtype)
-    return bool(((after - expected).abs() <= 1e-2 * expected + 1e-30).all())
+def explains(before: Tensor, after: Sequence[Tensor], weights: list[Tensor], tolerance: float) -> bool:
+    """Whether each sample's block [n] grew by the sample's own weight, every time."""
+    for grown, w in zip(after, weights, strict=True):
+        expected = before * w.double()
+        if not ((grown - expected).abs() <= tolerance * expected).all():
+            return False
+    return True
 
 
-def owners(before: Tensor, after: list[Tensor], n: int) -> Tensor | None:
+def owners(before: Tensor, after: Sequence[Tensor], weights: list[Tensor], tolerance: float) -> Tensor | None:
     """The sample of every row of axis 0 [rows] (-1: none, its gradient is zero); None where a row mixes samples."""
-    nonzero = before > 0
-    owner = torch.zeros_like(before, dtype=torch.int64)
-    for digit, grown in enumerate(after):
-        ratio = torch.where(nonzero, grown / before.where(nonzero, 1), 1)
-        level = ratio.clamp_min(1e-9).log2().round()
-        if ((ratio - 2**level).abs() > 1e-2 * 2**level).any() or (level < 0).any() or (level >= LEVELS).any():
-            return None
-        owner += level.long() * LEVELS**digit
-    if (owner >= n).any():
+    n, nonzero = len(weights[0]), before > 0
+    fits = nonzero.new_ones((len(before), n))
+    for grown, w in zip(after, weights, strict=True):
+        expected = before[:, None] * w.double()
+        fits &= (grown[:, None] - expected).abs() <= tolerance * expected
+    if (nonzero & ~fits.any(1)).any():
         return None
-    return owner.where(nonzero, -1)
+    return fits.int().argmax(1).where(nonzero, -1)
 
 
 def gather(owner: Tensor, n: int) -> Layout:

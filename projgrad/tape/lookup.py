@@ -60,7 +60,9 @@ class Lookup(Rule):
         bytes = self.n * step * self.cols * self.dtype.itemsize
         return Route("chunks", step, self.cols, self.n * (self.n + 1) * used * self.cols, bytes)
 
-    def combine_(self, out: Tensor, c: Tensor) -> None:
+    def combine_(self, out: Tensor, c: Tensor, wide: bool = False) -> None:
+        if wide:
+            return super().combine_(out, c, wide)
         keep = self.ids >= 0
         scaled = self.b * c.to(self.b.dtype)[:, None, None]
         out.index_add_(0, self.ids[keep], scaled[keep].reshape(-1, *self.shape[1:]).to(out.dtype))

@@ -56,8 +56,9 @@ ALIGNED = _names(
     "div true_divide __truediv__ pow __pow__ where maximum minimum fmax fmin lerp addcmul addcdiv clamp clamp_min "
     "clamp_max max min atan2 hypot xlogy logaddexp copysign masked_fill"
 )
-FIRST = _names("prelu scaled_dot_product_attention cosine_similarity pairwise_distance")
-SPREAD = _names("expand expand_as broadcast_to repeat tile repeat_interleave")
+FIRST = _names("prelu scaled_dot_product_attention")
+SPREAD = _names("expand expand_as broadcast_to repeat tile")
+FACTORIES = _names("arange zeros ones full eye linspace logspace empty tril_indices triu_indices scalar_tensor")
 BROADCAST = _names("add __add__ __radd__ sub __sub__ mul __mul__ __rmul__")
 VIEWS = _names(
     "t T mT transpose permute view reshape unsqueeze squeeze flatten unflatten chunk split split_with_sizes "
@@ -77,6 +78,24 @@ class Interception(TorchFunctionMode):
 
     def __torch_function__(self, func, _, args=(), kwargs=None):
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if is_in_place(name) and args and isinstance(args[0], Tensor):
+            return self._in_place(func, name, args, kwargs)
+        return self._handle(func, name, args, kwargs)
+
+    def _in_place(self, func, name: str, args: tuple, kwargs: dict):
+        """What is changed in place by the samples depends on them from then on."""
+        target, others = args[0], list(_tensors(args[1:], kwargs))
+        alone = all(self.tape.source(t) is not None or self._constant(t) for t in others)
+        source, constant = self.tape.source(target), self._constant(target)
+        out = self._handle(func, name, args, kwargs)
+        if source is not None and not alone:
+            self.tape.sources.pop(id(target), None)
+        elif constant and not all(self._constant(t) for t in others):
+            self.constants.pop(id(target), None)
+        return out
+
+    def _handle(self, func, name: str, args: tuple, kwargs: dict):
         tape = self.tape
         tensors = list(_tensors(args, kwargs))
         if func in BACKWARD:  # what checkpointing runs again in there is to be seen
@@ -85,10 +104,9 @@ class Interception(TorchFunctionMode):
         followed = [s for t in tensors if (s := tape.source(t)) is not None]
         if not followed or not torch.is_grad_enabled():
             out = func(*args, **kwargs)
-            if isinstance(out, Tensor) and all(self._constant(t) for t in tensors):
+            if isinstance(out, Tensor) and (tensors or name in FACTORIES) and all(map(self._constant, tensors)):
                 self._remember(out)
             return out
-        name = func.__name__
         if name == "__get__":  # a property: x.T, x.shape
             out = func(*args, **kwargs)
             return tape.derive(out, followed, "T") if isinstance(out, Tensor) and out.grad_fn is not None else out
@@ -110,8 +128,10 @@ class Interception(TorchFunctionMode):
             return local_first(func, args, kwargs, tape=tape)
         if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype in (torch.int64, torch.int32):
             return _index(func, *args, tape=tape)
-        if name == "index_select" and args[1] % args[0].ndim == 0:
-            return _index(lambda w, ids: func(w, 0, ids), args[0], args[2], tape=tape)
+        if name == "index_select":
+            weight, dim, ids = _index_select(*args, **kwargs)
+            if dim % weight.ndim == 0:
+                return _index(lambda w, ids: torch.index_select(w, 0, ids), weight, ids, tape=tape)
         if isinstance(func, types.FunctionType):  # written in Python: look inside
             with self:
                 return _opened(func)(*args, **kwargs)
@@ -132,12 +152,14 @@ class Interception(TorchFunctionMode):
         if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype in (torch.int64, torch.int32):
             return tape.derive(_index(func, *args, tape=tape), followed, name, args[1])
         out = func(*args, **kwargs)
+        if name == "__setitem__":
+            out = args[0]
         for some in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(some, Tensor) and some.grad_fn is not None:
                 tape.derive(some, followed, name)
             elif isinstance(some, Tensor) and not some.requires_grad:
                 self._remember(some)
-        return out
+        return None if name == "__setitem__" else out
 
     def _constant(self, t: Tensor) -> bool:
         ref = self.constants.get(id(t))
@@ -145,6 +167,17 @@ class Interception(TorchFunctionMode):
 
     def _remember(self, t: Tensor) -> None:
         self.constants[id(t)] = weakref.ref(t)
+
+
+def _index_select(input: Tensor, dim: int, index: Tensor) -> tuple[Tensor, int, Tensor]:
+    return input, dim, index
+
+
+def is_in_place(name: str) -> bool:
+    """Whether a torch function of this name changes its first argument."""
+    if name.startswith("__"):
+        return (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")) or name == "__setitem__"
+    return name.endswith("_") and name != "requires_grad_"
 
 
 def _grows(t: Tensor, args: tuple) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..ops.flat import _gram_solve
-from .jobs import Kept, Products, combine_, part
+from .jobs import Kept, PerParameter, Products, combine_, part
 from .rules import Rule
 from .sites import Source
 
@@ -57,10 +58,10 @@ def project_(
         raise ValueError(f"scope must be 'global' or 'per_tensor'; got {scope!r}")
     if damping < 0 or (rtol is not None and rtol < 0):
         raise ValueError(f"damping and rtol must not be negative; got damping={damping}, rtol={rtol}")
-    structure = tape.structure(losses)
-    if structure.fresh and (keep or scope == "per_tensor"):
-        verify(tape, losses)
-    structure.fresh = False
+    tape.structure(losses)
+    keep = keep or losses.dtype.itemsize == 2  # weights of 16 bits are too coarse for a second pass
+    if keep or scope == "per_tensor":
+        tape._verified(losses)
     for name, p in tape.parameters.items():
         if p.grad is None:
             continue
@@ -76,40 +77,50 @@ def project_(
                 return _per_tensor(tape, losses, damping, rtol, add)
             method = (_KeptGradients if keep else _TwoPasses)(tape, losses)
             return _solve(method, n, damping, rtol, add)
-        except (ArithmeticError, ValueError):
+        except BaseException:
             for p in tape.parameters.values():
                 p.grad = None  # half-made: nothing that an optimizer should see
             raise
 
 
 def verify(tape: Tape, losses: Tensor) -> None:
-    """Compare the rules with plain autograd once, without a trace: ‖Gᵀ w‖² for weights ± 1 / ‖g_j‖.
+    """Compare the rules with plain autograd, parameter by parameter, without a trace: ‖Gᵀ w‖² for w_j = ± 1 / ‖g_j‖.
+
+    Two backward passes, one of them without weight gradients.
 
     Raises:
         ArithmeticError: they disagree.
     """
-    method = _TwoPasses(tape, losses)
-    K, _ = method.products(False)
+    n, method = len(losses), _TwoPasses(tape, losses)
+    job = PerParameter(tape)
+    tape._run(losses, job)
+    K = sum(job.K.values(), torch.zeros(n, n, dtype=torch.float64, device=losses.device))
     _check_finite(K, K, 0.0)
+    method.half = method.half or job.half
     lengths = K.diagonal().clamp_min(0).sqrt()
-    signs = 1 - 2 * (torch.arange(len(K), device=K.device) * 0x9E3779B1 >> 16 & 1)
+    signs = 1 - 2 * (torch.arange(n, device=K.device) * 0x9E3779B1 >> 16 & 1)
     w = signs * (lengths.max() / lengths.clamp_min(1e-6 * lengths.max())).nan_to_num()
+    method.apply(w, discard=True)
+    noise = 100 * torch.finfo(method.dtype).eps * float(w.abs() @ lengths)
     zero = torch.zeros_like(lengths)
-    _check(method, method.apply(w, discard=True)._replace(product=float("nan")), w, K, zero, 0.0)
+    for name in tape.parameters:
+        found = Outcome(length=method.found.get(name, (0.0, 0.0))[0])
+        _check(method, found, w, job.K.get(name, torch.zeros_like(K)), zero, 0.0, f", in {name}", noise)
 
 
 class Outcome(NamedTuple):
     """What adding Gᵀ w to u did, measured: ‖Gᵀ w‖², ⟨u, Gᵀ w⟩ and the growth of ‖u‖²; NaN where not known."""
 
-    length: float = float("nan")
-    product: float = float("nan")
-    growth: float = float("nan")
+    length: float | None = None
+    product: float | None = None
+    growth: float | None = None
 
 
 class _Method:
     """Products with the per-sample gradients, and the correction of p.grad. `dtype`: of the products."""
 
     dtype: torch.dtype
+    stored: torch.dtype  # of p.grad
     discrepancy = 0.0  # found so far
     half = False  # whether 16-bit numbers limit what autograd and the rules can agree on
 
@@ -118,7 +129,8 @@ class _Method:
         raise NotImplementedError
 
     def numel(self) -> int:
-        return sum(g.numel() for g in self.grads().values())
+        """Dimensions of the space in which the per-sample gradients lie."""
+        raise NotImplementedError
 
     def squares(self) -> float:
         return sum(squared(g) for g in self.grads().values())
@@ -134,8 +146,8 @@ class _Method:
         """G u for u = p.grad as it is now."""
         raise NotImplementedError
 
-    def apply(self, w: Tensor) -> Outcome:
-        """p.grad += Gᵀ w."""
+    def apply(self, w: Tensor, wide: bool = False) -> Outcome:
+        """p.grad += Gᵀ w, multiplied in float64 if `wide` and possible."""
         raise NotImplementedError
 
     def blame(self, w: Tensor) -> str:
@@ -146,7 +158,7 @@ def _solve(method: _Method, n: int, damping: float, rtol: float | None, add: Ten
     """Project p.grad once; again as long as that leaves more than rounding; then add Gᵀ add."""
     wide, _ = reference.first_pass(n, method.dtype, rtol)
     u2 = method.squares()
-    K, v = method.products(wide)
+    K, v = _without_underflow(*method.products(wide), method.dtype)
     _check_finite(K, v, u2)
 
     def solved(b: Tensor) -> tuple[Tensor, int]:
@@ -169,20 +181,21 @@ def _solve(method: _Method, n: int, damping: float, rtol: float | None, add: Ten
     after = float((u2 - 2 * c @ v + c @ K @ c).clamp_min(0)) ** 0.5
     if plain and not wide and rank < int((lengths > 0).sum()) and left(v - K @ c, after) > limit:
         wide = True  # rows that look dependent in float32 and are not
-        K, v = method.products(True)
+        K, v = _without_underflow(*method.products(True), method.dtype)
         c, rank = solved(v)
         after = float((u2 - 2 * c @ v + c @ K @ c).clamp_min(0)) ** 0.5
-    rounding = eps * (u2**0.5 + float((c * lengths).norm())) / (max(after, noise) or 1.0)
+    coarse = torch.finfo(method.stored).eps / 2  # what p.grad is rounded to
+    rounding = coarse * (u2**0.5 + float((c * lengths).norm())) / (max(after, noise) or 1.0)
     residual = left(v - K @ c, after) + rounding
     if damping or rtol is not None:
         residual = left(v - K @ c, after)
     discrepancy = method.discrepancy
 
-    def apply(w: Tensor, b: Tensor) -> None:
+    def apply(w: Tensor, b: Tensor, wide: bool = False) -> None:
         nonlocal discrepancy
         if bool((w == 0).all()):
             return
-        found = method.apply(w)
+        found = method.apply(w, wide)
         discrepancy = max(discrepancy, _check(method, found, w, K, b, u2))
 
     def nothing_left() -> Projection:
@@ -205,12 +218,12 @@ def _solve(method: _Method, n: int, damping: float, rtol: float | None, add: Ten
         if residual <= limit / 2 or residual > before / 2 or refinements == 4:
             break
         if not wide:
-            wide, (K, r) = True, method.products(True)
+            wide, (K, r) = True, _without_underflow(*method.products(True), method.dtype)
         c, again = solved(r)
         rank, before = max(rank, again), residual
         if rank >= method.numel():
             return nothing_left()
-        apply(-c, r)
+        apply(-c, r, wide)
         refinements += 1
     apply(add, r)
     return _projection(rank, u2, after, residual, refinements, discrepancy)
@@ -219,6 +232,12 @@ def _solve(method: _Method, n: int, damping: float, rtol: float | None, add: Ten
 def _projection(rank, u2, after, residual, refinements, discrepancy) -> Projection:
     preserved = after / u2**0.5 if u2 else 1.0
     return Projection(rank, preserved, residual, refinements, discrepancy, (u2, after**2))
+
+
+def _without_underflow(K: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Gradients shorter than 1e-38 in float32 count as zero: their digits are lost, and so is their direction."""
+    lost = K.diagonal().sqrt() < torch.finfo(dtype).tiny
+    return K.masked_fill(lost | lost[:, None], 0.0), v.masked_fill(lost, 0.0)
 
 
 def _check_finite(K: Tensor, v: Tensor, u2: float) -> None:
@@ -253,15 +272,14 @@ def _check(
     sizes = Outcome(scale**2, scale * u2**0.5, (scale + u2**0.5) ** 2)
     worst = 0.0
     for value, expected, size in zip(found, predicted, sizes, strict=True):
-        if value != value:
+        if value is None:
             continue
         error = abs(value - expected)
         worst = max(worst, error / size if size else 0.0)
         if not error <= tolerance * abs(expected) + 0.1 * tolerance * size + (floor if where else 0.0) ** 2:
             raise ArithmeticError(
                 f"per-sample gradients and plain autograd disagree ({value:.6e} against {expected:.6e})"
-                f"{method.blame(w) if where is None else where}: p.grad were set to None, nothing else was changed. "
-                "Please report the model"
+                f"{method.blame(w) if where is None else where}. Please report the model"
             )
     return worst
 
@@ -279,10 +297,12 @@ class _TwoPasses(_Method):
 
     def __init__(self, tape: Tape, losses: Tensor) -> None:
         self.tape, self.losses = tape, losses
-        self.dtype = _coarsest(tape)
-        self.half = self.dtype.itemsize == 2
-        if self.half:
-            self.dtype = torch.float32
+        self.stored = max((p.dtype for p in tape.parameters.values()), key=lambda d: torch.finfo(d).eps)
+        self.half = self.stored.itemsize == 2
+        self.dtype = torch.float32 if self.half else self.stored
+
+    def numel(self) -> int:
+        return sum(p.numel() for p in self.tape.parameters.values())
 
     def grads(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self.tape.parameters.items() if p.grad is not None}
@@ -298,15 +318,21 @@ class _TwoPasses(_Method):
         self.tape._run(self.losses, job)
         return job.v
 
-    def apply(self, w: Tensor, discard: bool = False) -> Outcome:
+    def apply(self, w: Tensor, wide: bool = False, discard: bool = False) -> Outcome:
         self.found: dict[str, tuple[float, float]] = {}
         parameters = self.tape.parameters.items()
         missing = [p for _, p in parameters if p.grad is None] if discard else []
-        hooks = [p.register_hook(self._noting(name, p, discard)) for name, p in parameters]
+        # A gradient of 1e-38 may have a weight beyond float32: then all weights are scaled, by a power of two.
+        top = float(w.abs().max()) / (torch.finfo(self.losses.dtype).max / 16)
+        scale = 2.0 ** math.ceil(math.log2(top)) if top > 1 else 1.0
+        hooks = [p.register_hook(self._noting(name, p, discard, scale)) for name, p in parameters]
         try:
             with self.tape._again(), torch.enable_grad():
                 torch.autograd.backward(
-                    self.losses, w.to(self.losses.dtype), retain_graph=True, inputs=list(self.tape.parameters.values())
+                    self.losses,
+                    (w / scale).to(self.losses.dtype),
+                    retain_graph=True,
+                    inputs=list(self.tape.parameters.values()),
                 )
         finally:
             for hook in hooks:
@@ -315,11 +341,13 @@ class _TwoPasses(_Method):
                 p.grad = None
         return Outcome(*(sum(pair[k] for pair in self.found.values()) for k in (0, 1)))
 
-    def _noting(self, name: str, p: Tensor, discard: bool) -> Callable[[Tensor], Tensor | None]:
+    def _noting(self, name: str, p: Tensor, discard: bool, scale: float) -> Callable[[Tensor], Tensor | None]:
         def note(g: Tensor) -> Tensor | None:
+            if scale != 1.0:
+                g = g * scale
             ug = 0.0 if p.grad is None else _inner(p.grad, g)
             self.found[name] = squared(g), ug
-            return g.new_zeros(()).expand_as(g) if discard else None
+            return g.new_zeros(()).expand_as(g) if discard else g
 
         return note
 
@@ -387,13 +415,13 @@ class _KeptGradients(_TwoPasses):
         job.finish(self.n)
         return job.v
 
-    def apply(self, w: Tensor) -> Outcome:
+    def apply(self, w: Tensor, wide: bool = False) -> Outcome:
         before = self.squares()
         for name, source, rule in self.pieces:
             p = self.tape.parameters[name]
             if p.grad is None:
                 p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
-            combine_(source, rule, p.grad, w)
+            combine_(source, rule, p.grad, w, wide)
         return Outcome(growth=self.squares() - before)
 
     def blame(self, w: Tensor) -> str:
@@ -406,7 +434,10 @@ class _Tensor(_Method):
     def __init__(self, p: Tensor, pieces: list[tuple[Source, Rule]], n: int) -> None:
         self.p, self.pieces, self.n = p, pieces, n
         self.half = p.dtype.itemsize == 2 or any(rule.half for _, rule in pieces)
-        self.dtype = torch.float32 if p.dtype.itemsize == 2 else p.dtype
+        self.stored, self.dtype = p.dtype, torch.float32 if p.dtype.itemsize == 2 else p.dtype
+
+    def numel(self) -> int:
+        return self.p.numel()
 
     def grads(self) -> dict[str, Tensor]:
         return {} if self.p.grad is None else {"": self.p.grad}
@@ -423,12 +454,12 @@ class _Tensor(_Method):
     def dot(self, wide: bool) -> Tensor:
         return sum(rule.dot(part(source, self.p.grad)[None], wide or rule.cheap) for source, rule in self.pieces)[:, 0]
 
-    def apply(self, w: Tensor) -> Outcome:
+    def apply(self, w: Tensor, wide: bool = False) -> Outcome:
         before = self.squares()
         if self.p.grad is None:
             self.p.grad = torch.zeros_like(self.p, memory_format=torch.contiguous_format)
         for source, rule in self.pieces:
-            combine_(source, rule, self.p.grad, w)
+            combine_(source, rule, self.p.grad, w, wide)
         return Outcome(growth=self.squares() - before)
 
 
@@ -472,7 +503,3 @@ def _inner(a: Tensor, b: Tensor) -> float:
     a, b = a.flatten().to(dtype), b.flatten().to(dtype)
     product = float(torch.dot(a, b))
     return product if 1e-30 < abs(product) < 1e30 else float(torch.dot(a.double(), b.double()))
-
-
-def _coarsest(tape: Tape) -> torch.dtype:
-    return max((p.dtype for p in tape.parameters.values()), key=lambda d: torch.finfo(d).eps)

@@ -53,9 +53,9 @@ class Rule:
         """G u [n, m] for u [m, *shape]."""
         return self.gram(u, wide)[1]
 
-    def combine_(self, out: Tensor, c: Tensor) -> None:
+    def combine_(self, out: Tensor, c: Tensor, wide: bool = False) -> None:
         """out += Σ_j c_j g_j; c [n] float64, out of shape `shape`."""
-        for rows, g in self._chunks():
+        for rows, g in self._chunks(wide):
             self._add(out, rows, torch.einsum("n,nrc->rc", c.to(g.dtype), g))
 
     def moments_(self, first: Tensor, second: Tensor) -> None:
@@ -166,7 +166,9 @@ class Product(Rule):
     def dot(self, u: Tensor, wide: bool = False) -> Tensor:
         return _linear_dot(self.q.flatten(2), self.p.flatten(2), self.matrix(u), wide)
 
-    def combine_(self, out: Tensor, c: Tensor) -> None:
+    def combine_(self, out: Tensor, c: Tensor, wide: bool = False) -> None:
+        if wide:
+            return super().combine_(out, c, wide)
         p, q, target = self.p.flatten(2), self.q.flatten(2), out.permute(self.order)
         if len(self.left) == 1 and len(self.right) == 1:
             _linear_combine_(target, q, p, c)
@@ -242,6 +244,6 @@ class Sum(Rule):
     def dot(self, u: Tensor, wide: bool = False) -> Tensor:
         return sum(rule.dot(u, wide) for rule in self.rules)
 
-    def combine_(self, out: Tensor, c: Tensor) -> None:
+    def combine_(self, out: Tensor, c: Tensor, wide: bool = False) -> None:
         for rule in self.rules:
-            rule.combine_(out, c)
+            rule.combine_(out, c, wide)

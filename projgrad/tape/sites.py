@@ -4,11 +4,12 @@ with the samples)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from .layout import Layout
 from .rules import Rule
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class Source:
     """A tensor that depends on parameters but not on the samples: a parameter, a view of one, or computed from some.
 
-    names: the parameters it is made of.
+    names: the parameters it is made of. parents: the sources it is made of.
     whole: it is the one parameter itself.
     window: (size, stride, offset from the parameter's first element) where it is a view of one contiguous parameter.
     rows: where it holds distinct rows of one parameter, their indices.
@@ -30,15 +31,26 @@ class Source:
 
     tensor: Tensor
     names: frozenset[str]
+    parents: tuple[Source, ...] = ()
     whole: bool = False
     window: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
     rows: Tensor | None = None
     site: Site | None = None
 
+    def __post_init__(self) -> None:
+        self.edge = get_gradient_edge(self.tensor)  # of this moment: the tensor may be changed in place later
+
     @property
     def settled(self) -> bool:
         """Its gradient is complete where it was made: later uses of it do not count again."""
-        return self.site is not None and self.site.active
+        if self.site is not None and self.site.active:
+            return True
+        return bool(self.parents) and all(p.settled for p in self.parents)
+
+    @property
+    def spread(self) -> bool:
+        """Whether it may already lie along the samples."""
+        return self.site is not None or any(p.spread for p in self.parents)
 
     def view(self, t: Tensor) -> Tensor:
         """The elements of t [m, *parameter shape] (contiguous) that this source holds, [m, *shape]."""
@@ -62,6 +74,7 @@ class Site:
     axes: dimensions of the output that may hold the samples.
     stops: nodes of the graph where the call's other inputs come from.
     unclaimed: other sources that the call uses.
+    shared: axes that hold samples only if the sources were spread over them before.
     guarded: the call keeps its output for the backward pass: nothing may change it in place.
     derived: the inputs do not depend on the samples; whether the output does shows in the backward pass.
     """
@@ -73,17 +86,18 @@ class Site:
     axes: Sequence[int]
     stops: set
     saved: int
+    unclaimed: list[Source]
+    shared: Sequence[int] = ()
+    guarded: bool = False
     derived: bool = False
     index: int = -1
     active: bool = True
-    unclaimed: list[Source] = field(default_factory=list)
-    guarded: bool = False
 
     @property
     def key(self) -> tuple:
         """What identifies the site in the next forward pass of the same model."""
-        where = tuple((tuple(sorted(s.names)), s.window is None) for s in self.sources)
-        return self.name, len(self.shape), where, self.derived
+        where = tuple((tuple(sorted(s.names)), s.window) for s in self.sources)
+        return self.name, tuple(self.shape), where, self.derived
 
 
 class Tap(torch.autograd.Function):
@@ -129,7 +143,7 @@ class Call:
 
     def spread(self, t: object) -> bool:
         """Whether this argument may already have been spread over the samples."""
-        return self.follows(t) and self.sources[id(t)].site is not None
+        return self.follows(t) and self.sources[id(t)].spread
 
     def tap(
         self,
@@ -139,11 +153,12 @@ class Call:
         axes: Sequence[int],
         saved: Sequence[Tensor],
         guarded: bool = False,
+        shared: Sequence[int] = (),
     ) -> Tensor:
         """y, watched by the tape: `make` gives rules for those of `claimed` that are followed.
 
-        axes: dimensions of y that may hold the samples; saved: what `make` needs in the backward pass; guarded: see
-        `Site`.
+        axes: dimensions of y that may hold the samples; saved: what `make` needs in the backward pass; guarded,
+        shared: see `Site`.
         """
         sources = [self.sources[id(t)] for t in claimed if id(t) in self.sources]
         rest = [s for s in self.sources.values() if s not in sources]
@@ -152,8 +167,10 @@ class Call:
             tape.note_unknown(source.names, self.name)
         if not sources or make is None or not y.requires_grad:
             return y
+        if y.is_complex() or any(t.is_complex() for t in saved) or torch._C._functorch.peek_interpreter_stack():
+            return self.unknown(y)
         site = Site(
-            self.name, sources, make, y.shape, tuple(axes), self.stops, len(saved), unclaimed=rest, guarded=guarded
+            self.name, sources, make, y.shape, tuple(axes), self.stops, len(saved), rest, tuple(shared), guarded
         )
         tape.register(site)
         return Tap.apply(y, tape.anchor, tape, site, *saved)

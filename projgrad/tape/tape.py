@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 from .explain import Explain, Explanation
 from .jobs import Job, Moments, Products
-from .mode import COPIES, VIEWS, Interception
+from .mode import COPIES, VIEWS, Interception, is_in_place
 from .project import Projection, project_, verify
 from .rules import Rows, Rule, joined
 from .sites import Call, Site, Source
-from .structure import Structure, announce, inspect
+from .structure import Structure, announce, fingerprint, inspect
 
 Directions = Mapping[str, Tensor] | Sequence[Tensor]
 _known: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Structure]] = weakref.WeakKeyDictionary()
@@ -41,11 +43,15 @@ def per_sample(model: nn.Module, parameters: Mapping[str, Tensor] | None = None)
     """
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
         raise ValueError("a compiled model hides its operations: pass the original module (`model._orig_mod`)")
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+        raise ValueError("model.compile() hides the model's operations: pass a module that was not compiled")
     if parameters is None:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to follow")
-    return Tape(parameters, [*model.buffers(), *_tables(model)], _known.setdefault(model, {}))
+    followed = {id(p) for p in parameters.values()}
+    frozen = [p for p in model.parameters() if id(p) not in followed and not p.requires_grad]
+    return Tape(parameters, [*model.buffers(), *frozen, *_tables(model)], _known.setdefault(model, {}))
 
 
 def _tables(model: nn.Module) -> Iterator[Tensor]:
@@ -71,6 +77,13 @@ class Tape:
     def __init__(self, parameters: Mapping[str, Tensor], buffers=(), known: dict | None = None) -> None:
         self.ref = weakref.ref(self)
         self.parameters = dict(parameters)
+        for name, p in self.parameters.items():
+            if p.is_complex():
+                raise ValueError(f"parameter {name} is complex: inner products of its gradients are not defined here")
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                raise ValueError(
+                    f"parameter {name} has gradient hooks: they would change or see what is not a gradient"
+                )
         self.buffers = {id(b) for b in buffers}
         self.sources: dict[int, Source] = {}
         for name, p in self.parameters.items():
@@ -87,6 +100,8 @@ class Tape:
         self._mode = Interception(weakref.proxy(self))
 
     def __enter__(self) -> Tape:
+        if self._mode in _get_current_function_mode_stack():
+            raise RuntimeError("this tape is already recording")
         self._mode.__enter__()
         return self
 
@@ -113,18 +128,26 @@ class Tape:
 
     def derive(self, out: Tensor, parents: Sequence[Source], name: str, ids: Tensor | None = None) -> Tensor:
         """Follow a tensor made of followed ones and constants."""
-        if id(out) in self.sources and self.sources[id(out)].tensor is out:
+        in_place = is_in_place(name)
+        if self.source(out) is not None and not in_place:
             return out
-        source = Source(out, frozenset().union(*(p.names for p in parents)))
+        source = Source(out, frozenset().union(*(p.names for p in parents)), tuple(parents))
         parent = parents[0]
-        if len(parents) == 1 and parent.window is not None:
+        if len(parents) == 1 and not in_place and parent.window is not None:
             (only,) = parent.names
             p = self.parameters[only]
             if name in VIEWS and out.dtype == p.dtype and _shares(out, p):
                 source.window = (tuple(out.shape), out.stride(), out.storage_offset() - p.storage_offset())
             elif name in COPIES and out.shape == parent.tensor.shape:
                 source.window = parent.window
-        if ids is not None and parent.whole and ids.unique().numel() == ids.numel() and ids.numel() and ids.min() >= 0:
+        if (
+            ids is not None
+            and ids.ndim
+            and parent.whole
+            and ids.unique().numel() == ids.numel()
+            and ids.numel()
+            and ids.min() >= 0
+        ):
             source.rows = ids
         site = getattr(out.grad_fn, "site", None)
         if isinstance(site, Site):
@@ -177,7 +200,7 @@ class Tape:
         damping: float = 0.0,
         rtol: float | None = None,
         *,
-        keep_output_gradients: bool = False,
+        keep_output_gradients: bool = True,
         add: Tensor | None = None,
     ) -> Projection:
         """p.grad <- p.grad - Gᵀ c with G (p.grad - Gᵀ c) = 0, in place; no other buffer of the parameters' size.
@@ -241,27 +264,25 @@ class Tape:
         if self._structure is not None and self._structure[0]() is losses:
             return self._structure[1]
         check_losses(losses)
-        key = (len(losses), tuple(site.key for site in self.sites))
+        key = (len(losses), tuple(site.key for site in self.sites), fingerprint(self, losses))
         found = self._known.get(key)
-        fits = found is not None and all(
-            layout is None or layout.fits(site.shape, len(losses))
-            for site, layout in zip(self.sites, found.layouts, strict=True)
-        )
-        if not fits:
+        if found is None or not found.lasting:
+            verified = found is not None and found.verified  # the rules; where the samples are is found anew
             found = inspect(self, losses)
+            found.verified = verified
             announce(found.loops)
-            if found.lasting:
-                self._known[key] = found
+            self._known[key] = found
         for site, layout in zip(self.sites, found.layouts, strict=True):
             site.active = layout is not None
         self._structure = (weakref.ref(losses), found)
         return found
 
     def _verified(self, losses: Tensor) -> None:
+        """Compare the rules with plain autograd, unless that was done for the same graph."""
         structure = self.structure(losses)
-        if structure.fresh:
+        if not structure.verified:
             verify(self, losses)
-            structure.fresh = False
+            structure.verified = True
 
     def _run(
         self, losses: Tensor, job: Job, retain_graph: bool = True, watch: Sequence[Tensor] = ()
@@ -271,11 +292,13 @@ class Tape:
         plan = Plan(self, structure)
         waiting: dict[tuple, list[tuple[Source, Rule]]] = defaultdict(list)
         dense: dict[int, Tensor] = {}
+        arrived: set[str] = set()
 
         def flush(key: tuple) -> None:
             pieces = waiting.pop(key)
             rule = joined([rule for _, rule in pieces])
             job.piece(key[0], pieces[0][0], rule)
+            arrived.add(key[0])
             plan.left[key[0]] -= len(pieces)
             if not plan.left[key[0]]:
                 job.done(key[0])
@@ -302,6 +325,9 @@ class Tape:
         with torch.no_grad():
             for key in list(waiting):  # uses that no loss depends on never arrived
                 flush(key)
+            for name, left in plan.left.items():  # some uses arrived, and others never will
+                if left and name in arrived:
+                    job.done(name)
             for name, rows in self._mapped(plan, dense, n):
                 job.piece(name, self._whole(name), Rows(rows))
                 job.done(name)
@@ -317,7 +343,8 @@ class Tape:
     def _mapped(self, plan: Plan, dense: dict[int, Tensor], n: int):
         """Per-sample gradients of parameters that are used through something computed from them."""
         rows: dict[str, Tensor] = {}
-        for source in self.sources.values():
+        used = {id(source): source for site in self.sites for source in site.sources}
+        for source in used.values():
             d = dense.get(id(source))
             if d is None:
                 continue
@@ -325,7 +352,7 @@ class Tape:
             if source.whole:
                 grads: Sequence[Tensor | None] = [d]
             else:
-                grads = _vjps(source.tensor, [self.parameters[name] for name in names], d)
+                grads = _vjps(source, [self.parameters[name] for name in names], d)
             for name, g in zip(names, grads, strict=True):
                 if g is not None:
                     rows[name] = rows[name] + g if name in rows else g
@@ -457,16 +484,20 @@ def _upright(tape: Tape, source: Source, rule: Rule | None) -> tuple[Source, Rul
     return source, rule
 
 
+def _distinct(ids: Tensor) -> bool:
+    return bool(ids.numel() and ids.min() >= 0 and ids.unique().numel() == ids.numel())
+
+
 def _shares(out: Tensor, p: Tensor) -> bool:
     return out.untyped_storage().data_ptr() == p.untyped_storage().data_ptr()
 
 
-def _vjps(out: Tensor, inputs: list[Tensor], d: Tensor) -> Sequence[Tensor | None]:
-    """dᵀ ∂out/∂inputs for every row of d [n, *out.shape]."""
+def _vjps(source: Source, inputs: list[Tensor], d: Tensor) -> Sequence[Tensor | None]:
+    """dᵀ ∂source/∂inputs for every row of d [n, *source shape]."""
+    d = d.to(source.tensor.dtype)
+    vjp = functools.partial(torch.autograd.grad, source.edge, inputs, retain_graph=True, allow_unused=True)
     try:
-        return torch.autograd.grad(
-            out, inputs, d.to(out.dtype), retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
+        return vjp(d, is_grads_batched=True)
     except RuntimeError:  # an operation without a batching rule
-        rows = [torch.autograd.grad(out, inputs, one.to(out.dtype), retain_graph=True, allow_unused=True) for one in d]
+        rows = [vjp(one) for one in d]
         return [None if g[0] is None else torch.stack(g) for g in zip(*rows, strict=True)]
