@@ -106,7 +106,8 @@ def steps() -> str:
     lines = [
         f"Whole steps in float32 on {rows[0]['threads']} threads, {rows[0]['device']}, torch {rows[0]['torch']}, with "
         "targets in parentheses. Plain is the same two batches without projection, for K alone one forward and "
-        "backward pass; memory is the peak above the loaded model; vmap is `vmap(grad)` and QR, for K alone "
+        "backward pass; memory is the peak above the loaded model (the first step inspects the model); vmap is "
+        "`vmap(grad)` and QR, for K alone "
         "`vmap(grad)` and a product; `python -m bench.steps` measures it on your machine:",
         "",
         "| " + " | ".join(SUMMARY) + " |",

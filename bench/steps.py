@@ -1,6 +1,7 @@
 """Whole unlearning steps against plain training, vmap and QR: `python -m bench.steps [--case NAME ...]`.
 
-Every contender has a process of its own. Memory: the peak of three steps above the loaded model, in a fresh process.
+Every contender has a process of its own. Memory: the peak of three steps above the loaded model, in a fresh process;
+the first of them inspects the model.
 Time: the contenders of a case take one step each in turn, so that all meet the same machine. A result that is wrong is
 not timed. `--profile CASE CONTENDER` shows where the time of one step goes.
 """
@@ -36,7 +37,8 @@ UPDATE_LIMIT, GRAM_LIMIT = 1e-4, 1e-5  # relative difference from float32 QR, an
 RESIDUAL_LIMIT = 1e-6
 RATIOS = ("over_plain", "at_most", "over_ours", "at_least")
 COLUMNS = ("case", "model", "contender", "ms", "ms_20", "ms_80", "rounds", *(f"time_{some}" for some in RATIOS))
-COLUMNS += ("peak_mb", *(f"memory_{some}" for some in RATIOS), "difference", "residual", "note")
+COLUMNS += ("peak_mb", *(f"memory_{some}" for some in RATIOS), "later_mb", "later_over_plain")
+COLUMNS += ("difference", "residual", "note")
 
 
 class Failed(Exception):
@@ -95,13 +97,18 @@ def work(case: Case, contender: Contender, result: str | None) -> None:
 
 
 def three_steps(job: Job, step: Callable[[], object], file: str) -> dict:
-    """Peak memory, the residual that the last step reports, and its result in a file."""
-    with peak_memory() as peak:
-        for _ in range(3):
+    """Peak memory of all and of the later ones, the residual that the last step reports, and its result in a file."""
+    with peak_memory() as first:
+        step()
+    job.optimizer.zero_grad()
+    with peak_memory() as later:
+        for _ in range(2):
             out = step()
     whole = not isinstance(out, torch.Tensor)  # its update is in .grad
     torch.save(torch.cat([p.grad.flatten() for p in job.model.parameters()]) if whole else out, file)
-    return {"peak_mb": peak.bytes and peak.bytes / 1e6, "residual": getattr(out, "residual", None)}
+    peaks = [some.bytes and some.bytes / 1e6 for some in (first, later)]
+    residual = getattr(out, "residual", None)
+    return {"peak_mb": None if None in peaks else max(peaks), "later_mb": peaks[1], "residual": residual}
 
 
 def check(case: Case, rows: dict[str, dict], folder: Path) -> None:
@@ -165,6 +172,7 @@ def measure(case: Case, rounds: int, console: Console) -> list[dict]:
         interleave(case, rows, rounds)
     plain, ours = rows["plain"], rows[case.ours]
     for name, row in rows.items():
+        row["later_over_plain"] = _ratio(row["later_mb"], plain["later_mb"])
         for unit, column in (("time", "ms"), ("memory", "peak_mb")):
             row[f"{unit}_over_plain"] = _ratio(row[column], plain[column])
             row[f"{unit}_over_ours"] = _ratio(row[column], ours[column])
@@ -191,7 +199,8 @@ def cell(row: dict | None, unit: str, over: str = "plain") -> str:
 
 SUMMARY = [
     "model",
-    *(f"{unit} / plain, {some}" for unit in ("time", "memory") for some in ("global", "keep", "per_tensor")),
+    *(f"{unit} / plain, {some}" for unit in ("time", "memory") for some in ("global", "two passes", "per_tensor")),
+    "memory / plain after the first step, global",
     "vmap: time / ours",
     "vmap: memory / ours",
 ]
@@ -203,16 +212,17 @@ def summary(rows: list[dict]) -> list[list[str]]:
     for case in CASES:
         found = {row["contender"]: row for row in rows if row["case"] == case.name}
         if found:
-            ours = [found.get(name) for name in (case.ours, "projgrad keep", "projgrad per_tensor")]
+            ours = [found.get(name) for name in (case.ours, "projgrad two passes", "projgrad per_tensor")]
             cells = [cell(row, unit) for unit in ("time", "memory") for row in ours]
             vmap = [cell(found.get(case.explicit), unit, "ours") for unit in ("time", "memory")]
-            lines.append([found["plain"]["model"], *cells, *vmap])
+            later = found[case.ours]["later_over_plain"] if found.get(case.ours) else None
+            lines.append([found["plain"]["model"], *cells, f"{float(later):.3g}" if later else "", *vmap])
     return lines
 
 
 def details(rows: list[dict]) -> Table:
     table = Table(title=rows[0]["model"])
-    for column in ("contender", "ms (20-80 %)", "/ plain", "peak MB", "/ plain", "difference", "note"):
+    for column in ("contender", "ms (20-80 %)", "/ plain", "peak MB", "/ plain", "later MB", "difference", "note"):
         table.add_column(column, justify="left" if column in ("contender", "note") else "right")
     for row in rows:
         table.add_row(
@@ -221,6 +231,7 @@ def details(rows: list[dict]) -> Table:
             cell(row, "time"),
             f"{row['peak_mb']:.1f}" if row["peak_mb"] else "",
             cell(row, "memory"),
+            f"{row['later_mb']:.1f}" if row["later_mb"] else "",
             f"{row['difference']:.1e}" if row["difference"] else "",
             row["note"],
         )

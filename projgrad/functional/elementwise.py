@@ -22,11 +22,13 @@ BLOCK_BYTES = 1 << 22  # temporaries are made for a few samples at a time
 def fold(g: Tensor, shape: Sequence[int]) -> Tensor:
     """Sum g [n, ...] over everything that broadcasting or repeating added to `shape`, [n, *shape]."""
     extra = g.ndim - 1 - len(shape)
-    g = g.flatten(1, extra).sum(1) if extra > 0 else g
-    for axis, size in enumerate(shape, 1):
-        if g.shape[axis] != size:
-            g = g.unflatten(axis, (-1, size)).sum(axis)
-    return g
+    sizes, summed = list(g.shape[: 1 + extra]), list(range(1, 1 + extra))
+    for size, wanted in zip(g.shape[1 + extra :], shape, strict=True):
+        if size != wanted:
+            summed.append(len(sizes))
+            sizes.append(size // wanted)
+        sizes.append(wanted)
+    return g.reshape(sizes).sum(summed) if summed else g
 
 
 def blocks(g: Tensor, x: Tensor, layout: Layout, n: int) -> Iterator[tuple[slice, Tensor]]:

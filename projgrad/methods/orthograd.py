@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..explicit import project_explicit
+from ..tape.jobs import Outer
 from ..tape.project import Projection
 from ..tape.tape import check_losses, per_sample
 
@@ -108,6 +110,8 @@ class OrthoGrad:
         self.sign = -1.0 if ascend else 1.0
         self.damping, self.rtol, self.max_norm = damping, rtol, max_norm
         self.keep_output_gradients, self.scaler, self.projector = keep_output_gradients, scaler, projector
+        self._flat = False  # whether the factors of the forget gradient save work, as the step before found
+        self._outer: dict[str, Outer] = {}
         self.parameters()
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -172,7 +176,8 @@ class OrthoGrad:
 
     def _forget(self, forget: Callable[[], Tensor], params: dict[str, nn.Parameter]) -> float:
         """p.grad = ± (1 - α) u."""
-        with torch.enable_grad():
+        tape = per_sample(self.model, params) if self._flat else None
+        with torch.enable_grad(), tape or nullcontext():
             loss = forget()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -182,8 +187,11 @@ class OrthoGrad:
         if not loss.isfinite():
             raise FloatingPointError(f"the forget loss is {loss.item()}; nothing was changed")
         scaled = loss.reshape(()) if self.scaler is None else self.scaler.scale(loss.reshape(()))
-        weight = torch.full_like(scaled, self.sign * (1 - self.alpha))
-        torch.autograd.backward(scaled, weight, inputs=list(params.values()))
+        weight = self.sign * (1 - self.alpha)
+        if tape is None:
+            torch.autograd.backward(scaled, torch.full_like(scaled, weight), inputs=list(params.values()))
+        else:
+            self._outer = tape.accumulate_(scaled, weight)
         return float(loss.detach())
 
     def _retain(self, retain: Callable[[], Tensor], params: dict[str, nn.Parameter]) -> tuple[float, Projection]:
@@ -201,6 +209,7 @@ class OrthoGrad:
         if self.scaler is not None:
             losses = self.scaler.scale(losses)
         add = torch.full((len(losses),), self.alpha / len(losses), dtype=torch.float64, device=losses.device)
+        tape.outer, self._outer = self._outer, {}
         done = tape.project_(
             losses,
             self.scope,
@@ -209,6 +218,7 @@ class OrthoGrad:
             keep_output_gradients=self.keep_output_gradients,
             add=add if self.alpha else None,
         )
+        self._flat = tape.flat
         return mean, done
 
     def _apply(self, params: dict[str, nn.Parameter]) -> None:

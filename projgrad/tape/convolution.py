@@ -134,23 +134,31 @@ class Convolution(Rule):
         if wide:
             return super().combine_(out, c, wide)
         dims = len(self.kernel)
-        scaled = (self.small * c.to(self.small.dtype).view(-1, *[1] * (self.small.ndim - 1))).flatten(0, 1)
-        large = F.pad(self.large.flatten(0, 1), self.padding)
-        for d in range(dims):  # a transposed convolution may write behind its last window
-            span = (self.small.shape[3 + d] - 1) * self.stride[d] + (self.kernel[d] - 1) * self.dilation[d] + 1
-            large = large.narrow(2 + d, 0, span)
+        large, small = self.large.flatten(0, 1), self.small.flatten(0, 1)
+        weights = c.to(small.dtype).repeat_interleave(self.small.shape[1])
+        if large.numel() < small.numel():
+            large = large * weights.view(-1, *[1] * (dims + 1)).to(large.dtype)
+        else:
+            small = small * weights.view(-1, *[1] * (dims + 1))
+        before, after = self.padding[::2][::-1], self.padding[1::2][::-1]
+        axes = list(zip(small.shape[2:], self.stride, self.kernel, self.dilation, strict=True))
+        spans = [(m - 1) * s + (k - 1) * d + 1 for m, s, k, d in axes]
+        room = [size + 2 * p - span for size, p, span in zip(large.shape[2:], before, spans, strict=True)]
+        if before != after or any(r >= s for r, s in zip(room, self.stride, strict=True)):
+            large, before = F.pad(large, self.padding), [0] * dims
+            for d, span in enumerate(spans):  # a transposed convolution may write behind its last window
+                large = large.narrow(2 + d, 0, span)
         weight = large.new_empty(()).expand(self.shape)
-        zeros = [0] * dims
         grad = torch.ops.aten.convolution_backward(
-            scaled.to(large.dtype),
+            small.to(large.dtype),
             large,
             weight,
             None,
             self.stride,
-            zeros,
+            before,
             self.dilation,
             False,
-            zeros,
+            [0] * dims,
             self.groups,
             [False, True, False],
         )[1]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .rules import Rule
+from .rules import Product, Rule
 from .sites import Source
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ class Products(Job):
         u = self.u.get(name)
         u = None if u is None else part(source, u)[None]
         if self.gram:
-            K, v = rule.gram(u, self.wide)
+            K, v = products(rule, u, self.tape.outer.get(name) if source.whole else None, self.wide)
+            self.tape.flat = self.tape.flat or few_positions(rule)
             self.K = self.K + K
             if name == self.watch:
                 self.watched = self.watched + K
@@ -73,6 +74,38 @@ class Products(Job):
         zero = torch.zeros(n, dtype=torch.float64, device=self.tape.anchor.device)
         self.K = self.K if isinstance(self.K, Tensor) else zero.new_zeros((n, n))
         self.v = self.v if isinstance(self.v, Tensor) else zero
+
+
+class Outer(NamedTuple):
+    """A gradient of a linear layer as the factors it is made of: Σ_r p_r q_rᵀ, p [rows, o] and q [rows, i]."""
+
+    p: Tensor
+    q: Tensor
+
+    def squared(self) -> float:
+        """‖Σ_r p_r q_rᵀ‖²."""
+        return float(((self.p @ self.p.mT) * (self.q @ self.q.mT)).sum(dtype=torch.float64))
+
+    def dot(self, rule: Product, wide: bool) -> Tensor:
+        """⟨g_j, Σ_r p_r q_rᵀ⟩ [n, 1]: far fewer operations than with the product itself where positions are few."""
+        dtype = torch.float64 if wide else rule.dtype
+        pairs = [f.flatten(0, 1).flatten(1).to(dtype) @ o.to(dtype).mT for f, o in ((rule.p, self.p), (rule.q, self.q))]
+        return (pairs[0] * pairs[1]).view(rule.n, -1).sum(1, keepdim=True, dtype=torch.float64)
+
+
+def few_positions(rule: Rule) -> bool:
+    """Whether the inner product with a gradient is cheaper from the factors of the gradient, of as many samples."""
+    if not (isinstance(rule, Product) and len(rule.left) == len(rule.right) == 1):
+        return False
+    (o,), (i,), tokens = rule.left, rule.right, rule.n * rule.p.shape[1]
+    return 4 * tokens * (i + o) < i * o
+
+
+def products(rule: Rule, u: Tensor | None, outer: Outer | None, wide: bool) -> tuple[Tensor, Tensor]:
+    """K and v of one rule; `outer`: the factors of u, if they are known."""
+    if outer is None or not few_positions(rule):
+        return rule.gram(u, wide)
+    return rule.gram(None, wide)[0], outer.dot(rule, wide)
 
 
 class PerParameter(Job):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..ops.flat import _gram_solve
-from .jobs import Kept, PerParameter, Products, combine_, part
+from .jobs import Kept, PerParameter, Products, combine_, few_positions, part, products
 from .rules import Rule
 from .sites import Source
 
@@ -69,13 +69,21 @@ def project_(
             raise ValueError(f"the gradient of {name} is sparse: build the layer with sparse=False")
         if not p.grad.is_contiguous():
             p.grad = p.grad.contiguous()
+    lengths = {name: squared(p.grad) for name, p in tape.parameters.items() if p.grad is not None}
+    # Factors of p.grad are used only where nothing else has contributed to it.
+    tape.outer = {
+        name: outer
+        for name, outer in tape.outer.items()
+        if abs(outer.squared() - lengths.get(name, 0.0)) <= 1e-4 * lengths.get(name, 0.0)
+    }
     n = len(losses)
     add = torch.zeros(n, dtype=torch.float64, device=losses.device) if add is None else add.double()
     with torch.no_grad():
         try:
             if scope == "per_tensor":
-                return _per_tensor(tape, losses, damping, rtol, add)
+                return _per_tensor(tape, losses, damping, rtol, add, lengths)
             method = (_KeptGradients if keep else _TwoPasses)(tape, losses)
+            method.known = sum(lengths.values())
             return _solve(method, n, damping, rtol, add)
         except BaseException:
             for p in tape.parameters.values():
@@ -122,6 +130,7 @@ class _Method:
     dtype: torch.dtype
     stored: torch.dtype  # of p.grad
     discrepancy = 0.0  # found so far
+    known: float | None = None  # ‖p.grad‖², until it changes
     half = False  # whether 16-bit numbers limit what autograd and the rules can agree on
 
     def grads(self) -> dict[str, Tensor]:
@@ -133,9 +142,13 @@ class _Method:
         raise NotImplementedError
 
     def squares(self) -> float:
-        return sum(squared(g) for g in self.grads().values())
+        """‖p.grad‖² as it is now."""
+        if self.known is None:
+            self.known = sum(squared(g) for g in self.grads().values())
+        return self.known
 
     def erase(self) -> None:
+        self.known = 0.0
         for g in self.grads().values():
             g.zero_()
 
@@ -319,6 +332,8 @@ class _TwoPasses(_Method):
         return job.v
 
     def apply(self, w: Tensor, wide: bool = False, discard: bool = False) -> Outcome:
+        if not discard:  # p.grad is about to change
+            self.tape.outer, self.known = {}, None
         self.found: dict[str, tuple[float, float]] = {}
         parameters = self.tape.parameters.items()
         missing = [p for _, p in parameters if p.grad is None] if discard else []
@@ -416,12 +431,14 @@ class _KeptGradients(_TwoPasses):
         return job.v
 
     def apply(self, w: Tensor, wide: bool = False) -> Outcome:
+        self.tape.outer = {}
         before = self.squares()
         for name, source, rule in self.pieces:
             p = self.tape.parameters[name]
             if p.grad is None:
                 p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
             combine_(source, rule, p.grad, w, wide)
+        self.known = None
         return Outcome(growth=self.squares() - before)
 
     def blame(self, w: Tensor) -> str:
@@ -431,8 +448,10 @@ class _KeptGradients(_TwoPasses):
 class _Tensor(_Method):
     """One parameter, with all its pieces at hand."""
 
-    def __init__(self, p: Tensor, pieces: list[tuple[Source, Rule]], n: int) -> None:
-        self.p, self.pieces, self.n = p, pieces, n
+    def __init__(self, tape: Tape, name: str, pieces: list[tuple[Source, Rule]], n: int) -> None:
+        p = tape.parameters[name]
+        self.tape, self.p, self.pieces, self.n = tape, p, pieces, n
+        self.outer = tape.outer.pop(name, None)
         self.half = p.dtype.itemsize == 2 or any(rule.half for _, rule in pieces)
         self.stored, self.dtype = p.dtype, torch.float32 if p.dtype.itemsize == 2 else p.dtype
 
@@ -442,12 +461,14 @@ class _Tensor(_Method):
     def grads(self) -> dict[str, Tensor]:
         return {} if self.p.grad is None else {"": self.p.grad}
 
-    def _each(self, function: Callable[[Rule, Tensor | None], tuple[Tensor, Tensor]]):
-        for source, rule in self.pieces:
-            yield function(rule, None if self.p.grad is None else part(source, self.p.grad)[None])
-
     def products(self, wide: bool) -> tuple[Tensor, Tensor]:
-        K, v = zip(*self._each(lambda rule, u: rule.gram(u, wide or rule.cheap)), strict=True)
+        u = self.p.grad
+        some = []
+        for source, rule in self.pieces:
+            self.tape.flat = self.tape.flat or few_positions(rule)
+            outer = self.outer if source.whole else None
+            some.append(products(rule, None if u is None else part(source, u)[None], outer, wide or rule.cheap))
+        K, v = zip(*some, strict=True)
         self.K, v = sum(K), sum(v)
         return self.K, v[:, 0] if v.shape[1] else self.K.new_zeros(self.n)
 
@@ -455,15 +476,19 @@ class _Tensor(_Method):
         return sum(rule.dot(part(source, self.p.grad)[None], wide or rule.cheap) for source, rule in self.pieces)[:, 0]
 
     def apply(self, w: Tensor, wide: bool = False) -> Outcome:
+        self.outer = None  # p.grad is about to change
         before = self.squares()
         if self.p.grad is None:
             self.p.grad = torch.zeros_like(self.p, memory_format=torch.contiguous_format)
         for source, rule in self.pieces:
             combine_(source, rule, self.p.grad, w, wide)
+        self.known = None
         return Outcome(growth=self.squares() - before)
 
 
-def _per_tensor(tape: Tape, losses: Tensor, damping: float, rtol: float | None, add: Tensor) -> Projection:
+def _per_tensor(
+    tape: Tape, losses: Tensor, damping: float, rtol: float | None, add: Tensor, lengths: dict[str, float]
+) -> Projection:
     """Every tensor as soon as its last use has come by, in the one backward pass."""
     n, tensors = len(losses), {}
     watch = _watched(tape, losses)
@@ -471,7 +496,8 @@ def _per_tensor(tape: Tape, losses: Tensor, damping: float, rtol: float | None, 
     squares: list[Tensor] = []  # ‖g_j‖² of every tensor
 
     def finished(name: str, pieces: list[tuple[Source, Rule]]) -> None:
-        method = _Tensor(tape.parameters[name], pieces, n)
+        method = _Tensor(tape, name, pieces, n)
+        method.known = lengths.get(name, 0.0)
         tensors[name] = _solve(method, n, damping, rtol, add)
         squares.append(method.K.diagonal())
         if name == watch:

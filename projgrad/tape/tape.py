@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from .explain import Explain, Explanation
-from .jobs import Job, Moments, Products
+from .jobs import Job, Moments, Outer, Products
 from .mode import COPIES, VIEWS, Interception, is_in_place
 from .project import Projection, project_, verify
 from .rules import Rows, Rule, joined
@@ -94,6 +94,8 @@ class Tape:
         device = next(iter(self.parameters.values())).device
         self.anchor = torch.zeros((), requires_grad=True, device=device)
         self.recomputing = False
+        self.outer: dict[str, Outer] = {}  # factors of p.grad, as `accumulate_` found them
+        self.flat = False  # whether such factors would have been of use
         self._receive: Callable | None = None
         self._known = {} if known is None else known
         self._structure: tuple[weakref.ref, Structure] | None = None
@@ -230,6 +232,30 @@ class Tape:
         job = Explain(self)
         self._run(losses, job)
         return job.lines
+
+    def accumulate_(self, loss: Tensor, weight: float) -> dict[str, Outer]:
+        """p.grad += weight * ∂loss/∂p by plain autograd, for a scalar loss computed while the tape was active; and the
+        factors of the gradients of linear layers, where they are shorter than the gradients."""
+        outer: dict[str, Outer] = {}
+        uses = Counter(name for site in self.sites for source in site.sources for name in source.names)
+
+        def receive(site: Site, b: Tensor, saved: Sequence[Tensor]) -> None:
+            first = site.sources[0]
+            if site.name != "linear" or not saved or not first.whole:
+                return
+            p, q = b.detach().flatten(0, -2), saved[0].detach().flatten(0, -2)
+            (name,) = first.names
+            if uses[name] == 1 and 4 * len(p) * (p.shape[1] + q.shape[1]) < first.tensor.numel():
+                outer[name] = Outer(p, q)
+
+        self._receive = receive
+        try:
+            with self._again():
+                inputs = [self.anchor, *self.parameters.values()]
+                torch.autograd.backward(loss, torch.full_like(loss, weight), inputs=inputs)
+        finally:
+            self._receive = None
+        return outer
 
     # Passes.
 
