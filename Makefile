@@ -20,7 +20,7 @@ build: .venv/built
 	touch $@
 
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 demo: build
 	$(BIN)/projgrad demo

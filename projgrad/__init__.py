@@ -1,7 +1,7 @@
 """Gradient projection for machine unlearning: exact, on any model, at the memory of ordinary training."""
 
-from . import kernels as kernels  # importing them registers them
 from . import functional, projectors
+from . import kernels as kernels  # importing them registers them
 from .methods.orthograd import OrthoGrad, StepRecord
 from .ops.factors import linear_combine, linear_dot, linear_gram, linear_moments
 from .ops.flat import ProjectionInfo, gram, gram_solve, project_out

@@ -201,7 +201,7 @@ def test_sparse_gradients_are_refused():
     model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten())
     ids, y = torch.tensor([[0], [1]]), torch.tensor([0, 1])
     unlearner = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="sparse=True.*use sparse=False"):
+    with pytest.raises(ValueError, match=r"sparse=True.*use sparse=False"):
         unlearner.step(lambda: F.cross_entropy(model(ids), y), lambda: F.cross_entropy(model(ids), y, reduction="none"))
 
 

@@ -230,10 +230,7 @@ def test_a_misread_rule_is_noticed_every_time(monkeypatch, rule, method, name, u
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-_left = pytest.mark.xfail(strict=True, reason="the check before the projection raises with p.grad still in place")
-
-
-@pytest.mark.parametrize("mode", ["two_passes", *(pytest.param(mode, marks=_left) for mode in ("kept", "per_tensor"))])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_misread_rule_leaves_no_gradient(monkeypatch, mode):
     """As `Tape.project_` promises for an ArithmeticError."""
     model, x = mlp(), torch.randn(5, 8)
@@ -343,12 +340,9 @@ def test_degenerate_retain_samples_in_float32(half, mode):
             assert cosine({name: G[name] for name in some}, alone) <= 1e-6, some
 
 
-_subnormal = pytest.mark.xfail(strict=True, reason="gradients below 1e-38 are taken for losses that share terms")
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("count", [1, 8])
-@pytest.mark.parametrize("size", [1e-30, pytest.param(1e-42, marks=_subnormal)])
+@pytest.mark.parametrize("size", [1e-30, 1e-42])
 def test_vanishing_gradients_in_float32(size, count, mode):
     """Of some samples or of all."""
     model, closure = _classifier(torch.float32)

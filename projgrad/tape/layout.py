@@ -58,22 +58,27 @@ def codes(n: int, like: Tensor) -> list[Tensor]:
     return passes
 
 
-def explains(before: Tensor, after: Sequence[Tensor], weights: list[Tensor], tolerance: float) -> bool:
+class Tolerance(NamedTuple):
+    relative: float
+    absolute: float
+
+
+def explains(before: Tensor, after: Sequence[Tensor], weights: list[Tensor], tolerance: Tolerance) -> bool:
     """Whether each sample's block [n] grew by the sample's own weight, every time."""
     for grown, w in zip(after, weights, strict=True):
         expected = before * w.double()
-        if not ((grown - expected).abs() <= tolerance * expected).all():
+        if not ((grown - expected).abs() <= tolerance.relative * expected + tolerance.absolute).all():
             return False
     return True
 
 
-def owners(before: Tensor, after: Sequence[Tensor], weights: list[Tensor], tolerance: float) -> Tensor | None:
+def owners(before: Tensor, after: Sequence[Tensor], weights: list[Tensor], tolerance: Tolerance) -> Tensor | None:
     """The sample of every row of axis 0 [rows] (-1: none, its gradient is zero); None where a row mixes samples."""
-    n, nonzero = len(weights[0]), before > 0
+    n, nonzero = len(weights[0]), before > tolerance.absolute
     fits = nonzero.new_ones((len(before), n))
     for grown, w in zip(after, weights, strict=True):
         expected = before[:, None] * w.double()
-        fits &= (grown[:, None] - expected).abs() <= tolerance * expected
+        fits &= (grown[:, None] - expected).abs() <= tolerance.relative * expected
     if (nonzero & ~fits.any(1)).any():
         return None
     return fits.int().argmax(1).where(nonzero, -1)

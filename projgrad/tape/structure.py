@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from .layout import Layout, candidates, codes, explains, gather, norms, owners
+from .layout import Layout, Tolerance, candidates, codes, explains, gather, norms, owners
 from .sites import Site, Source
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # What reorders rows by numbers that the graph does not show, or mixes samples without a parameter in sight.
 DATA_DEPENDENT = re.compile("Index|Gather|Scatter|Masked(Select|Scatter)|Take|Sort|Unique|Packed|Pack|Put")
 SHAPED = re.compile("_saved_.*(dim|size|shift|start|end|split|stride|train|perm|axis|offset|diagonal|repeat)")
+
+
+REENTRANT = "reentrant checkpointing cannot be followed: use checkpoint(use_reentrant=False)"
 
 
 @dataclass
@@ -69,7 +72,7 @@ class _Measure:
 
     def __init__(self, tape: Tape, losses: Tensor, possible: dict[Site, list[Layout]]) -> None:
         self.tape, self.losses, self.possible = tape, losses, possible
-        self.tolerance = 1e-2  # of 16-bit numbers
+        self.tolerance = Tolerance(1e-2, 0.0)
         self.first: Site | None = None  # the last site of the forward pass
 
     def __call__(self, w: Tensor, rowwise: bool = False) -> dict[Site, list[Tensor]]:
@@ -90,7 +93,8 @@ class _Measure:
                 found[site] = [norms(b, layout, len(w)) for layout in self.possible[site]]
 
         self.tape.backward(self.losses, w, receive)
-        self.tolerance = 1e-2 if narrow else 1e-4
+        # Numbers near the smallest have lost digits.
+        self.tolerance = Tolerance(1e-2 if narrow else 1e-4, 64 * torch.finfo(self.losses.dtype).tiny)
         return found
 
 
@@ -187,7 +191,7 @@ def fingerprint(tape: Tape, losses: Tensor) -> int:
     """A hash of the whole graph: operations, their shapes and axes, how they are connected, and which parameters.
 
     Raises:
-        ValueError: no parameter that the tape follows is in it.
+        ValueError: no parameter that the tape follows is in it, or reentrant checkpointing.
     """
     accumulators = {get_gradient_edge(p).node: name for name, p in tape.parameters.items()}
     numbers: dict[object, int] = {}
@@ -197,6 +201,8 @@ def fingerprint(tape: Tape, losses: Tensor) -> int:
         if node is None or node in numbers:
             parts.append(numbers.get(node, -1))
             continue
+        if "CheckpointFunctionBackward" in node.name():
+            raise ValueError(REENTRANT)
         numbers[node] = len(numbers)
         parts.append((accumulators.get(node) or node.name(), *(str(getattr(node, a)) for a in _shaped(type(node)))))
         nodes += [following for following, _ in node.next_functions]

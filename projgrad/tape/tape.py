@@ -17,7 +17,7 @@ from .mode import COPIES, VIEWS, Interception, is_in_place
 from .project import Projection, project_, verify
 from .rules import Rows, Rule, joined
 from .sites import Call, Site, Source
-from .structure import Structure, announce, fingerprint, inspect
+from .structure import REENTRANT, Structure, announce, fingerprint, inspect
 
 Directions = Mapping[str, Tensor] | Sequence[Tensor]
 _known: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Structure]] = weakref.WeakKeyDictionary()
@@ -41,7 +41,7 @@ def per_sample(model: nn.Module, parameters: Mapping[str, Tensor] | None = None)
         >>> tape.gram(losses).shape
         torch.Size([5, 5])
     """
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+    if any(isinstance(module, torch._dynamo.eval_frame.OptimizedModule) for module in model.modules()):
         raise ValueError("a compiled model hides its operations: pass the original module (`model._orig_mod`)")
     if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
         raise ValueError("model.compile() hides the model's operations: pass a module that was not compiled")
@@ -274,10 +274,8 @@ class Tape:
                 inputs = [self.anchor, *watch]
                 return torch.autograd.grad(losses, inputs, weights, retain_graph=retain_graph, allow_unused=True)[1:]
         except RuntimeError as error:
-            if "Checkpointing is not compatible" in str(error):
-                raise ValueError(
-                    "reentrant checkpointing cannot be followed: use checkpoint(use_reentrant=False)"
-                ) from None
+            if "use_reentrant" in str(error) or "Checkpointing is not compatible" in str(error):
+                raise ValueError(REENTRANT) from None
             raise
         finally:
             self._receive = None
@@ -314,7 +312,8 @@ class Tape:
         self, losses: Tensor, job: Job, retain_graph: bool = True, watch: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
         """One pass for a job; Σ_j g_j of the parameters in `watch`, from plain autograd."""
-        n, structure = len(losses), self.structure(losses)
+        structure = self.structure(losses)
+        n = len(losses)
         plan = Plan(self, structure)
         waiting: dict[tuple, list[tuple[Source, Rule]]] = defaultdict(list)
         dense: dict[int, Tensor] = {}
