@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from projgrad.cost import Route, linear_route
-from projgrad.ops.factors import _chunks, _factors
+from projgrad.layer import _chunks, _factors
 
 from .measure import timed
 from .report import environment

@@ -6,9 +6,9 @@ from cases import FACTORS, FLOAT_ONLY, make_factors
 from torch.library import opcheck
 
 import projgrad
+from projgrad import layer as implementation
 from projgrad import reference
 from projgrad.cost import CHUNK_BYTES, linear_route
-from projgrad.ops import factors
 
 ops = torch.ops.projgrad
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -76,9 +76,9 @@ def test_both_routes(name, only, wide, budget):
     u = torch.randn(2, b.shape[2], i)
     route = linear_route(n, t, i, b.shape[2], m=2, itemsize=8 if wide else 4, budget=budget, only=only)
     if only == "factors":
-        K = factors._factors(a, b, wide, route)
+        K = implementation._factors(a, b, wide, route)
     else:
-        K, v = factors._chunks(a, b, u, wide, route)
+        K, v = implementation._chunks(a, b, u, wide, route)
         check_dot(v, a, b, u, products(a, b, wide))
     assert torch.equal(K, K.mT)
     check_gram(K, a, b, products(a, b, wide))
@@ -91,7 +91,7 @@ def test_fused_with_directions(dtypes):
         a, b = layer(name, dtypes)
         u = torch.randn(2, b.shape[2], a.shape[2])
         for wide, budget in ((False, CHUNK_BYTES), (True, CHUNK_BYTES), (False, SMALL)):
-            K, v = factors._linear_gram(a, b, u, wide, budget)
+            K, v = implementation._linear_gram(a, b, u, wide, budget)
             check_gram(K, a, b, products(a, b, wide))
             check_dot(v, a, b, u, products(a, b, wide))
 
@@ -151,7 +151,7 @@ def test_combine_accumulates_in_place(target, budget):
     c, before = torch.randn(6), torch.randn(17, 33)
     before = before.to({"half": BF16, "double": F64}.get(target, F32))
     out = (before.mT.contiguous().mT if target == "transposed" else before).clone()
-    factors._linear_combine_(out, a, b, c, budget)
+    implementation._linear_combine_(out, a, b, c, budget)
     expected = before.double() + torch.einsum("n,noi->oi", c.double(), truth(a, b))
     torch.testing.assert_close(out, expected.to(out.dtype))
 
@@ -173,7 +173,7 @@ def test_moments(name, dtypes, device):
 def test_gram_of_two_groups_is_a_block_of_all(t2, only):
     (a, b), (a2, b2) = layer(), (torch.randn(4, t2, 33), torch.randn(4, t2, 17))
     expected = torch.einsum("joi,koi->jk", truth(a, b), truth(a2, b2))
-    across = factors._factors_across if only == "factors" else factors._chunks_across
+    across = implementation._factors_across if only == "factors" else implementation._chunks_across
     for K in (
         projgrad.linear_gram(a, b, a2, b2),
         reference.linear_gram(a, b, a2, b2),
@@ -203,7 +203,10 @@ def test_permuted_samples_permute_the_result(only):
     order = torch.randperm(a.shape[0])
     route = linear_route(*a.shape, b.shape[2], itemsize=8, budget=1 << 14, only=only)
     none = b.new_empty(0, b.shape[2], a.shape[2])
-    call = {"factors": factors._factors, "chunks": lambda a, b, w, r: factors._chunks(a, b, none, w, r)[0]}[only]
+    call = {
+        "factors": implementation._factors,
+        "chunks": lambda a, b, w, r: implementation._chunks(a, b, none, w, r)[0],
+    }[only]
     K, permuted = call(a, b, False, route), call(a[order], b[order], False, route)
     torch.testing.assert_close(permuted, K[order][:, order], rtol=1e-12, atol=1e-12)
     assert torch.equal(K, call(a, b, False, route))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cost import CHUNK_BYTES, Route
-from ..ops.factors import _linear_gram
+from ..layer import _linear_gram
 from .rules import Rule, gram, working
 
 WINDOW_BYTES = 2 * CHUNK_BYTES  # windows are kernel-size times the input: made for a few channels at a time

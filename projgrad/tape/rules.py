@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..cost import CHUNK_BYTES, Route, linear_route
-from ..ops.factors import _linear_combine_, _linear_dot, _linear_gram
+from ..layer import _linear_combine_, _linear_dot, _linear_gram
 from ..ops.flat import _gram
 
 

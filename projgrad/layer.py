@@ -1,0 +1,199 @@
+"""How the products of one linear layer are computed: two routes to its Gram matrix, and single matrix products.
+
+a [n, t, i] are the inputs of the layer and b [n, t, o] the gradients at its output; g_j = Σ_t b_jt a_jtᵀ [o, i].
+No function holds more than one chunk of per-sample gradients; `cost.py` picks the route and sizes the chunk.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .cost import CHUNK_BYTES, Route, linear_route
+from .ops.flat import _gram
+
+
+def _multiplied(*tensors: Tensor, wide: bool = False) -> torch.dtype:
+    """The precision in which these are multiplied: float64 if one of them has it, or `wide`, else float32."""
+    wide = wide or any(x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def _rounded(a: Tensor, b: Tensor) -> torch.dtype:
+    return torch.promote_types(a.dtype, b.dtype)
+
+
+# Chunks: blocks of the per-sample gradients of all samples. Products have `out`, which autocast leaves alone.
+
+
+def _blocks(a: Tensor, b: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[tuple, Tensor]]:
+    """Every rows x columns block of W and its per-sample gradients [n, r, c], each in the memory of the one before."""
+    (n, t, i), o = a.shape, b.shape[2]
+    buffer = a.new_empty(n * rows * columns, dtype=dtype)
+    converts = a.dtype != dtype or b.dtype != dtype
+    step = max(64, rows * columns // (rows + columns)) if converts else max(1, t)  # copies no larger than the chunk
+    for r in range(0, o, rows):
+        for c in range(0, i, columns):
+            y, x = b[:, :, r : r + rows], a[:, :, c : c + columns]
+            g = buffer[: n * y.shape[2] * x.shape[2]].view(n, y.shape[2], x.shape[2])
+            for s in range(0, max(1, t), step):
+                part = slice(s, s + step)
+                torch.baddbmm(g, y[:, part].to(dtype).mT, x[:, part].to(dtype), beta=min(s, 1), out=g)
+            yield (slice(r, r + rows), slice(c, c + columns)), g
+
+
+def _chunks(a: Tensor, b: Tensor, u: Tensor, wide: bool, route: Route) -> tuple[Tensor, Tensor]:
+    """K [n, n] and v [n, m] from one pass over the per-sample gradients."""
+    n, m, dtype = a.shape[0], u.shape[0], _multiplied(a, b, wide=wide)
+    K, v = (a.new_zeros(shape, dtype=torch.float64) for shape in ((n, n), (n, m)))
+    for (r, c), g in _blocks(a, b, route.rows, route.columns, dtype):
+        part, dots = _gram(g.flatten(1), u[:, r, c].to(dtype).flatten(1), wide)
+        K += part
+        v += dots
+    return K, v
+
+
+def _chunks_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, route: Route) -> Tensor:
+    """K [n, n2] between two groups of samples, block by block."""
+    K = a.new_zeros((a.shape[0], a2.shape[0]), dtype=torch.float64)
+    dtype = _multiplied(a, b)
+    blocks = (_blocks(*factors, route.rows, route.columns, dtype) for factors in ((a, b), (a2, b2)))
+    for (_, g), (_, g2) in zip(*blocks, strict=True):
+        K += _gram(g.flatten(1), g2.flatten(1), False)[1]
+    return K
+
+
+# Factors: <b aᵀ, b' a'ᵀ> = (a · a') (b · b') for every pair of tokens, in tiles of some samples against the others.
+
+
+def _pair_sums(a: Tensor, b: Tensor, n: int, m: int) -> Tensor:
+    """The sums of a ∘ b [n t, m t2] over the tokens of each pair of samples [n, m]; overwrites a."""
+    if a.shape == (n, m):
+        return a.mul_(b)
+    if a.numel() == 0:
+        return a.new_zeros((n, m))
+    return a.mul_(b).view(n, -1, a.shape[1]).sum(1).view(n, m, -1).sum(2)
+
+
+def _factors(a: Tensor, b: Tensor, wide: bool, route: Route) -> Tensor:
+    """K [n, n]: every tile with itself and the samples after it."""
+    n, t = a.shape[:2]
+    A, B = a.flatten(0, 1), b.flatten(0, 1)
+    K = a.new_empty((n, n), dtype=torch.float64)
+    for s in range(0, n, route.rows):
+        e = min(n, s + route.rows)
+        (own_a, rest_a), (own_b, rest_b) = (_gram(x[s * t : e * t], x[e * t :], wide) for x in (A, B))
+        own = _pair_sums(own_a, own_b, e - s, e - s)
+        K[s:e, s:e] = own if t == 1 else (own + own.mT) / 2  # sums of tokens round differently
+        if e < n:
+            rest = _pair_sums(rest_a, rest_b, e - s, n - e)
+            K[s:e, e:], K[e:, s:e] = rest, rest.mT
+    return K
+
+
+def _factors_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, route: Route) -> Tensor:
+    """K [n, n2] between two groups of samples."""
+    (n, t), (n2, _) = a.shape[:2], a2.shape[:2]
+    wide = _multiplied(a, b) == torch.float64
+    A, B, A2, B2 = (x.flatten(0, 1) for x in (a, b, a2, b2))
+    K = a.new_empty((n, n2), dtype=torch.float64)
+    for s in range(0, n, route.rows):
+        e = min(n, s + route.rows)
+        tokens = slice(s * t, e * t)
+        K[s:e] = _pair_sums(_gram(A[tokens], A2, wide)[1], _gram(B[tokens], B2, wide)[1], e - s, n2)
+    return K
+
+
+# What the ops and the tape run.
+
+
+@torch.no_grad()
+def _linear_gram(
+    a: Tensor, b: Tensor, u: Tensor, wide: bool = False, chunk_bytes: int = CHUNK_BYTES
+) -> tuple[Tensor, Tensor]:
+    """K [n, n] and v = <g_j, u_m> [n, m], float64, for u [m, o, i]; `wide`: multiply in float64 whatever the dtype."""
+    (n, t, i), (m, o) = a.shape, u.shape[:2]
+    dtype = _multiplied(a, b, wide=wide)
+    route = linear_route(n, t, i, o, m=m, itemsize=dtype.itemsize, budget=chunk_bytes)
+    wide = dtype == torch.float64
+    if route.name == "chunks":
+        return _chunks(a, b, u, wide, route)
+    return _factors(a, b, wide, route), _linear_dot(a, b, u, wide, chunk_bytes)
+
+
+@torch.no_grad()
+def _linear_dot(a: Tensor, b: Tensor, u: Tensor, wide: bool = False, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+    """v_jm = Σ_t b_jtᵀ u_m a_jt [n, m] in float64: one product with u [m, o, i] from the side that leaves less."""
+    (n, t, i), (m, o) = a.shape, u.shape[:2]
+    dtype = _multiplied(a, b, u, wide=wide)
+    v = a.new_zeros((n, m), dtype=torch.float64)
+    if v.numel() == 0 or t == 0:
+        return v
+    x, y, w = (a, b, u.mT) if o <= i else (b, a, u)
+    samples = max(1, min(n, chunk_bytes // (dtype.itemsize * t * max(1, i + o))))
+    buffer = a.new_empty(samples * t, w.shape[2], dtype=dtype)
+    shift = _exponents(u)
+    units = torch.ldexp(u.new_ones(m, dtype=dtype), -shift)  # exact, as all powers of two
+    for s in range(0, n, samples):
+        part, other = (z[s : s + samples].to(dtype) for z in (x, y))
+        exponents = _exponents(part)
+        scales = torch.ldexp(part.new_ones(exponents.shape), -exponents)
+        part = (part * scales[:, None, None]).flatten(0, 1)  # [samples t, i or o]
+        for k in range(m):
+            xw = torch.mm(part, w[k].to(dtype), out=buffer[: part.shape[0]])
+            xw.mul_(units[k]).mul_(other.flatten(0, 1))
+            v[s : s + samples, k] = torch.ldexp(xw.sum(1).view(-1, t).sum(1, dtype=torch.float64), exponents + shift[k])
+    return v
+
+
+def _exponents(x: Tensor) -> Tensor:
+    """The power of two that brings the largest element of each x_j near 1 [n], within what float32 holds.
+
+    Products of tiny gradients with tiny directions leave float32 where neither of them does.
+    """
+    if x[:1].numel() == 0:
+        return x.new_zeros(x.shape[0], dtype=torch.int32)
+    x = x.flatten(1)
+    return torch.frexp(torch.maximum(x.amax(1), -x.amin(1)).double()).exponent.clamp(-120, 120)
+
+
+@torch.no_grad()
+def _linear_combine_(out: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk_bytes: int = CHUNK_BYTES) -> None:
+    """out [o, i] += Σ_j c_j g_j, for c [n]: one matrix product, with the smaller factor scaled. Any strides of out."""
+    (n, t, i), o = a.shape, b.shape[2]
+    dtype = _multiplied(out, a, b)
+    if out.dtype != dtype:  # a gradient in a half type is rounded once, not once per product
+        rows = max(1, chunk_bytes // (dtype.itemsize * max(1, i)))
+        for part, y in zip(out.split(rows), b.split(rows, 2), strict=True):
+            exact = part.to(dtype)
+            _linear_combine_(exact, a, y, c, chunk_bytes)
+            part.copy_(exact)
+        return
+    root = c.double().abs().sqrt()  # twice √c: c of tiny gradients leaves float32, the products c b do not
+    scales = [r.to(dtype)[:, None, None] for r in (root, root * c.sign())]
+    samples = max(1, chunk_bytes // (dtype.itemsize * max(1, t * (i + o))))
+    for s in range(0, n, samples):
+        x, y, first, second = (z[s : s + samples].to(dtype) for z in (a, b, *scales))
+        if i <= o:
+            x = (x * first).mul_(second)
+        else:
+            y = (y * first).mul_(second)
+        out.addmm_(y.flatten(0, 1).mT, x.flatten(0, 1))
+
+
+def _linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_j g_j and Σ_j g_j² [o, i]. Of single positions both are products: g² = (b²)ᵀ a²."""
+    (n, t, i), o, dtype = a.shape, b.shape[2], _multiplied(a, b)
+    total, squares = (a.new_zeros((o, i), dtype=dtype) for _ in range(2))
+    if t == 1:
+        _linear_combine_(total, a, b, a.new_ones(n))
+        x = a[:, 0].double().square()  # squares of float32 leave its range
+        rows = max(1, CHUNK_BYTES // (8 * max(1, n, i)))
+        for part, y in zip(squares.split(rows), b[:, 0].split(rows, 1), strict=True):
+            part.copy_(torch.mm(y.double().square().mT, x))
+        return total, squares
+    route = linear_route(n, t, i, o, itemsize=dtype.itemsize, only="chunks")
+    for block, g in _blocks(a, b, route.rows, route.columns, dtype):
+        total[block] = g.sum(0)
+        squares[block] = g.square_().sum(0)
+    return total, squares
