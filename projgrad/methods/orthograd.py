@@ -63,11 +63,10 @@ class OrthoGrad:
             (random labels, distillation to a neutral target).
         damping, rtol: see `projgrad.project_out`.
         max_norm: clip the norm of the whole update, or None.
-        keep_output_gradients: with scope="global", a step needs two backward passes over the retain batch: one for the
-            projection's coefficients, one for the update, which plain autograd makes and so checks. True keeps the
-            gradients at the outputs of all layers from the first pass instead of running the second: less time, and
-            more memory where outputs are large beside the parameters. Choose it when a step fits comfortably; keep
-            False when memory is short or a model is new.
+        keep_output_gradients: with scope="global": make the update from the gradients at all layers' outputs, kept
+            from the one backward pass over the retain batch; the graph is freed meanwhile, so that takes no more memory
+            than plain training. Plain autograd checks all of it when the model's graph is new, and one tensor a step.
+            False runs a second, ordinary backward pass for the update: more time, and every step checks every tensor.
         scaler: a `torch.amp.GradScaler`: losses are scaled, and its own rule decides on steps with NaN or Inf.
         projector: function (u, G) -> u_perp instead of projgrad's, such as `projgrad.projectors.qr`. It is given all of
             G, which takes n times the memory of the parameters: a reference to compare with.

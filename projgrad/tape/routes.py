@@ -97,6 +97,7 @@ class TwoPasses(Route):
         top = float(w.abs().max()) / (torch.finfo(self.losses.dtype).max / 16)
         scale = 2.0 ** math.ceil(math.log2(top)) if top > 1 else 1.0
         hooks = [p.register_hook(self._noting(name, p, discard, scale)) for name, p in parameters]
+        hooks += [p.register_post_accumulate_grad_hook(_forget) for p in missing]
         try:
             with self.tape._again(), torch.enable_grad():
                 torch.autograd.backward(
@@ -108,8 +109,6 @@ class TwoPasses(Route):
         finally:
             for hook in hooks:
                 hook.remove()
-            for p in missing:
-                p.grad = None
         return Outcome(*(sum(pair[k] for pair in self.found.values()) for k in (0, 1)))
 
     def _noting(self, name: str, p: Tensor, discard: bool, scale: float) -> Callable[[Tensor], Tensor | None]:
@@ -118,7 +117,7 @@ class TwoPasses(Route):
                 g = g * scale
             ug = 0.0 if p.grad is None else inner(p.grad, g)
             self.found[name] = squared(g), ug
-            return g.new_zeros(()).expand_as(g) if discard else g
+            return g.new_zeros(()).expand_as(g) if discard and p.grad is not None else g
 
         return note
 
@@ -188,6 +187,10 @@ class KeptGradients(TwoPasses):
 
     def blame(self, w: Tensor) -> str:
         return ""
+
+
+def _forget(p: Tensor) -> None:
+    p.grad = None
 
 
 class OneTensor(Route):

@@ -215,9 +215,9 @@ class Tape:
             scope: "global" projects the concatenated gradient, "per_tensor" every tensor on its own, in one backward
                 pass: it removes up to n dimensions from *each* tensor, so one of at most n elements becomes zero.
             damping, rtol: see `projgrad.project_out`.
-            keep_output_gradients: with scope="global", keep what the first backward pass finds at every layer and make
-                Gᵀ c from that, instead of from a second backward pass: less time, more memory. The check that plain
-                autograd makes of the result is then weaker. The graph is freed.
+            keep_output_gradients: with scope="global", keep what the backward pass finds at every layer and make Gᵀ c
+                from that; the graph is freed. False makes it in a second backward pass, by plain autograd, which so
+                checks every tensor each time, not only when the graph is new, and keeps the graph.
             add: (n,), w: also add Σ_j w_j g_j, in the same pass.
 
         Raises:
