@@ -29,9 +29,6 @@ class Layout(NamedTuple):
             return x.unflatten(axis, (k, n)).movedim(axis + 1, 0)
         return x.unflatten(axis, (n, k)).movedim(axis, 0)
 
-    def fits(self, shape: torch.Size, n: int) -> bool:
-        return self.rows is None and self.axis < len(shape) and shape[self.axis] % n == 0 and shape[self.axis] > 0
-
 
 def candidates(shape: torch.Size, axes, n: int) -> list[Layout]:
     """Every way in which n samples can lie along one of the axes, the usual ones first."""

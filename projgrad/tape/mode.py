@@ -185,6 +185,21 @@ def _grows(t: Tensor, args: tuple) -> bool:
     return torch.broadcast_shapes(*shapes).numel() > t.numel()
 
 
+class Recomputing:
+    """Interception during a backward pass: what checkpointing runs again must save the same tensors."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+
+    def __enter__(self) -> None:
+        self.before, self.tape.recomputing = self.tape.recomputing, True
+        self.tape._mode.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self.tape._mode.__exit__(*error)
+        self.tape.recomputing = self.before
+
+
 def _index(func, weight: Tensor, ids: Tensor, *, tape: Tape) -> Tensor:
     call = tape.call("index", weight, ids)
     return lookup(call, func(weight, ids), ids, weight)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from .explain import Explain, Explanation
+from .explicit_rows import looped, mapped
 from .jobs import Job, Moments, Outer, Products
-from .mode import COPIES, VIEWS, Interception, is_in_place
+from .mode import COPIES, VIEWS, Interception, Recomputing, is_in_place
 from .plan import Plan, upright
 from .project import Projection, project_
 from .routes import verify
@@ -284,7 +284,7 @@ class Tape:
             self._receive = None
 
     def _again(self):
-        return _Recomputing(self)
+        return Recomputing(self)
 
     def structure(self, losses: Tensor) -> Structure:
         """How to read the sites; found once per forward pass, or known from an earlier one with the same sites."""
@@ -358,10 +358,10 @@ class Tape:
             for name, left in plan.left.items():  # some uses arrived, and others never will
                 if left and name in arrived:
                     job.done(name)
-            for name, rows in self._mapped(plan, dense, n):
+            for name, rows in mapped(self, plan, dense):
                 job.piece(name, self._whole(name), Rows(rows))
                 job.done(name)
-            for name, rows in self._loops(losses, structure.loops):
+            for name, rows in looped(self, losses, structure.loops):
                 job.piece(name, self._whole(name), Rows(rows))
                 job.done(name)
             job.finish(n)
@@ -369,41 +369,6 @@ class Tape:
 
     def _whole(self, name: str) -> Source:
         return self.sources[id(self.parameters[name])]
-
-    def _mapped(self, plan: Plan, dense: dict[int, Tensor], n: int):
-        """Per-sample gradients of parameters that are used through something computed from them."""
-        rows: dict[str, Tensor] = {}
-        used = {id(source): source for site in self.sites for source in site.sources}
-        for source in used.values():
-            d = dense.get(id(source))
-            if d is None:
-                continue
-            names = sorted(plan.maps & source.names)
-            if source.whole:
-                grads: Sequence[Tensor | None] = [d]
-            else:
-                grads = _vjps(source, [self.parameters[name] for name in names], d)
-            for name, g in zip(names, grads, strict=True):
-                if g is not None:
-                    rows[name] = rows[name] + g if name in rows else g
-        for name in sorted(plan.maps):
-            if name in rows:
-                yield name, rows[name]
-
-    def _loops(self, losses: Tensor, loops: Mapping[str, str]):
-        """The fallback: one backward pass per sample, for the parameters that no rule covers."""
-        if not loops:
-            return
-        names = list(loops)
-        inputs = [self.parameters[name] for name in names]
-        rows = {name: p.new_zeros((len(losses), *p.shape)) for name, p in zip(names, inputs, strict=True)}
-        for j, one in enumerate(torch.eye(len(losses), dtype=losses.dtype, device=losses.device)):
-            with self._again():
-                grads = torch.autograd.grad(losses, inputs, one, retain_graph=True, allow_unused=True)
-            for name, g in zip(names, grads, strict=True):
-                if g is not None:
-                    rows[name][j] = g
-        yield from rows.items()
 
     def _named(self, direction: Directions) -> dict[str, Tensor]:
         if not isinstance(direction, Mapping):
@@ -430,35 +395,9 @@ def check_losses(losses: Tensor) -> None:
         raise FloatingPointError(f"NaN or Inf in the losses of samples {bad[:8]}; nothing was changed")
 
 
-class _Recomputing:
-    """Interception during a backward pass: what checkpointing runs again must save the same tensors."""
-
-    def __init__(self, tape: Tape) -> None:
-        self.tape = tape
-
-    def __enter__(self) -> None:
-        self.before, self.tape.recomputing = self.tape.recomputing, True
-        self.tape._mode.__enter__()
-
-    def __exit__(self, *error) -> None:
-        self.tape._mode.__exit__(*error)
-        self.tape.recomputing = self.before
-
-
 def _distinct(ids: Tensor) -> bool:
     return bool(ids.numel() and ids.min() >= 0 and ids.unique().numel() == ids.numel())
 
 
 def _shares(out: Tensor, p: Tensor) -> bool:
     return out.untyped_storage().data_ptr() == p.untyped_storage().data_ptr()
-
-
-def _vjps(source: Source, inputs: list[Tensor], d: Tensor) -> Sequence[Tensor | None]:
-    """dᵀ ∂source/∂inputs for every row of d [n, *source shape]."""
-    d = d.to(source.tensor.dtype)
-    vjp = functools.partial(torch.autograd.grad, source.edge, inputs, retain_graph=True, allow_unused=True)
-    try:
-        return vjp(d, is_grads_batched=True)
-    except RuntimeError:  # an operation without a batching rule
-        rows = [vjp(one) for one in d]
-        return [None if g[0] is None else torch.stack(g) for g in zip(*rows, strict=True)]
