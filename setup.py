@@ -1,29 +1,81 @@
-"""Builds projgrad._C: the C++ kernels always, the CUDA kernels when torch has CUDA and a toolkit is found."""
+"""Builds projgrad._C: the C++ kernels always, the CUDA kernels when torch has CUDA and a complete toolkit is found."""
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pybind11
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils import cpp_extension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-kernels = sorted(map(str, Path("csrc").glob("*.cu")))
-cuda = bool(kernels) and torch.version.cuda is not None and CUDA_HOME is not None
-sources = sorted(map(str, Path("csrc").glob("*.cpp"))) + (kernels if cuda else [])
-if cuda:  # no look at the GPU of the build machine: the package must run on others
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
-macros = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # stable ABI of torch 2.11: one binary serves all later ones
+Version = tuple[int, int]
 
-setup(
-    ext_modules=[
-        (CUDAExtension if cuda else CppExtension)(
-            "projgrad._C",
-            sources,
-            include_dirs=[pybind11.get_include()],
-            define_macros=[*macros, ("USE_CUDA", None)] if cuda else macros,
-            extra_compile_args={"cxx": ["-O3"], "nvcc": ["-O3"]},
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
-)
+
+def nvcc_version(home: Path) -> Version | None:
+    try:
+        text = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return None
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def runtime(home: Path, major: int) -> str | None:
+    """libcudart.so of the toolkit or, as toolkits from wheels have no such link, the file that torch itself loads."""
+    wheels = [Path(p, "nvidia", part) for p in sys.path for part in (f"cu{major}", "cuda_runtime")]
+    for root in (home, *wheels):
+        for name in ("libcudart.so", f"libcudart.so.{major}"):
+            for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+                if (root / folder / name).exists():
+                    return str(root / folder / name)
+    return None
+
+
+def toolkit() -> tuple[Path, Version, str]:
+    """Where the toolkit is, its version and the runtime to link; LookupError with the reason why there is none."""
+    if torch.version.cuda is None:
+        raise LookupError("this torch has no CUDA")
+    if cpp_extension.CUDA_HOME is None:
+        raise LookupError("no CUDA toolkit found; set CUDA_HOME")
+    # /usr/local where nvcc is /usr/local/bin/nvcc: a script in front of the toolkit, which is then in its usual place.
+    homes = [Path(cpp_extension.CUDA_HOME), *([] if os.environ.get("CUDA_HOME") else [Path("/usr/local/cuda")])]
+    home = next((h for h in homes if (h / "include" / "cuda_runtime.h").exists() and nvcc_version(h)), None)
+    if home is None:
+        raise LookupError(f"no nvcc with cuda_runtime.h in {cpp_extension.CUDA_HOME}; set CUDA_HOME")
+    version, major = nvcc_version(home), int(torch.version.cuda.split(".")[0])
+    if version[0] != major:
+        raise LookupError(f"nvcc is {version[0]}.{version[1]}, but this torch was built with CUDA {torch.version.cuda}")
+    library = runtime(home, major)
+    if library is None:
+        raise LookupError(f"no libcudart.so in {home} and no libcudart.so.{major} among the packages")
+    return home, version, library
+
+
+def extension():
+    sources = sorted(map(str, Path("csrc").glob("*.cpp")))
+    macros = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # stable ABI of torch 2.11: one binary serves later ones
+    options = {
+        "include_dirs": [pybind11.get_include()],
+        "depends": sorted(map(str, Path("csrc").glob("*.*h"))),
+        "extra_compile_args": {"cxx": ["-O3"], "nvcc": ["-O3"]},
+    }
+    try:
+        home, version, library = toolkit()
+    except LookupError as reason:
+        print(f"projgrad: building without CUDA kernels: {reason}", file=sys.stderr)
+        return CppExtension("projgrad._C", sources, define_macros=macros, **options)
+    # No look at the GPU of the build machine: the package must run on others.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if version >= (12, 8) else "8.0;9.0+PTX")
+    cpp_extension.CUDA_HOME = str(home)
+    sources += sorted(map(str, Path("csrc").glob("*.cu")))
+    built = CUDAExtension("projgrad._C", sources, define_macros=[*macros, ("USE_CUDA", None)], **options)
+    built.libraries.remove("cudart")
+    built.extra_link_args.append(library)
+    return built
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

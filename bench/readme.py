@@ -7,6 +7,7 @@ from pathlib import Path
 
 from projgrad.demo.methods import TITLES
 
+from .gpu_readme import gpu
 from .report import RESULTS
 from .steps import SUMMARY, summary
 
@@ -126,7 +127,7 @@ def _mebibytes(count: int | None) -> str:
 
 def written(text: str) -> str:
     """`text` with every generated section made anew."""
-    sections = [("flat", flat), ("demo", demo)]
+    sections = [("flat", flat), ("demo", demo), ("gpu", gpu)]
     if (RESULTS / "steps_cpu.csv").exists():
         sections.append(("steps", steps))
     for name, section in sections:

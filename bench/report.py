@@ -1,34 +1,44 @@
 """Benchmark rows as a table, a CSV file and an SVG picture, each with where and on what they were measured."""
 
 import csv
+import os
 import platform
 import subprocess
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import projgrad
+
+from .gpu_check import version
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def environment() -> dict[str, str]:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS)
-    return {
-        "device": _processor(),
-        "threads": str(torch.get_num_threads()),
+def environment(device: str = "cpu") -> dict[str, str]:
+    """Where and on what something was measured; COMMIT in the environment names the commit of a tree without .git."""
+    common = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "projgrad": projgrad.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": os.environ.get("COMMIT") or _output("git", "describe", "--always", "--dirty"),
     }
+    if device != "cuda":
+        return {"device": _processor(), "threads": str(torch.get_num_threads()), **common}
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
+    versions = {"driver": driver, "cuda": torch.version.cuda or "none", "triton": version("triton")}
+    return {"device": torch.cuda.get_device_name(), **versions, **common}
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else "unknown"
 
 
 def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -37,6 +47,9 @@ def _processor() -> str:
 
 def report(rows: list[dict], name: str, title: str) -> None:
     """Print `rows` and write them to results/<name>.csv and .svg."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title)
     for column in ("op", "size", "contender", "ms (20-80 %)", "times ours", "target", "% of floor", "extra MB"):
         table.add_column(column, justify="left" if column in ("op", "contender") else "right")

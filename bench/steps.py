@@ -14,23 +14,24 @@ import argparse
 import contextlib
 import csv
 import importlib.util
-import json
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from projgrad.measure import peak_memory
 
 from .measure import spread, timed
 from .report import RESULTS, environment
 from .step_contenders import CASES, Case, Contender, Job
+from .worker import Failed, Worker, complain, serve
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 THREADS = 2
 UPDATE_LIMIT, GRAM_LIMIT = 1e-4, 1e-5  # relative difference from float32 QR, and from a float32 Gram matrix
@@ -41,42 +42,13 @@ COLUMNS += ("peak_mb", *(f"memory_{some}" for some in RATIOS), "later_mb", "late
 COLUMNS += ("difference", "residual", "note")
 
 
-class Failed(Exception):
-    """Why a contender has no number."""
-
-
-class Worker:
-    """A process that measures one contender; every `ask` gets one measurement."""
-
-    def __init__(self, case: Case, contender: str, result: Path | None = None) -> None:
-        command = [sys.executable, "-m", "bench.steps", "--worker", case.name, contender]
-        variables = dict(os.environ)
-        if result:
-            command += ["--result", str(result)]
-            variables["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory leaves at once: the peak is what was needed
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables, cwd=RESULTS.parent.parent
-        )
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        with contextlib.suppress(BrokenPipeError):
-            self.process.communicate()
-
-    def ask(self) -> dict:
-        with contextlib.suppress(BrokenPipeError):  # the reason can still be read
-            print(file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            status = self.process.wait()
-            raise Failed("out of memory" if status == -9 else f"ended with status {status}")
-        reply = json.loads(line)
-        if "error" in reply:
-            raise Failed(reply["error"])
-        return reply
+def worker(case: Case, contender: str, result: Path | None = None) -> Worker:
+    """A process that measures one contender: seconds of a step, or with `result` what three steps need and give."""
+    arguments, variables = ["-m", "bench.steps", "--worker", case.name, contender], {}
+    if result:
+        arguments += ["--result", str(result)]
+        variables["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory leaves at once: the peak is what was needed
+    return Worker(arguments, variables)
 
 
 def work(case: Case, contender: Contender, result: str | None) -> None:
@@ -88,12 +60,9 @@ def work(case: Case, contender: Contender, result: str | None) -> None:
             contender.start(case.job(small=True))()
         job = case.job()
         step = contender.start(job)
-        for _ in sys.stdin:
-            reply = three_steps(job, step, result) if result else {"seconds": timed(step)}
-            print(json.dumps(reply), flush=True)
+        serve(lambda _: three_steps(job, step, result) if result else {"seconds": timed(step)})
     except Exception as error:
-        text = "out of memory" if "allocate memory" in str(error) else f"{type(error).__name__}: {error}"
-        print(json.dumps({"error": text.splitlines()[0]}), flush=True)
+        complain(error)
 
 
 def three_steps(job: Job, step: Callable[[], object], file: str) -> dict:
@@ -133,7 +102,7 @@ def interleave(case: Case, rows: dict[str, dict], rounds: int) -> None:
     seconds = {name: [] for name, row in rows.items() if not row["note"]}
     slow_rounds = max(2, min(3, rounds // 2))
     with contextlib.ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(case, name)) for name in seconds}
+        workers = {name: stack.enter_context(worker(case, name)) for name in seconds}
         for i in range(-2, rounds):
             for name in list(workers):
                 if case.contenders[name].slow and not -1 <= i < slow_rounds:
@@ -151,7 +120,7 @@ def interleave(case: Case, rows: dict[str, dict], rounds: int) -> None:
         rows[name] |= dict(zip(("ms", "ms_20", "ms_80"), middle, strict=True)) | {"rounds": len(seconds[name])}
 
 
-def measure(case: Case, rounds: int, console: Console) -> list[dict]:
+def measure(case: Case, rounds: int, console: "Console") -> list[dict]:
     rows = {}
     for name, contender in case.contenders.items():
         if contender.package and importlib.util.find_spec(contender.package) is None:
@@ -163,8 +132,8 @@ def measure(case: Case, rounds: int, console: Console) -> list[dict]:
         for name, row in rows.items():
             status.update(f"{case.name}: memory of {name}")
             try:
-                with Worker(case, name, Path(folder) / name) as worker:
-                    row |= worker.ask()
+                with worker(case, name, Path(folder) / name) as process:
+                    row |= process.ask()
             except Failed as error:
                 row["note"] = str(error)
         check(case, rows, Path(folder))
@@ -220,7 +189,9 @@ def summary(rows: list[dict]) -> list[list[str]]:
     return lines
 
 
-def details(rows: list[dict]) -> Table:
+def details(rows: list[dict]) -> "Table":
+    from rich.table import Table
+
     table = Table(title=rows[0]["model"])
     for column in ("contender", "ms (20-80 %)", "/ plain", "peak MB", "/ plain", "later MB", "difference", "note"):
         table.add_column(column, justify="left" if column in ("contender", "note") else "right")
@@ -265,6 +236,9 @@ def profile(case: Case, contender: Contender) -> str:
 
 
 def main() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     cases = {case.name: case for case in CASES}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="+", choices=cases, default=list(cases), metavar="NAME", help=", ".join(cases))

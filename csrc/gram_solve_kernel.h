@@ -23,10 +23,11 @@ void reduce(const double* factor, int64_t pitch, const double* c, int64_t k, dou
 }
 
 // Left-looking pivoted Cholesky of C = D⁻¹ K D⁻¹ + damping I. Only the pivot's column of K is read, and what is found
-// to be dependent is never computed: rank r costs n r² multiply-adds. Returns the rank.
+// to be dependent is never computed: rank r costs n r² multiply-adds. Returns the rank, and in `smallest` the smallest
+// pivot that was used.
 template <class T>
 int64_t solve(const T* K, const T* b, T* x, int64_t n, int64_t m, double damping, double rtol, double* scratch,
-              int64_t pitch) {
+              int64_t pitch, double* smallest) {
   double *factor = scratch, *scale = factor + n * pitch, *left = scale + pitch, *c = left + pitch, *w = c + pitch,
          *y = w + pitch, *z = y + pitch;
   std::vector<int64_t> pivots;
@@ -38,9 +39,11 @@ int64_t solve(const T* K, const T* b, T* x, int64_t n, int64_t m, double damping
     scale[i] = square > 0 ? 1 / std::sqrt(square) : 0.0;
     left[i] = square > 0 ? 1 + damping : 0.0;
   }
+  *smallest = 1 + damping;
   for (int64_t k = 0; finite && k < n; ++k) {
     const int64_t p = std::max_element(left, left + n) - left;
     if (!(left[p] > rtol)) break;
+    *smallest = std::min(*smallest, left[p]);
     const double root = std::sqrt(left[p]);
     double* row = factor + k * pitch;
     for (int64_t i = 0; i < n; ++i) row[i] = static_cast<double>(K[p * n + i]) * scale[i] * scale[p];
@@ -85,12 +88,12 @@ int64_t solve(const T* K, const T* b, T* x, int64_t n, int64_t m, double damping
 }
 
 template <class T>
-void solve_systems(const T* K, const T* b, T* x, int64_t* rank, int64_t n, int64_t m, double damping, double rtol,
-                   int64_t first, int64_t last) {
+void solve_systems(const T* K, const T* b, T* x, int64_t* rank, double* pivot, int64_t n, int64_t m, double damping,
+                   double rtol, int64_t first, int64_t last) {
   const int64_t pitch = (n + kLanes - 1) / kLanes * kLanes;
   std::unique_ptr<double[]> scratch(new double[(n + 6) * pitch]);
   for (int64_t s = first; s < last; ++s)
-    rank[s] = solve(K + s * n * n, b + s * n * m, x + s * n * m, n, m, damping, rtol, scratch.get(), pitch);
+    rank[s] = solve(K + s * n * n, b + s * n * m, x + s * n * m, n, m, damping, rtol, scratch.get(), pitch, pivot + s);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 from . import functional, projectors
 from . import kernels as kernels  # importing them registers them
 from .methods.orthograd import OrthoGrad, StepRecord
+from .ops.basis import basis_project
 from .ops.factors import linear_combine, linear_dot, linear_gram, linear_moments
 from .ops.flat import ProjectionInfo, gram, gram_solve, project_out
 from .tape.tape import Tape, per_sample
@@ -14,6 +15,7 @@ __all__ = [
     "StepRecord",
     "Tape",
     "__version__",
+    "basis_project",
     "functional",
     "gram",
     "gram_solve",

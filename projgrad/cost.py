@@ -3,18 +3,49 @@
 import math
 from typing import Literal, NamedTuple
 
-CHUNK_BYTES = 8 << 20  # one chunk of per-sample gradients: stays in a common L3
 ALIGN = 16  # columns; one 64-byte line of float32
-TOKENS = 128  # rows of a token product: what the kernel of `gram` keeps in L1 and L2
+TOKENS = 128  # rows of a token product: what the CPU kernel of `gram` keeps in L1 and L2
 
-# Nanoseconds, float32, two Zen 4 cores; only their ratios matter.
-CALL = 30_000.0  # one product with what surrounds it
-PRODUCT = 1 / 190  # a multiplication and an addition count as two: the ordinary weight gradient
-GRAM = 1 / 190  # in `gram`: lower triangle, products added in float64
-TOKEN_GRAM = 1 / 60  # in `gram` with hundreds of rows, which no longer fit beside each other
-ELEMENT = 0.09  # a per-sample gradient written into the chunk and read again
-PACK = 0.25  # an element of a factor laid out for one block product
-PAIR = 2.0  # a pair of tokens: two float64 products multiplied, and summed
+
+class Rates(NamedTuple):
+    """Nanoseconds; only their ratios matter. A multiplication and an addition count as two.
+
+    call: one product with what surrounds it. product: the ordinary weight gradient. gram: lower triangle of an explicit
+    matrix, products added in float64. token_gram: with hundreds of rows, which no longer fit beside each other.
+    element: a per-sample gradient written into the chunk and read again. pack: an element of a factor laid out for one
+    block product. pair: a pair of tokens, two products multiplied and summed. chunk: bytes of one chunk.
+    """
+
+    call: float
+    product: float
+    gram: float
+    token_gram: float
+    element: float
+    pack: float
+    pair: float
+    chunk: int
+
+
+# Measured on two Zen 4 cores in float32 (`python -m bench.cost`); a chunk stays in a common L3.
+CPU = Rates(30_000.0, 1 / 190, 1 / 190, 1 / 60, 0.09, 0.25, 2.0, 8 << 20)
+# Predicted, not measured, for a GPU with 4.3 TB/s and 790 TFLOP/s in 16 bits, of which a kernel reaches 60 to 70 %:
+# float32 in six of those products or by its own units. A chunk written and read costs 8 bytes of bandwidth an element;
+# smaller ones would stay in L2 and pay more for launches, which are 20 microseconds a chunk.
+HALF = Rates(20_000.0, 1 / 500e3, 1 / 80e3, 1 / 400e3, 0.002, 0.0, 0.0, 128 << 20)
+FLOAT = HALF._replace(product=1 / 45e3, token_gram=1 / 80e3)
+DOUBLE = FLOAT._replace(gram=1 / 30e3, token_gram=1 / 30e3, element=0.004, pair=0.02)  # composed of library products
+
+
+CHUNK_BYTES = CPU.chunk
+
+
+def rates(device: str = "cpu", itemsize: int = 4) -> Rates:
+    """For a type of device and the bytes of a factor's element."""
+    return CPU if device != "cuda" else HALF if itemsize == 2 else FLOAT if itemsize == 4 else DOUBLE
+
+
+def chunk_bytes(device: str) -> int:
+    return rates(device).chunk
 
 
 class Route(NamedTuple):
@@ -42,29 +73,31 @@ def linear_route(
     *,
     m: int = 0,
     itemsize: int = 4,
-    budget: int = CHUNK_BYTES,
+    budget: int | None = None,
     only: Literal["factors", "chunks"] | None = None,
+    device: str = "cpu",
 ) -> Route:
     """The faster route to K [n, n] and v [n, m] of a linear layer, and the size of its pieces.
 
     factors: K = Σ_tt' (a aᵀ) ∘ (b bᵀ), lower triangle of n t tokens, and v by m products of the size of a backward pass
         flops    n t (n t + 1) (i + o) + 2 m n t i o
-        time     TOKEN_GRAM or GRAM per flop of the first, PRODUCT of the second, PAIR per pair of tokens, CALL per tile
+        time     token_gram or gram per flop of the first, product of the second, pair per pair of tokens, call per tile
     chunks: blocks of rows x columns of all per-sample gradients, in one buffer, then their Gram matrix
         flops    2 n t i o + n (n + 1) i o + 2 n m i o
-        time     PRODUCT per flop of the first, GRAM of the others, and per block of W
-                 ELEMENT n rows columns + PACK n t (rows + columns) + CALL
+        time     product per flop of the first, gram of the others, and per block of W
+                 element n rows columns + pack n t (rows + columns) + call
 
-    A token product is `gram` on n t rows: at its best while they fit in the first-level cache together (`TOKENS`).
-    Factors win for t = 1 and few tokens, chunks for long sequences; the rule known from clipping, 2 t² ≤ i o, is for n
-    norms and forgets that here n² pairs are needed. The constants are measured (`python -m bench.cost`).
+    A token product on the CPU is `gram` on n t rows: at its best while they fit in the first-level cache together
+    (`TOKENS`); on a GPU, for t > 1, it is one kernel, `linear_gram`. Factors win for t = 1 and few tokens, chunks for
+    long sequences; the rule known from clipping, 2 t² ≤ i o, is for n norms and forgets that here n² pairs are needed.
 
     Args:
         n, t, i, o: samples, positions, inputs, outputs of the layer. m: directions of v.
-        itemsize: bytes of a multiplied number, 4 or 8.
+        itemsize: bytes of a factor's element; 2 are multiplied as 4 on the CPU.
         budget: bytes of one chunk, or of one tile of the token product (which holds at least one sample against all
-            others: where that exceeds the budget only chunks are considered).
+            others: where that exceeds the budget only chunks are considered). Default: that of the device.
         only: take this route, whatever it costs.
+        device: "cpu" or "cuda".
 
     Returns:
         A `Route`.
@@ -74,23 +107,32 @@ def linear_route(
         >>> linear_route(64, 1, 784, 1024).name, linear_route(16, 128, 512, 2048).name
         ('factors', 'chunks')
     """
+    on_cpu, rate = device != "cuda", rates(device, itemsize)
+    multiplied = max(4, itemsize)  # bytes of a number in a chunk
+    slower = multiplied / 4 if on_cpu else 1.0
+    budget = rate.chunk if budget is None else budget
     # Chunks: square blocks need the fewest passes over the factors.
-    elements = max(1, budget // (itemsize * max(1, n)))
+    elements = max(1, budget // (multiplied * max(1, n)))
     columns = _even(i, elements // max(1, min(o, math.isqrt(elements))))
     rows = _even(o, elements // columns)
     blocks = -(-o // rows) * -(-i // columns)
     product, grams = 2 * n * t * i * o, n * (n + 1 + 2 * m) * i * o
     packed = n * t * (i * -(-o // rows) + o * -(-i // columns))
-    slower = itemsize / 4
-    chunks_time = slower * (PRODUCT * product + GRAM * grams + ELEMENT * n * i * o + PACK * packed) + CALL * blocks
-    chunks = Route("chunks", rows, columns, product + grams, itemsize * n * rows * columns)
+    work = rate.product * product + rate.gram * grams + rate.element * n * i * o + rate.pack * packed
+    chunks_time = slower * work + rate.call * blocks
+    chunks = Route("chunks", rows, columns, product + grams, multiplied * n * rows * columns)
     # Factors.
     tokens, pair_bytes = n * t, 2 * 8
-    samples = max(1, min(n, TOKENS // max(1, t), budget // max(1, pair_bytes * t * tokens)))
-    tiles, tile_bytes = -(-n // samples), pair_bytes * samples * t * tokens
     pairs = tokens * (tokens + 1)
-    rate = GRAM if tokens <= TOKENS else TOKEN_GRAM
-    factors_time = slower * (rate * pairs * (i + o) + m * PRODUCT * product) + PAIR * pairs / 2 + CALL * (tiles + m)
+    if on_cpu or itemsize == 8 or t == 1:
+        fit = budget // max(1, pair_bytes * t * tokens)
+        samples = max(1, min(n, fit, TOKENS // max(1, t) if on_cpu else n))
+        tiles, tile_bytes = -(-n // samples), pair_bytes * samples * t * tokens
+    else:  # the kernel stores at most that many numbers
+        samples, tiles, tile_bytes = n, 1, 4 * (n + tokens // 64 + 1) ** 2
+    each = rate.gram if (t == 1 and not on_cpu) or tokens <= TOKENS else rate.token_gram
+    work = each * pairs * (i + o) + m * rate.product * product
+    factors_time = slower * work + rate.pair * pairs / 2 + rate.call * (tiles + m)
     factors = Route("factors", samples, 0, pairs * (i + o) + m * product, tile_bytes)
     if only is not None:
         return factors if only == "factors" else chunks

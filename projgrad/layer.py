@@ -2,15 +2,33 @@
 
 a [n, t, i] are the inputs of the layer and b [n, t, o] the gradients at its output; g_j = Σ_t b_jt a_jtᵀ [o, i].
 No function holds more than one chunk of per-sample gradients; `cost.py` picks the route and sizes the chunk.
+The leaves are made of library products here; `kernels/layer.py` puts kernels of its own in their place on CUDA.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
-from .cost import CHUNK_BYTES, Route, linear_route
+from .cost import Route, chunk_bytes, linear_route
 from .ops.flat import _gram
+
+library = Library("projgrad", "FRAGMENT")
+composed: dict[str, Callable] = {}  # the leaves by name, made of library products
+
+
+def leaf(schema: str) -> Callable:
+    """A private operator that a device may compute in its own way, without gradients; the function is the default."""
+
+    def register(function: Callable) -> Callable:
+        library.define(schema)
+        name = schema.split("(")[0]
+        library.impl(name, function, "CompositeExplicitAutograd")
+        composed[name] = function
+        return getattr(torch.ops.projgrad, name).default
+
+    return register
 
 
 def _multiplied(*tensors: Tensor, wide: bool = False) -> torch.dtype:
@@ -28,18 +46,25 @@ def _rounded(a: Tensor, b: Tensor) -> torch.dtype:
 
 def _blocks(a: Tensor, b: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[tuple, Tensor]]:
     """Every rows x columns block of W and its per-sample gradients [n, r, c], each in the memory of the one before."""
-    (n, t, i), o = a.shape, b.shape[2]
+    n, i, o = len(a), a.shape[2], b.shape[2]
     buffer = a.new_empty(n * rows * columns, dtype=dtype)
-    converts = a.dtype != dtype or b.dtype != dtype
-    step = max(64, rows * columns // (rows + columns)) if converts else max(1, t)  # copies no larger than the chunk
     for r in range(0, o, rows):
         for c in range(0, i, columns):
             y, x = b[:, :, r : r + rows], a[:, :, c : c + columns]
             g = buffer[: n * y.shape[2] * x.shape[2]].view(n, y.shape[2], x.shape[2])
-            for s in range(0, max(1, t), step):
-                part = slice(s, s + step)
-                torch.baddbmm(g, y[:, part].to(dtype).mT, x[:, part].to(dtype), beta=min(s, 1), out=g)
+            _sample_products_(g, y, x)
             yield (slice(r, r + rows), slice(c, c + columns)), g
+
+
+@leaf("sample_products_(Tensor(a!) g, Tensor b, Tensor a) -> ()")
+def _sample_products_(g: Tensor, b: Tensor, a: Tensor) -> None:
+    """g_j [n, o, i] = b_jᵀ a_j, multiplied in the precision of g."""
+    t, (_, rows, columns) = a.shape[1], g.shape
+    converts = a.dtype != g.dtype or b.dtype != g.dtype
+    step = max(64, rows * columns // (rows + columns)) if converts else max(1, t)  # copies no larger than the chunk
+    for s in range(0, max(1, t), step):
+        part = slice(s, s + step)
+        torch.baddbmm(g, b[:, part].to(g.dtype).mT, a[:, part].to(g.dtype), beta=min(s, 1), out=g)
 
 
 def _chunks(a: Tensor, b: Tensor, u: Tensor, wide: bool, route: Route) -> tuple[Tensor, Tensor]:
@@ -75,13 +100,14 @@ def _pair_sums(a: Tensor, b: Tensor, n: int, m: int) -> Tensor:
     return a.mul_(b).view(n, -1, a.shape[1]).sum(1).view(n, m, -1).sum(2)
 
 
-def _factors(a: Tensor, b: Tensor, wide: bool, route: Route) -> Tensor:
-    """K [n, n]: every tile with itself and the samples after it."""
+@leaf("token_gram(Tensor a, Tensor b, bool wide, int samples) -> Tensor")
+def _token_gram(a: Tensor, b: Tensor, wide: bool, samples: int) -> Tensor:
+    """K [n, n]: every tile of some samples with itself and the samples after it."""
     n, t = a.shape[:2]
     A, B = a.flatten(0, 1), b.flatten(0, 1)
     K = a.new_empty((n, n), dtype=torch.float64)
-    for s in range(0, n, route.rows):
-        e = min(n, s + route.rows)
+    for s in range(0, n, samples):
+        e = min(n, s + samples)
         (own_a, rest_a), (own_b, rest_b) = (_gram(x[s * t : e * t], x[e * t :], wide) for x in (A, B))
         own = _pair_sums(own_a, own_b, e - s, e - s)
         K[s:e, s:e] = own if t == 1 else (own + own.mT) / 2  # sums of tokens round differently
@@ -91,14 +117,15 @@ def _factors(a: Tensor, b: Tensor, wide: bool, route: Route) -> Tensor:
     return K
 
 
-def _factors_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, route: Route) -> Tensor:
+@leaf("token_gram_across(Tensor a, Tensor b, Tensor a2, Tensor b2, int samples) -> Tensor")
+def _token_gram_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, samples: int) -> Tensor:
     """K [n, n2] between two groups of samples."""
     (n, t), (n2, _) = a.shape[:2], a2.shape[:2]
     wide = _multiplied(a, b) == torch.float64
     A, B, A2, B2 = (x.flatten(0, 1) for x in (a, b, a2, b2))
     K = a.new_empty((n, n2), dtype=torch.float64)
-    for s in range(0, n, route.rows):
-        e = min(n, s + route.rows)
+    for s in range(0, n, samples):
+        e = min(n, s + samples)
         tokens = slice(s * t, e * t)
         K[s:e] = _pair_sums(_gram(A[tokens], A2, wide)[1], _gram(B[tokens], B2, wide)[1], e - s, n2)
     return K
@@ -109,28 +136,47 @@ def _factors_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, route: Route) 
 
 @torch.no_grad()
 def _linear_gram(
-    a: Tensor, b: Tensor, u: Tensor, wide: bool = False, chunk_bytes: int = CHUNK_BYTES
+    a: Tensor, b: Tensor, u: Tensor, wide: bool = False, budget: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """K [n, n] and v = <g_j, u_m> [n, m], float64, for u [m, o, i]; `wide`: multiply in float64 whatever the dtype."""
-    (n, t, i), (m, o) = a.shape, u.shape[:2]
-    dtype = _multiplied(a, b, wide=wide)
-    route = linear_route(n, t, i, o, m=m, itemsize=dtype.itemsize, budget=chunk_bytes)
-    wide = dtype == torch.float64
+    route = _route(a, b, m=len(u), wide=wide, budget=budget)
+    wide = _multiplied(a, b, wide=wide) == torch.float64
     if route.name == "chunks":
         return _chunks(a, b, u, wide, route)
-    return _factors(a, b, wide, route), _linear_dot(a, b, u, wide, chunk_bytes)
+    return _token_gram(a, b, wide, route.rows), _linear_dot(a, b, u, wide)
 
 
 @torch.no_grad()
-def _linear_dot(a: Tensor, b: Tensor, u: Tensor, wide: bool = False, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
-    """v_jm = Σ_t b_jtᵀ u_m a_jt [n, m] in float64: one product with u [m, o, i] from the side that leaves less."""
+def _linear_gram_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+    """K [n, n2] between two groups of samples."""
+    route = _route(a, b, a2)
+    if route.name == "chunks":
+        return _chunks_across(a, b, a2, b2, route)
+    return _token_gram_across(a, b, a2, b2, route.rows)
+
+
+def _route(a: Tensor, b: Tensor, *others: Tensor, wide: bool = False, **options) -> Route:
+    n, t = sum(x.shape[0] for x in (a, *others)), max(x.shape[1] for x in (a, *others))
+    itemsize = 8 if wide else max(a.dtype.itemsize, b.dtype.itemsize)
+    return linear_route(n, t, a.shape[2], b.shape[2], itemsize=itemsize, device=a.device.type, **options)
+
+
+@torch.no_grad()
+def _linear_dot(a: Tensor, b: Tensor, u: Tensor, wide: bool = False) -> Tensor:
+    """v_jm = Σ_t b_jtᵀ u_m a_jt [n, m] in float64 for u [m, o, i]."""
+    if 0 in (*a.shape, *u.shape):
+        return a.new_zeros((a.shape[0], u.shape[0]), dtype=torch.float64)
+    return _layer_dot(a, b, u, wide)
+
+
+@leaf("layer_dot(Tensor a, Tensor b, Tensor u, bool wide) -> Tensor")
+def _layer_dot(a: Tensor, b: Tensor, u: Tensor, wide: bool) -> Tensor:
+    """One product with u from the side that leaves less."""
     (n, t, i), (m, o) = a.shape, u.shape[:2]
     dtype = _multiplied(a, b, u, wide=wide)
     v = a.new_zeros((n, m), dtype=torch.float64)
-    if v.numel() == 0 or t == 0:
-        return v
     x, y, w = (a, b, u.mT) if o <= i else (b, a, u)
-    samples = max(1, min(n, chunk_bytes // (dtype.itemsize * t * max(1, i + o))))
+    samples = max(1, min(n, chunk_bytes(a.device.type) // (dtype.itemsize * t * (i + o))))
     buffer = a.new_empty(samples * t, w.shape[2], dtype=dtype)
     shift = _exponents(u)
     units = torch.ldexp(u.new_ones(m, dtype=dtype), -shift)  # exact, as all powers of two
@@ -158,20 +204,28 @@ def _exponents(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _linear_combine_(out: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk_bytes: int = CHUNK_BYTES) -> None:
-    """out [o, i] += Σ_j c_j g_j, for c [n]: one matrix product, with the smaller factor scaled. Any strides of out."""
+def _linear_combine_(out: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
+    """out [o, i] += Σ_j c_j g_j, for c [n]. Any strides of out."""
+    if 0 not in (*a.shape, *b.shape):
+        _layer_combine_(out, a, b, c)
+
+
+@leaf("layer_combine_(Tensor(a!) out, Tensor a, Tensor b, Tensor c) -> ()")
+def _layer_combine_(out: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
+    """One matrix product, with the smaller factor scaled."""
+    budget = chunk_bytes(a.device.type)
     (n, t, i), o = a.shape, b.shape[2]
     dtype = _multiplied(out, a, b)
     if out.dtype != dtype:  # a gradient in a half type is rounded once, not once per product
-        rows = max(1, chunk_bytes // (dtype.itemsize * max(1, i)))
+        rows = max(1, budget // (dtype.itemsize * i))
         for part, y in zip(out.split(rows), b.split(rows, 2), strict=True):
             exact = part.to(dtype)
-            _linear_combine_(exact, a, y, c, chunk_bytes)
+            _layer_combine_(exact, a, y, c)
             part.copy_(exact)
         return
     root = c.double().abs().sqrt()  # twice √c: c of tiny gradients leaves float32, the products c b do not
     scales = [r.to(dtype)[:, None, None] for r in (root, root * c.sign())]
-    samples = max(1, chunk_bytes // (dtype.itemsize * max(1, t * (i + o))))
+    samples = max(1, budget // (dtype.itemsize * t * (i + o)))
     for s in range(0, n, samples):
         x, y, first, second = (z[s : s + samples].to(dtype) for z in (a, b, *scales))
         if i <= o:
@@ -181,6 +235,7 @@ def _linear_combine_(out: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk_bytes: 
         out.addmm_(y.flatten(0, 1).mT, x.flatten(0, 1))
 
 
+@leaf("layer_moments(Tensor a, Tensor b) -> (Tensor, Tensor)")
 def _linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_j g_j and Σ_j g_j² [o, i]. Of single positions both are products: g² = (b²)ᵀ a²."""
     (n, t, i), o, dtype = a.shape, b.shape[2], _multiplied(a, b)
@@ -188,11 +243,11 @@ def _linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if t == 1:
         _linear_combine_(total, a, b, a.new_ones(n))
         x = a[:, 0].double().square()  # squares of float32 leave its range
-        rows = max(1, CHUNK_BYTES // (8 * max(1, n, i)))
+        rows = max(1, chunk_bytes(a.device.type) // (8 * max(1, n, i)))
         for part, y in zip(squares.split(rows), b[:, 0].split(rows, 1), strict=True):
             part.copy_(torch.mm(y.double().square().mT, x))
         return total, squares
-    route = linear_route(n, t, i, o, itemsize=dtype.itemsize, only="chunks")
+    route = _route(a, b, only="chunks")
     for block, g in _blocks(a, b, route.rows, route.columns, dtype):
         total[block] = g.sum(0)
         squares[block] = g.square_().sum(0)

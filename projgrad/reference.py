@@ -55,8 +55,12 @@ def default_rtol(n: int, dtype: torch.dtype) -> float:
     return 8 * max(n, 1) * torch.finfo(dtype).eps
 
 
-def gram_solve(K: Tensor, b: Tensor, damping: float, rtol: float | None) -> tuple[Tensor, Tensor]:
-    """x with K x = b [l, n, m], and the rank of each system [l], by pivoted Cholesky of C = D⁻¹ K D⁻¹ + damping I."""
+def gram_solve(K: Tensor, b: Tensor, damping: float, rtol: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """x with K x = b [l, n, m], and rank and smallest pivot of each system [l], by pivoted Cholesky.
+
+    A pivot of C = D⁻¹ K D⁻¹ + damping I is the squared sine of the angle between a row and the span of those before it,
+    plus the damping. 1 + damping, the largest there is, where no pivot was used.
+    """
     n = K.shape[-1]
     if rtol is None:
         rtol = default_rtol(n, K.dtype)
@@ -68,6 +72,7 @@ def gram_solve(K: Tensor, b: Tensor, damping: float, rtol: float | None) -> tupl
     w = b * scale[..., None]  # right-hand side, reduced as the factor grows [l, n, m]
     x = torch.zeros_like(w)
     rank = torch.zeros(K.shape[0], dtype=torch.int64, device=K.device)
+    smallest = torch.full_like(rank, 1 + damping, dtype=torch.float64)
     factor = torch.zeros_like(K)  # one row a step [l, n, n]
     pivots, ys = [], []
     for step in range(n):
@@ -84,6 +89,7 @@ def gram_solve(K: Tensor, b: Tensor, damping: float, rtol: float | None) -> tupl
         w = w - row[..., None] * y[:, None]
         left = (left - row.square()).scatter(1, pivot, float("-inf"))
         rank += keep[:, 0]
+        smallest = torch.where(keep[:, 0], torch.minimum(smallest, value[:, 0]), smallest)
         factor[:, step] = row
         pivots.append(pivot)
         ys.append(y)
@@ -92,10 +98,10 @@ def gram_solve(K: Tensor, b: Tensor, damping: float, rtol: float | None) -> tupl
         root = row.gather(1, pivot)  # [l, 1]
         value = torch.where(root > 0, (y - (row[..., None] * x).sum(1)) / torch.where(root > 0, root, 1), 0)
         x = x.scatter(1, pivot[..., None].expand(-1, -1, x.shape[2]), value[:, None])
-    rank = torch.where(finite, rank, 0)
+    rank, smallest = torch.where(finite, rank, 0), torch.where(finite, smallest, 1 + damping)
     finite = finite[:, None, None] & b.isfinite().all(1, keepdim=True)  # [l, 1, m]
     x = torch.where(finite, x * scale[..., None], torch.nan)
-    return x.to(dtype), rank
+    return x.to(dtype), rank, smallest
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
@@ -140,7 +146,7 @@ def refined(
     dtype: torch.dtype,
     damping: float,
     rtol: float | None,
-    solve: Callable[..., tuple[Tensor, Tensor]] = gram_solve,
+    solve: Callable[..., tuple[Tensor, Tensor, Tensor]] = gram_solve,
 ) -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:
     """The projection from passes over G that the caller makes, until what is left of every row is at rounding level.
 
@@ -155,7 +161,7 @@ def refined(
     c, before, norms = torch.zeros_like(b), float("inf"), float("inf")
     for attempt in range(8):
         cut = default_rtol(n, torch.float64 if wide else torch.float32) if rtol is None else rtol
-        step, rank = solve(K[None], b[None], damping, cut)
+        step, rank, _ = solve(K[None], b[None], damping, cut)
         c = c + step[0]
         out, r, squares = apply(c)
         b = r - damping * K.diagonal()[:, None] * c
@@ -234,3 +240,9 @@ def linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         sums += torch.stack([g.sum(0), g.square().sum(0)])
     total, squares = sums.unflatten(1, (b.shape[2], a.shape[2])).to(torch.promote_types(a.dtype, b.dtype))
     return total, squares
+
+
+def basis_project(D: Tensor, M: Tensor) -> Tensor:
+    """D - (D M) Mᵀ [l, o, i] for D [l, o, i] and M [l, i, k]."""
+    d, m = D.double(), M.double()
+    return (d - (d @ m) @ m.mT).to(D.dtype)

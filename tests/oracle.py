@@ -8,13 +8,13 @@ from projgrad.projectors import lstsq
 
 
 def gradients(case: Case) -> dict[str, Tensor]:
-    """g_j of every trainable parameter (n, *shape), zero where sample j does not use it."""
+    """g_j of every trainable parameter (n, *shape) on the CPU, zero where sample j does not use it."""
     params = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
     rows = []
     for j in range(case.n):
         loss = case.one(case.model, j)
         rows.append(torch.autograd.grad(loss, list(params.values()), allow_unused=True, materialize_grads=True))
-    return {name: torch.stack(g).double() for name, g in zip(params, zip(*rows, strict=True), strict=True)}
+    return {name: torch.stack(g).double().cpu() for name, g in zip(params, zip(*rows, strict=True), strict=True)}
 
 
 def matrix(G: dict[str, Tensor]) -> Tensor:

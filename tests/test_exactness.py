@@ -5,6 +5,7 @@ import functools
 import oracle
 import pytest
 import torch
+from conftest import DEVICES
 from zoo import ZOO
 
 import projgrad
@@ -14,15 +15,15 @@ EPS = torch.finfo(torch.float64).eps
 
 
 @functools.cache
-def _built(name):
-    case = ZOO[name]()
+def _built(name, device):
+    case = ZOO[name]().to(device)
     return case, oracle.gradients(case)
 
 
-@pytest.fixture(scope="module", params=ZOO)
+@pytest.fixture(scope="module", params=[(name, device) for name in ZOO for device in DEVICES], ids="-".join)
 def built(request):
     """A case and its per-sample gradients; made once for all tests of the case."""
-    yield _built(request.param)
+    yield _built(*request.param)
     _built.cache_clear()
 
 
@@ -40,6 +41,12 @@ def random_like(case):
     return {name: torch.randn(p.shape, dtype=torch.float64) for name, p in trained(case).items()}
 
 
+def placed(case, tensors):
+    """The same on the device of the model; the truth stays on the CPU."""
+    device = case.inputs[0].device
+    return {name: t.to(device) for name, t in tensors.items()}
+
+
 def largest(G):
     return max((g.abs().max().item() for g in G.values() if g.numel()), default=0.0)
 
@@ -51,7 +58,7 @@ def check_tensors(found, expected, sizes):
     wrong = []
     for name, value in expected.items():
         assert found[name].shape == value.shape, name
-        error = (found[name] - value).abs().max().item()
+        error = (found[name].cpu() - value).abs().max().item()
         scale = max(sizes[name].abs().max().item(), floor)
         if not error <= ERROR * scale:
             wrong.append(f"{name}: error {error:.1e} of {scale:.1e}")
@@ -67,7 +74,9 @@ def test_the_case_itself(built):
     assert (losses - expected).abs().max() <= 1e-10 * expected.abs().max()
     weights = torch.randn(case.n, dtype=torch.float64)
     params = trained(case)
-    grads = torch.autograd.grad(losses, list(params.values()), weights, allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        losses, list(params.values()), weights.to(losses.device), allow_unused=True, materialize_grads=True
+    )
     check_tensors(dict(zip(params, grads, strict=True)), _weighted(weights, G), G)
 
 
@@ -78,7 +87,7 @@ def _weighted(weights, G):
 def test_gram(built):
     case, G = built
     tape, losses = record(case)
-    K, expected = tape.gram(losses), oracle.gram(G)
+    K, expected = tape.gram(losses).cpu(), oracle.gram(G)
     assert K.shape == expected.shape and K.dtype == torch.float64
     assert (K - expected).abs().max() <= ERROR * expected.abs().max()
 
@@ -87,7 +96,7 @@ def test_dot(built):
     case, G = built
     direction = random_like(case)
     tape, losses = record(case)
-    found = tape.dot(losses, direction)
+    found = tape.dot(losses, placed(case, direction)).cpu()
     u = torch.cat([direction[name].flatten() for name in G])
     expected = oracle.matrix(G) @ u
     assert found.shape == expected.shape
@@ -98,7 +107,7 @@ def test_combine(built):
     case, G = built
     weights = torch.randn(case.n, dtype=torch.float64)
     tape, losses = record(case)
-    check_tensors(tape.combine(losses, weights), _weighted(weights, G), G)
+    check_tensors(tape.combine(losses, weights.to(losses.device)), _weighted(weights, G), G)
 
 
 def test_moments(built):
@@ -134,10 +143,10 @@ def test_project(built, scope):
     params = trained(case)
     tape, losses = record(case)
     for name, p in params.items():
-        p.grad = u[name].clone()
+        p.grad = u[name].to(p.device, copy=True)
     try:
         tape.project_(losses, scope=scope)
-        found = {name: p.grad.clone() for name, p in params.items()}
+        found = {name: p.grad.cpu() for name, p in params.items()}
     finally:
         for p in params.values():
             p.grad = None

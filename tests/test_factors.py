@@ -3,59 +3,19 @@
 import pytest
 import torch
 from cases import FACTORS, FLOAT_ONLY, make_factors
+from factors import check, check_gram, layer, products, truth
 from torch.library import opcheck
 
 import projgrad
 from projgrad import layer as implementation
 from projgrad import reference
-from projgrad.cost import CHUNK_BYTES, linear_route
+from projgrad.cost import CPU, linear_route
 
 ops = torch.ops.projgrad
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (F64, F64), (BF16, BF16), (F16, F16), (F32, BF16), (F64, F32)]
 INPUTS = [(name, pair) for name in FACTORS for pair in DTYPES if name not in FLOAT_ONLY or {BF16, F16}.isdisjoint(pair)]
 SMALL = 1 << 10  # bytes of a chunk: many chunks and tiles even for the sizes here
-
-
-def layer(name="random", dtypes=(F32, F32), device="cpu"):
-    """a [n, t, i] and b [n, t, o], with the position dimension also where the case has none."""
-    a, b = make_factors(name, dtypes, device)
-    return (a, b) if a.ndim == 3 else (a[:, None], b[:, None])
-
-
-def truth(a, b):
-    """The per-sample gradients [n, o, i], one after the other."""
-    a, b = a.double(), b.double()
-    g = a.new_zeros(a.shape[0], b.shape[2], a.shape[2])
-    for j in range(a.shape[0]):
-        for t in range(a.shape[1]):
-            g[j] += torch.outer(b[j, t], a[j, t])
-    return g
-
-
-def check(out, expected, scale, plain, dtype):
-    """At most twice the error of plain PyTorch, and 4 eps: relative to the sum of the absolute terms of an entry."""
-    assert out.shape == expected.shape
-
-    def worst(x):
-        error = (x.double() - expected).abs() / scale.clamp_min(1e-300)
-        return error.max() if error.numel() else 0.0
-
-    assert worst(out) <= 2 * worst(plain) + 4 * torch.finfo(dtype).eps
-
-
-def check_gram(K, a, b, dtype):
-    """Plain PyTorch multiplies samples of length one, as float32 cannot square those of length 1e-20."""
-    g = truth(a, b).flatten(1)
-    lengths = (a.double().norm(dim=2) * b.double().norm(dim=2)).sum(1)  # Σ_t ‖a_t‖ ‖b_t‖ [n]
-    unit = b.double() / lengths.clamp_min(1e-300)[:, None, None]
-    rows = (unit.to(dtype).mT @ a.to(dtype)).flatten(1)
-    plain = (rows @ rows.mT).double() * lengths[:, None] * lengths
-    check(K, g @ g.mT, lengths[:, None] * lengths, plain, dtype)
-
-
-def products(a, b, wide=False):
-    return F64 if wide or F64 in (a.dtype, b.dtype) else F32
 
 
 @pytest.mark.parametrize("name, dtypes", INPUTS, ids=str)
@@ -66,7 +26,7 @@ def test_gram(name, dtypes, device):
     check_gram(K, *layer(name, dtypes, device), products(a, b))
 
 
-@pytest.mark.parametrize("budget", [SMALL, CHUNK_BYTES])
+@pytest.mark.parametrize("budget", [SMALL, CPU.chunk])
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("only", ["factors", "chunks"])
 @pytest.mark.parametrize("name", FACTORS)
@@ -76,7 +36,7 @@ def test_both_routes(name, only, wide, budget):
     u = torch.randn(2, b.shape[2], i)
     route = linear_route(n, t, i, b.shape[2], m=2, itemsize=8 if wide else 4, budget=budget, only=only)
     if only == "factors":
-        K = implementation._factors(a, b, wide, route)
+        K = implementation._token_gram(a, b, wide, route.rows)
     else:
         K, v = implementation._chunks(a, b, u, wide, route)
         check_dot(v, a, b, u, products(a, b, wide))
@@ -90,7 +50,7 @@ def test_fused_with_directions(dtypes):
     for name in ("one_position", "random", "long"):
         a, b = layer(name, dtypes)
         u = torch.randn(2, b.shape[2], a.shape[2])
-        for wide, budget in ((False, CHUNK_BYTES), (True, CHUNK_BYTES), (False, SMALL)):
+        for wide, budget in ((False, CPU.chunk), (True, CPU.chunk), (False, SMALL)):
             K, v = implementation._linear_gram(a, b, u, wide, budget)
             check_gram(K, a, b, products(a, b, wide))
             check_dot(v, a, b, u, products(a, b, wide))
@@ -145,13 +105,14 @@ def test_combine_with_weights_outside_float32():
 
 
 @pytest.mark.parametrize("target", ["contiguous", "transposed", "half", "double"])
-@pytest.mark.parametrize("budget", [SMALL, CHUNK_BYTES])
-def test_combine_accumulates_in_place(target, budget):
+@pytest.mark.parametrize("budget", [SMALL, CPU.chunk])
+def test_combine_accumulates_in_place(target, budget, monkeypatch):
+    monkeypatch.setattr(implementation, "chunk_bytes", lambda device: budget)
     a, b = layer()
     c, before = torch.randn(6), torch.randn(17, 33)
     before = before.to({"half": BF16, "double": F64}.get(target, F32))
     out = (before.mT.contiguous().mT if target == "transposed" else before).clone()
-    implementation._linear_combine_(out, a, b, c, budget)
+    implementation._linear_combine_(out, a, b, c)
     expected = before.double() + torch.einsum("n,noi->oi", c.double(), truth(a, b))
     torch.testing.assert_close(out, expected.to(out.dtype))
 
@@ -173,12 +134,15 @@ def test_moments(name, dtypes, device):
 def test_gram_of_two_groups_is_a_block_of_all(t2, only):
     (a, b), (a2, b2) = layer(), (torch.randn(4, t2, 33), torch.randn(4, t2, 17))
     expected = torch.einsum("joi,koi->jk", truth(a, b), truth(a2, b2))
-    across = implementation._factors_across if only == "factors" else implementation._chunks_across
+    across = {
+        "factors": lambda route: implementation._token_gram_across(a, b, a2, b2, route.rows),
+        "chunks": lambda route: implementation._chunks_across(a, b, a2, b2, route),
+    }[only]
     for K in (
         projgrad.linear_gram(a, b, a2, b2),
         reference.linear_gram(a, b, a2, b2),
-        across(a, b, a2, b2, linear_route(10, 5, 33, 17, only=only)),
-        across(a, b, a2, b2, linear_route(10, 5, 33, 17, budget=SMALL, only=only)),
+        across(linear_route(10, 5, 33, 17, only=only)),
+        across(linear_route(10, 5, 33, 17, budget=SMALL, only=only)),
     ):
         torch.testing.assert_close(K, expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(projgrad.linear_gram(a2, b2, a, b), expected.mT, rtol=1e-5, atol=1e-4)
@@ -204,7 +168,7 @@ def test_permuted_samples_permute_the_result(only):
     route = linear_route(*a.shape, b.shape[2], itemsize=8, budget=1 << 14, only=only)
     none = b.new_empty(0, b.shape[2], a.shape[2])
     call = {
-        "factors": implementation._factors,
+        "factors": lambda a, b, w, r: implementation._token_gram(a, b, w, r.rows),
         "chunks": lambda a, b, w, r: implementation._chunks(a, b, none, w, r)[0],
     }[only]
     K, permuted = call(a, b, False, route), call(a[order], b[order], False, route)
@@ -369,7 +333,7 @@ def test_bad_input_is_named(call, error, message):
     "n, t, i, o", [(1, 1, 1, 1), (7, 3, 5, 1000), (64, 1, 784, 1024), (16, 128, 512, 4000), (0, 0, 0, 0)]
 )
 @pytest.mark.parametrize("itemsize", [4, 8])
-@pytest.mark.parametrize("budget", [1 << 16, CHUNK_BYTES])
+@pytest.mark.parametrize("budget", [1 << 16, CPU.chunk])
 def test_pieces_stay_within_the_budget(n, t, i, o, itemsize, budget):
     chunks = linear_route(n, t, i, o, itemsize=itemsize, budget=budget, only="chunks")
     assert 1 <= chunks.rows <= max(1, o) and 1 <= chunks.columns <= max(1, i)

@@ -7,6 +7,8 @@ from cases import CASES, FLOAT_ONLY, TRITON, make
 import projgrad
 from projgrad import reference
 
+needs_triton = pytest.mark.skipif(not TRITON, reason="triton has no build for this system")
+
 FLOATS = [torch.float32, torch.float64]
 HALVES = [torch.bfloat16, torch.float16]
 INPUTS = [(name, dtype) for name in CASES for dtype in FLOATS + HALVES if dtype in FLOATS or name not in FLOAT_ONLY]
@@ -68,3 +70,66 @@ def test_public_shapes(device):
     assert projgrad.gram(G).shape == (4, 4)
     assert [t.shape for t in projgrad.gram(G, u)] == [(4, 4), (4, 3)]
     assert [t.shape for t in projgrad.gram(G, u[0])] == [(4, 4), (4,)]
+
+
+# Around the tiles of 16, 32 and 64 rows, and around blocks of 64 and 128 columns.
+SHAPES = [(1, 1), (2, 31), (5, 63), (15, 129), (16, 64), (17, 33), (33, 127), (63, 65), (64, 128)]
+SHAPES += [(65, 33), (127, 65), (128, 31), (129, 1), (200, 70), (512, 40)]
+
+
+def _close(G, u, K, v, rounding):
+    rows, directions = G.double(), u.double()
+    lengths, others = rows.norm(dim=1), directions.norm(dim=1)
+    assert torch.equal(K, K.mT)
+    assert ((K - rows @ rows.mT).abs() <= rounding * lengths[:, None] * lengths).all()
+    assert ((v - rows @ directions.mT).abs() <= rounding * lengths[:, None] * others).all()
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n, p", SHAPES)
+def test_shapes_of_the_triton_kernel(n, p, dtype, device):
+    """The float32 sum over a block grows an error like the square root of its length: 64 columns, of half types 128."""
+    G, u = torch.randn(n, p, device=device).to(dtype), torch.randn(1 + n % 6, p, device=device).to(dtype)
+    G[n // 2] *= -1
+    G[n // 3] = 0
+    K, v = _triton(False)(G, u)
+    _close(G, u, K, v, torch.finfo(torch.float32).eps * (4 if dtype == torch.float32 else 4 * 2**0.5))
+
+
+@needs_triton
+@pytest.mark.parametrize("n", [2, 65])
+@pytest.mark.parametrize("precision, expected", [("highest", 1 + 2**-10 + 2**-22), ("high", 1 + 2**-10), ("medium", 1)])
+def test_the_precision_that_torch_was_told(precision, expected, n, device):
+    """(1 + 2⁻¹¹)² without the square of what 11 bits leave, and without all that they leave."""
+    G = torch.full((n, 64), 1 + 2**-11, device=device)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        K, _ = _triton(False)(G, G[:0])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (K == 64 * expected).all()
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_and_directions_far_from_one(dtype, device):
+    scales = torch.tensor([1e-30, 1e25, 1.0, 1e-20, 1e15, 1e30, 0.0], device=device)
+    G = (torch.randn(7, 500, device=device) * scales[:, None]).to(dtype)
+    G[0, 300:] = 0  # a block of zeros
+    for scale in (1e-30, 1.0, 1e30):
+        u = (scale * torch.randn(2, 500, device=device)).to(dtype)
+        _close(G, u, *_triton(False)(G, u), 4 * torch.finfo(torch.float32).eps)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", FLOATS + HALVES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_stay_in_their_row(bad, dtype, device):
+    G, u = torch.randn(5, 200, device=device).to(dtype), torch.randn(1, 200, device=device).to(dtype)
+    G[2, 150] = bad
+    K, v = _triton(False)(G, u)
+    finite = torch.ones(5, dtype=torch.bool, device=device)
+    finite[2] = False
+    assert torch.equal(K.isfinite(), finite[:, None] & finite) and torch.equal(v[:, 0].isfinite(), finite)

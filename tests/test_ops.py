@@ -16,6 +16,8 @@ def _double(*shape):
 
 # name -> (public function, inputs that require gradients)
 FUNCTIONS = {
+    "basis_project": (projgrad.basis_project, lambda: (_double(3, 7), _double(7, 2))),
+    "basis_project_of_each": (projgrad.basis_project, lambda: (_double(2, 3, 4), _double(2, 4, 2))),
     "gram": (projgrad.gram, lambda: (_double(3, 7), _double(2, 7))),
     "gram_alone": (projgrad.gram, lambda: (_double(3, 7),)),
     "gram_solve": (lambda A, b: projgrad.gram_solve(A @ A.mT, b), lambda: (_double(2, 3, 7), _double(2, 3))),

@@ -177,3 +177,50 @@ def test_info(device):
     assert info.residual <= 1e-6
     _, info = projgrad.project_out(torch.stack([u, u]), G, return_info=True)
     assert info.coefficients.shape == (6, 2) and info.preserved_norm.shape == (2,)
+
+
+needs_triton = pytest.mark.skipif(not TRITON, reason="triton has no build for this system")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", FLOATS + HALVES, ids=str)
+@pytest.mark.parametrize(
+    "n, m, p", [(0, 1, 70), (1, 1, 1), (3, 2, 31), (64, 1, 33), (65, 3, 130), (200, 1, 65), (520, 2, 70)]
+)
+def test_subtract_of_any_shape(n, m, p, dtype, device):
+    """The Triton kernel against the reference: both work in float64."""
+    from projgrad.kernels.subtract import subtract
+
+    u, G = torch.randn(m, p, device=device).to(dtype), torch.randn(n, 2 * p, device=device).to(dtype)[:, ::2]
+    c = torch.randn(n, m, dtype=torch.float64, device=device)
+    out, r, squares = subtract(u, G, c)
+    expected, expected_r, expected_squares = reference.subtract(u, G, c)
+    size = (1 + n) * torch.finfo(torch.float64).eps
+    rounding = torch.finfo(dtype).eps if dtype != torch.float64 else 8 * size
+    torch.testing.assert_close(out, expected, rtol=rounding, atol=rounding * 1e-3)
+    scale = G.double().norm(dim=1)[:, None] * expected_squares[1].sqrt() + (1 + n) * p
+    assert ((r - expected_r).abs() <= 64 * size * scale).all()
+    torch.testing.assert_close(squares, expected_squares, rtol=64 * size, atol=0)
+
+
+@needs_triton
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("n, p", [(12, 200), (65, 150), (129, 200)])
+def test_every_precision_ends_at_rounding_level(precision, n, p, device):
+    G, u = torch.randn(n, p, device=device), torch.randn(2, p, device=device)
+    G[n // 2] = -2 * G[0]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        out, _, rank, worst, _ = composed.on_device(u, G, 0.0, None)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert rank == n - 1 and worst <= 1e-6 and cosines(out, G)[0].max() <= 1e-6
+
+
+@needs_triton
+def test_rows_of_a_half_type_far_from_one(device):
+    G = torch.randn(4, 300, device=device) * torch.tensor([[1e-25], [1.0], [1e20], [1e-12]], device=device)
+    G, u = G.bfloat16(), torch.randn(300, device=device).bfloat16()
+    out = IMPLEMENTATIONS["triton"](u, G)
+    check_projection("random", u, G, out, torch.bfloat16)

@@ -275,8 +275,8 @@ def test_gram_follows_the_samples():
 def test_chunk_size_changes_nothing(monkeypatch):
     model, ids = mixed()
     K = _gram(model, lambda: to_ramp(model(ids)))
-    for module, limit in ((rules, "CHUNK_BYTES"), (convolution, "WINDOW_BYTES"), (elementwise, "BLOCK_BYTES")):
-        monkeypatch.setattr(module, limit, 64)
+    for module in (rules, convolution, elementwise):
+        monkeypatch.setattr(module, "chunk_bytes", lambda device: 64)
     close(_gram(model, lambda: to_ramp(model(ids))), K, 1e-12)
     check(model, lambda: to_ramp(model(ids)))
 
@@ -353,3 +353,19 @@ def test_explain():
     for line in table:
         assert line.flops > 0 and line.route in ("factors", "chunks")
         assert line.actual <= 2 * line.bytes + 1e6 and line.bytes <= 2 * line.actual + 1e6, line
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_around_the_projection_changes_nothing(mode):
+    torch.set_default_dtype(torch.float32)
+    model, x = nn.Sequential(nn.Conv1d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(24, 3)), torch.randn(5, 3, 8)
+    u, expected, _ = project(model, lambda: to_ramp(model(x)), **MODES[mode])
+
+    def closure():
+        with torch.autocast("cpu", enabled=False):
+            return to_ramp(model(x))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        _, found, _ = project(model, closure, u, **MODES[mode])
+    for name in u:
+        assert torch.equal(found[name], expected[name]), name

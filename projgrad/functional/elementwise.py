@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from ..cost import chunk_bytes
 from ..tape.layout import Layout
 from ..tape.rules import Rows, Rule
 
 if TYPE_CHECKING:
     from ..tape.tape import Tape
-
-BLOCK_BYTES = 1 << 22  # temporaries are made for a few samples at a time
 
 
 def fold(g: Tensor, shape: Sequence[int]) -> Tensor:
@@ -37,7 +36,8 @@ def blocks(g: Tensor, x: Tensor, layout: Layout, n: int) -> Iterator[tuple[slice
         yield slice(0, n), x
         return
     k = len(x) // n
-    step = max(1, BLOCK_BYTES // max(1, g[0].numel() * g.element_size()))
+    # Temporaries are made for a few samples at a time.
+    step = max(1, chunk_bytes(g.device.type) // max(1, 2 * g[0].numel() * g.element_size()))
     for start in range(0, n, step):
         stop = min(n, start + step)
         yield slice(start, stop), x[start * k : stop * k]

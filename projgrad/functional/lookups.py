@@ -47,9 +47,10 @@ def lookup(call, y: Tensor, ids: Tensor, weight: Tensor, padding: int | None = N
     """Tap y = weight[ids]."""
 
     def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
-        read, rows = saved[0] % weight_rows, layout.rows
+        ids = saved[0].to(b.device)  # a table on a GPU may be indexed from the CPU
+        read, rows = ids % weight_rows, layout.rows
         if padding is not None:
-            read = read.masked_fill(saved[0] == padding, -1)
+            read = read.masked_fill(ids == padding, -1)
         if rows is not None:  # what the samples do not read is read by nobody
             read = torch.cat([read, read.new_full((1, *read.shape[1:]), -1)])[rows]
         else:

@@ -1,36 +1,71 @@
-"""Plugs the fast kernels into the ops: C++ on the CPU where the extension is built, Triton on CUDA at the first call.
+"""Plugs the fast kernels into the ops: C++ on the CPU and CUDA C++ where the extension is built, Triton on CUDA.
 
-Without them every op runs its reference.
+Without them every op runs its reference, or library products. Triton kernels are imported at their first call.
 """
 
+import functools
+from collections.abc import Callable
 from importlib.util import find_spec
 
-from ..ops import flat
-from . import project_out
+import torch
 
+from ..layer import library
+from ..ops import basis, flat
+from . import layer, project_out
+
+built_for_cuda = False
 if find_spec("projgrad._C"):  # absent is fine; present and broken must fail here, loudly
     from .. import _C as _C
 
+    built_for_cuda = _C.build_info()["cuda"]
     flat._project_out.register_kernel("cpu")(project_out.on_host)
+
+
+def on_its_device(function: Callable) -> Callable:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @functools.wraps(function)
+    def call(first: torch.Tensor, *rest):
+        with torch.cuda.device_of(first):
+            return function(first, *rest)
+
+    return call
+
 
 if find_spec("triton"):
 
     @flat._gram.register_kernel("cuda")
+    @on_its_device
     def _(G, u, wide):
         from .gram import gram
 
         return gram(G, u, wide)
 
     @flat._subtract.register_kernel("cuda")
+    @on_its_device
     def _(u, G, c):
         from .subtract import subtract
 
         return subtract(u, G, c)
 
-    @flat._gram_solve.register_kernel("cuda")
-    def _(K, b, damping, rtol):
-        from .gram_solve import gram_solve
+    if not built_for_cuda:  # most installations have no nvcc
 
-        return gram_solve(K, b, damping, rtol)
+        @flat._gram_solve.register_kernel("cuda")
+        @on_its_device
+        def _(K, b, damping, rtol):
+            from .gram_solve import gram_solve
 
-    flat._project_out.register_kernel("cuda")(project_out.on_device)
+            return gram_solve(K, b, damping, rtol)
+
+    @basis._basis_project.register_kernel("cuda")
+    @on_its_device
+    def _(D, M):
+        if torch.float64 in (D.dtype, M.dtype):
+            return basis._products(D, M)
+        from .basis_project import basis_project
+
+        return basis_project(D, M)
+
+    flat._project_out.register_kernel("cuda")(on_its_device(project_out.on_device))
+    for leaf in layer.LEAVES:
+        library.impl(leaf.__name__, on_its_device(leaf), "CUDA")

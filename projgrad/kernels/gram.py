@@ -1,121 +1,262 @@
-"""gram on CUDA: K = G Gᵀ and v = G uᵀ, one read of G for n ≤ 64."""
+"""gram on CUDA: K = G Gᵀ and v = G uᵀ, one read of G for n ≤ 64.
+
+Narrow products run on tensor cores in float16 (bfloat16 for bfloat16), on rows scaled by powers of two block by block,
+and are summed in float32 within a block of 64 or 128 columns, in float64 across blocks. A float32 element is the sum
+h + l of two float16 numbers to within its last bit once its row is in range (Ootomo and Yokota, IJHPCA 2022), so that
+
+    G Gᵀ = h hᵀ + h lᵀ + l hᵀ + l lᵀ,  of which  h hᵀ + 2 h lᵀ + l lᵀ  is the symmetric part:
+
+three products for the precision "highest"; "high" drops l lᵀ, at most 2⁻²² of the lengths, as tf32x3 does; "medium"
+keeps h hᵀ, the 11 bits of tf32. Blocks are short because tensor cores cut where others round: a sum of positive
+products loses about 0.2 eps for every 16 columns.
+
+Predicted, not measured, for n = 64 on an H200 (132 SMs, 1.75 GHz, 4.3 TB/s) from the main loop's machine code: a block
+of float32 issues 19.8 instructions an element against 27.5 in the time that memory needs, uses 65 % of shared memory's
+bandwidth, 43 % of the tensor cores and 31 % of the conversions to float64; of bfloat16 12.3 against 13.8, 75 %, 29 %,
+31 %.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-DIRECTIONS = 8  # directions a pass, kept in registers
+from .products import dot, precision
+from .sums import sums
+
+DIRECTIONS = 4  # directions a pass without K, kept in registers; with K one
 
 
 @triton.jit
-def _rows(G, row, t, n, p, g_row, g_column):
-    """A tile of G whose rows are scaled by powers of two, and the scales in float64.
+def _corner(tile):
+    """Row and column of a tile of the lower triangle, tiles counted row by row."""
+    i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+    return i, tile - i * (i + 1) // 2
 
-    The largest element of a row is brought into [1, 2), so that float32 squares stay in range; float64 stays as it is.
-    """
-    x = tl.load(G + row[:, None] * g_row + t[None, :] * g_column, (row[:, None] < n) & (t[None, :] < p), 0.0)
-    if x.dtype == tl.float64:
-        up = tl.full((row.shape[0],), 1.0, tl.float64)
+
+@triton.jit
+def _power(e):
+    """2^e in float64, without a conversion."""
+    return ((e + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _down(x, TARGET: tl.constexpr):
+    """For every row of x [C, R, 8 W, 16 S] a power of two that brings its largest element near 2^TARGET, and the e
+    with 2^-e that power."""
+    bits = tl.max(tl.max(tl.abs(x), 0), 2).to(tl.int32, bitcast=True)
+    e = tl.minimum(tl.maximum(bits >> 23, max(1, TARGET + 1)), min(254, 253 + TARGET))
+    return ((254 + TARGET - e) << 23).to(tl.float32, bitcast=True)[None, :, :, None], e - 127 - TARGET
+
+
+@triton.jit
+def _matrix(x):
+    """[N, columns] of [C, R, 8 W, 16 S], columns in the order in which nothing moves between lanes: any is right."""
+    C: tl.constexpr = x.shape[0]
+    R: tl.constexpr = x.shape[1]
+    W: tl.constexpr = x.shape[2] // 8
+    S: tl.constexpr = x.shape[3] // 16
+    x = tl.permute(tl.reshape(x, (C, R, W, 8, 4, S, 2, 2)), (2, 1, 3, 0, 5, 6, 4, 7))
+    return tl.reshape(x, (W * R * 8, C * S * 16))
+
+
+@triton.jit
+def _vector(x):
+    """[N] of [R, 8 W], in the order of the rows of `_matrix`."""
+    R: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1] // 8
+    return tl.reshape(tl.permute(tl.reshape(x, (R, W, 8)), (1, 0, 2)), (W * R * 8,))
+
+
+@triton.jit
+def _products(x, y, PARTS: tl.constexpr, SAME: tl.constexpr, OPERAND: tl.constexpr):
+    """x yᵀ in float32; where y is x, its symmetric part is that of the result."""
+    narrow = x.to(OPERAND)
+    h = _matrix(narrow)
+    acc = tl.zeros((h.shape[0], h.shape[0]), tl.float32)
+    if PARTS == 1:
+        acc = dot(h, tl.trans(h if SAME else _matrix(y.to(OPERAND))), acc)
     else:
-        x = x.to(tl.float32)
-        bits = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True)
-        e = tl.minimum(tl.maximum(bits >> 23, 1), 253)
-        x *= ((254 - e) << 23).to(tl.float32, bitcast=True)[:, None]
-        up = (e << 23).to(tl.float32, bitcast=True).to(tl.float64)
-    return x, up
+        l = _matrix((x - narrow.to(tl.float32)).to(OPERAND))
+        if SAME:
+            acc = dot(h + h, tl.trans(l), acc)
+            if PARTS == 3:
+                acc = dot(l, tl.trans(l), acc)
+            acc = dot(h, tl.trans(h), acc)
+        else:
+            narrow = y.to(OPERAND)
+            h2, l2 = _matrix(narrow), _matrix((y - narrow.to(tl.float32)).to(OPERAND))
+            if PARTS == 3:
+                acc = dot(l, tl.trans(l2), acc)
+            acc = dot(h, tl.trans(l2), dot(l, tl.trans(h2), acc))
+            acc = dot(h, tl.trans(h2), acc)
+    return acc
 
 
 @triton.jit
 def gram_kernel(
-    G, u, K, v, todo, n, m, p, per_split, g_row, g_column, u_row, u_column,
-    N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, DIAGONAL: tl.constexpr,
-    WITH_K: tl.constexpr, PREDICATED: tl.constexpr, PRECISION: tl.constexpr,
+    G, u, part, n, m, p, per_split, size, at, g_row, g_column, u_row, u_column,
+    W: tl.constexpr, C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, SAME: tl.constexpr, WITH_K: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of one tile of K and its rows of v over one split of the columns.
+    """Sums of one tile of K, N = 16 W rows and columns, and of its rows of v over one split of the columns.
 
-    Grid: (row tiles, column tiles, splits); tiles above the diagonal return at once.
-    K [splits, n, n], v [splits, n, m].
+    Grid: (tiles of the lower triangle, or of the rows without K; splits). part [splits, size]: K [n, n] and, at `at`,
+    M columns of v [n, m]. A block has C times 64 bytes of every row.
+    Memory is read in rows of 64 bytes, four lanes a row and eight rows a warp, which is how tensor cores hold a tile.
     """
-    i, j, split = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if j > i:
-        return
+    BF16: tl.constexpr = G.dtype.element_ty == tl.bfloat16
+    OPERAND: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+    TARGET: tl.constexpr = -8 if BF16 else 13  # float16: as far up as 2 h goes; bfloat16: no product with u overflows
+    SCALED_U: tl.constexpr = G.dtype.element_ty == tl.float32
+    COLUMNS: tl.constexpr = 16 if G.dtype.element_ty == tl.float32 else 32
+    N: tl.constexpr = 16 * W
+    tile, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if WITH_K and not SAME:
+        i, j = _corner(tile)
+    else:
+        i, j = tile, tile * 0
+    a = tl.arange(0, C * N)[:, None]
+    inner = a % (8 * W) // 8 * 16 + a % N // (8 * W) * 8 + a % 8
+    left, right = (i * N + inner).to(tl.int64), (j * N + inner).to(tl.int64)
+    columns = a // N * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    for_u = tl.arange(0, C * 8 * W)[:, None] // (8 * W) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    d = tl.arange(0, D)
+    k = tl.zeros((N, N), tl.float64)
+    b = tl.zeros((N, D), tl.float64)
+    G += split * per_split * g_column
+    u += split * per_split * u_column
+    last = tl.minimum(per_split, p - split * per_split).to(tl.int32)  # counted from here, columns fit in 32 bits
+    for start in range(0, last, C * COLUMNS):
+        t = start + columns
+        x = tl.load(G + left * g_row + t.to(tl.int64) * g_column, (left < n) & (t < last), 0.0).to(tl.float32)
+        x = tl.reshape(x, (C, 2, 8 * W, COLUMNS))
+        x_down, e = _down(x, TARGET)
+        x *= x_down
+        x_up = _power(_vector(e))
+        for q in tl.static_range(M):
+            s = start + for_u
+            w = tl.load(u + q * u_row + s.to(tl.int64) * u_column, s < last, 0.0).to(tl.float32)
+            w = tl.reshape(w, (C, 1, 8 * W, COLUMNS))  # every row of lanes has the whole block
+            if SCALED_U:
+                w_down, f = _down(w, 0)
+                dots = tl.sum(tl.sum(x * (w * w_down), 0), 2).to(tl.float64) * _power(f)
+            else:
+                dots = tl.sum(tl.sum(x * w, 0), 2).to(tl.float64)
+            b += tl.where(d[None, :] == q, (_vector(dots) * x_up)[:, None], 0.0)
+        if WITH_K:
+            if SAME:
+                k += _products(x, x, PARTS, True, OPERAND).to(tl.float64) * x_up[:, None] * x_up[None, :]
+            else:
+                y = tl.load(G + right * g_row + t.to(tl.int64) * g_column, (right < n) & (t < last), 0.0).to(tl.float32)
+                y = tl.reshape(y, (C, 2, 8 * W, COLUMNS))
+                y_down, e2 = _down(y, TARGET)
+                y_up = _power(_vector(e2))
+                k += _products(x, y * y_down, PARTS, False, OPERAND).to(tl.float64) * x_up[:, None] * y_up[None, :]
+    row, column = i * N + tl.arange(0, N), j * N + tl.arange(0, N)
+    part += split * size
+    if WITH_K:
+        tl.store(part + row[:, None] * n + column[None, :], k, (row[:, None] < n) & (column[None, :] < n))
+    if M:
+        tl.store(part + at + row[:, None] * m + d[None, :], b, (row[:, None] < n) & (d[None, :] < M))
+
+
+@triton.jit
+def gram_wide_kernel(
+    G, u, part, todo, n, m, p, per_split, size, at, g_row, g_column, u_row, u_column,
+    N: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, D: tl.constexpr, SAME: tl.constexpr, WITH_K: tl.constexpr,
+    PREDICATED: tl.constexpr,
+):  # fmt: skip
+    """The same in float64; where PREDICATED and the flag `todo` is 0, nothing."""
+    tile, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if PREDICATED and tl.load(todo) == 0:
         return
-    row = (i * N + tl.arange(0, N)).to(tl.int64)
-    column = (j * N + tl.arange(0, N)).to(tl.int64)
-    d = tl.arange(0, M)
+    if WITH_K and not SAME:
+        i, j = _corner(tile)
+    else:
+        i, j = tile, tile * 0
+    row, column = (i * N + tl.arange(0, N)).to(tl.int64), (j * N + tl.arange(0, N)).to(tl.int64)
+    d = tl.arange(0, D)
     k = tl.zeros((N, N), tl.float64)
-    b = tl.zeros((N, M), tl.float64)
-    for start in range(split * per_split, tl.minimum((split + 1) * per_split, p), BLOCK):
-        t = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        x, x_up = _rows(G, row, t, n, p, g_row, g_column)
+    b = tl.zeros((N, D), tl.float64)
+    last = tl.minimum((split + 1) * per_split, p)
+    for start in range(split * per_split, last, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        x = tl.load(G + row[:, None] * g_row + t[None, :] * g_column, (row[:, None] < n) & (t[None, :] < last), 0.0)
         if WITH_K:
-            if WIDE and G.dtype.element_ty.primitive_bitwidth == 16:
+            if G.dtype.element_ty.primitive_bitwidth == 16:
                 for s in range(BLOCK):  # column by column: triton 3.6 has no float64 product of tiles of a half type
-                    inside = row * 0 + start + s < p
-                    left = tl.load(G + row * g_row + (start + s) * g_column, (row < n) & inside, 0.0)
-                    right = tl.load(G + column * g_row + (start + s) * g_column, (column < n) & inside, 0.0)
-                    k += left.to(tl.float64)[:, None] * right.to(tl.float64)[None, :]
+                    inside = row * 0 + start + s < last
+                    one = tl.load(G + row * g_row + (start + s) * g_column, (row < n) & inside, 0.0)
+                    other = tl.load(G + column * g_row + (start + s) * g_column, (column < n) & inside, 0.0)
+                    k += one.to(tl.float64)[:, None] * other.to(tl.float64)[None, :]
             else:
-                if DIAGONAL:
-                    y, y_up = x, x_up
+                if SAME:
+                    y = x
                 else:
-                    y, y_up = _rows(G, column, t, n, p, g_row, g_column)
-                if WIDE:
-                    products = tl.dot(x.to(tl.float64), tl.trans(y.to(tl.float64)), out_dtype=tl.float64)
-                else:
-                    products = tl.dot(x, tl.trans(y), input_precision=PRECISION).to(tl.float64)
-                k += products * x_up[:, None] * y_up[None, :]
-        if j == 0:
-            for q in tl.static_range(M):
-                if q < m:
-                    w = tl.load(u + q * u_row + t * u_column, t < p, 0.0).to(tl.float64)
-                    dots = tl.sum(x.to(tl.float64) * w[None, :], 1) * x_up
-                    b += tl.where(d[None, :] == q, dots[:, None], 0.0)
+                    mask = (column[:, None] < n) & (t[None, :] < last)
+                    y = tl.load(G + column[:, None] * g_row + t[None, :] * g_column, mask, 0.0)
+                k += tl.dot(x.to(tl.float64), tl.trans(y.to(tl.float64)), out_dtype=tl.float64)
+        for q in tl.static_range(M):
+            w = tl.load(u + q * u_row + t * u_column, t < last, 0.0).to(tl.float64)
+            b += tl.where(d[None, :] == q, tl.sum(x.to(tl.float64) * w[None, :], 1)[:, None], 0.0)
+    part += split * size
     if WITH_K:
-        tl.store(K + split * n * n + row[:, None] * n + column[None, :], k, (row[:, None] < n) & (column[None, :] < n))
-    if j == 0:
-        tl.store(v + split * n * m + row[:, None] * m + d[None, :], b, (row[:, None] < n) & (d[None, :] < m))
+        tl.store(part + row[:, None] * n + column[None, :], k, (row[:, None] < n) & (column[None, :] < n))
+    if M:
+        tl.store(part + at + row[:, None] * m + d[None, :], b, (row[:, None] < n) & (d[None, :] < M))
 
 
-def tile(n: int, wide: bool) -> tuple[int, int, bool, int]:
-    """Rows and columns of a tile, whether one tile holds all n rows, and warps: what keeps the tile in registers."""
-    if n > (32 if wide else 64):
-        return 32, 16, False, 8  # two different tiles a program
-    N = max(16, triton.next_power_of_2(n))
-    return N, 32, True, 4 if N < 64 else 8
+def tile(n: int, wide: bool, itemsize: int) -> tuple[int, int, int]:
+    """Rows of a tile, columns of a block, warps: what stays in registers, for N = 64 twice on an SM.
+
+    Narrow blocks have 256 bytes a row, of which three are in flight; half as much where two tiles of a half type meet.
+    """
+    if wide:
+        return (max(16, triton.next_power_of_2(n)), 32, 4) if n <= 32 else (32, 16, 8)
+    N = min(64, max(16, triton.next_power_of_2(n)))
+    return N, (256 if n <= N or itemsize == 4 else 128) // itemsize, N // 16
 
 
-def gram(G: Tensor, u: Tensor, wide: bool, todo: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """K [n, n] and v [n, m]; `todo`: a device flag, where it is 0 nothing is computed and the values mean nothing."""
+def gram(
+    G: Tensor, u: Tensor, wide: bool, todo: Tensor | None = None, previous: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """K [n, n] and v [n, m]; with `todo`, a device flag, both stay in the memory of `previous` where it is 0.
+
+    The splits, and so the order of the sums, depend on the problem only: up to 4096 programs, for the largest GPUs,
+    and partial sums of 16 MiB at most.
+    """
     (n, p), m = G.shape, len(u)
     if n == 0 or p == 0:
         return G.new_zeros((n, n), dtype=torch.float64), G.new_zeros((n, m), dtype=torch.float64)
     wide = wide or G.dtype == torch.float64
-    N, block, diagonal, warps = tile(n, wide)
-    tiles = triton.cdiv(n, N)
-    # Enough programs for the largest GPUs, whatever the one at hand, since the split fixes the order of the sums;
-    # 16 MiB of them at most.
-    splits = max(1, min(triton.cdiv(p, 8 * block), 1024 // tiles**2, 2**21 // (n * n)))
+    N, block, warps = tile(n, wide, G.element_size())
+    rows = triton.cdiv(n, N)
+    tiles, size = rows * (rows + 1) // 2, n * (n + m)
+    splits = max(1, min(triton.cdiv(p, 4 * block), triton.cdiv(4096, tiles), 2**21 // size))
     per_split = triton.cdiv(triton.cdiv(p, block), splits) * block
     splits = triton.cdiv(p, per_split)
-    K = G.new_empty((splits, n, n), dtype=torch.float64)
-    v = G.new_empty((n, m), dtype=torch.float64)
-    for first in range(0, max(1, m), DIRECTIONS):
-        some = u[first : first + DIRECTIONS]
-        part = G.new_zeros((splits, n, len(some)), dtype=torch.float64)
-        gram_kernel[(tiles, tiles, splits)](
-            G, some if len(some) else G, K, part, todo, n, len(some), p, per_split, *G.stride(),
-            *(some.stride() if len(some) else (0, 0)),
-            N=N, M=triton.next_power_of_2(max(1, len(some))), BLOCK=block, WIDE=wide,
-            DIAGONAL=diagonal, WITH_K=first == 0, PREDICATED=todo is not None, PRECISION=precision(), num_warps=warps,
-        )  # fmt: skip
-        v[:, first : first + DIRECTIONS] = part.sum(0)
-    K = K.sum(0).tril()
-    return K + K.tril(-1).mT, v
+    part = G.new_empty((splits, size), dtype=torch.float64)
+    parts = {"parts": 3, "tf32x3": 2, "tf32": 1}[precision()] if G.dtype == torch.float32 else 1
 
+    def launch(with_k: bool, first: int, M: int) -> None:
+        some = u[first : first + M] if M else G  # nothing is read where there are none
+        grid = tiles if with_k else rows, splits
+        arguments = n, m, p, per_split, size, n * n + first, *G.stride(), *some.stride()
+        constants = {"M": M, "D": triton.next_power_of_2(max(1, M)), "SAME": rows == 1, "WITH_K": with_k}
+        if wide:
+            constants |= {"N": N, "BLOCK": block, "PREDICATED": todo is not None}
+            gram_wide_kernel[grid](G, some, part, todo, *arguments, **constants, num_warps=warps)
+        else:
+            constants |= {"W": warps, "C": block * G.element_size() // 64, "PARTS": parts}
+            gram_kernel[grid](G, some, part, *arguments, **constants, num_warps=warps)
 
-def precision() -> str:
-    """How float32 tiles are multiplied: as the user told torch to."""
-    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+    first = min(m, 1) if rows == 1 else 0  # more rows: v apart, so that registers are left for two tiles
+    launch(True, 0, first)
+    for at in range(first, m, DIRECTIONS):
+        launch(False, at, min(DIRECTIONS, m - at))
+    total = G.new_empty(size, dtype=torch.float64) if previous is None else previous
+    sums(part, total, n, "mean" if rows == 1 and not wide else "lower", todo)
+    return total[: n * n].view(n, n), total[n * n :].view(n, m)

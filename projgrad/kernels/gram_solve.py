@@ -1,4 +1,4 @@
-"""gram_solve on CUDA: one program a system, the matrix in registers, n ≤ 64.
+"""gram_solve on CUDA where the extension was built without it: one program a system, the matrix in registers, n ≤ 64.
 
 Larger systems run the reference, which does not wait for the device either.
 """
@@ -15,7 +15,7 @@ LARGEST, WARPS = 64, 8  # the largest matrix that stays in registers
 
 @triton.jit
 def gram_solve_kernel(
-    K, b, x, rank, factor, y, n, m, damping: tl.float64, rtol: tl.float64, N: tl.constexpr, M: tl.constexpr
+    K, b, x, rank, smallest, factor, y, n, m, damping: tl.float64, rtol: tl.float64, N: tl.constexpr, M: tl.constexpr
 ):  # fmt: skip
     """Right-looking pivoted Cholesky of C = D⁻¹ K D⁻¹ + damping I. factor [l, n, N] and y [l, n, M] are scratch."""
     system = tl.program_id(0).to(tl.int64)
@@ -32,6 +32,7 @@ def gram_solve_kernel(
     a = a * scale[:, None] * scale[None, :]
     left = tl.where(square > 0, tl.full((N,), damping, tl.float64) + 1.0, 0.0)
     cut = tl.full((), rtol, tl.float64)
+    least = tl.full((), damping, tl.float64) + 1.0
     w = tl.load(b + i[:, None] * m + d[None, :], (i[:, None] < n) & (d[None, :] < m), 0.0).to(tl.float64)
     usable = tl.min((w - w == 0).to(tl.int32), 0)  # [M]
     w *= scale[:, None]
@@ -55,6 +56,7 @@ def gram_solve_kernel(
             used = tl.where(i == pivot, 1, used)
             pivots = tl.where(i == step, pivot, pivots)
             count += 1
+            least = tl.minimum(least, value)
     tl.debug_barrier()  # the rows below were written by other threads
     z = tl.zeros((N, M), tl.float64)
     for back in range(count):
@@ -68,10 +70,11 @@ def gram_solve_kernel(
     z = tl.where((finite * usable)[None, :] == 1, z * scale[:, None], float("nan"))
     tl.store(x + i[:, None] * m + d[None, :], z.to(x.dtype.element_ty), (i[:, None] < n) & (d[None, :] < m))
     tl.store(rank + system, count.to(tl.int64))
+    tl.store(smallest + system, least)
 
 
-def gram_solve(K: Tensor, b: Tensor, damping: float, rtol: float | None) -> tuple[Tensor, Tensor]:
-    """x [l, n, m] and rank [l] for K [l, n, n] and b [l, n, m]."""
+def gram_solve(K: Tensor, b: Tensor, damping: float, rtol: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """x [l, n, m], rank [l] and smallest pivot [l] for K [l, n, n] and b [l, n, m]."""
     systems, n, m = b.shape
     if n > LARGEST or not b.numel():
         return reference.gram_solve(K, b, damping, rtol)
@@ -79,10 +82,11 @@ def gram_solve(K: Tensor, b: Tensor, damping: float, rtol: float | None) -> tupl
         rtol = reference.default_rtol(n, K.dtype)
     x = torch.empty_like(b, memory_format=torch.contiguous_format)
     rank = torch.empty(systems, dtype=torch.int64, device=b.device)
+    smallest = torch.empty(systems, dtype=torch.float64, device=b.device)
     N, M = max(16, triton.next_power_of_2(n)), triton.next_power_of_2(m)
     scratch = b.new_empty((systems, n, N + M), dtype=torch.float64)
     factor, y = scratch.flatten().split([systems * n * N, systems * n * M])
     gram_solve_kernel[(systems,)](
-        K.contiguous(), b.contiguous(), x, rank, factor, y, n, m, damping, rtol, N=N, M=M, num_warps=WARPS
+        K.contiguous(), b.contiguous(), x, rank, smallest, factor, y, n, m, damping, rtol, N=N, M=M, num_warps=WARPS
     )
-    return x, rank
+    return x, rank, smallest

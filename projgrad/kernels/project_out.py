@@ -26,28 +26,31 @@ def on_device(u: Tensor, G: Tensor, damping: float, rtol: float | None) -> Resul
     The refinement is always launched, and returns at once where a flag in device memory says that it is not needed.
     """
     from .gram import gram
-    from .gram_solve import gram_solve
-    from .subtract import subtract
+    from .pending import pending
+    from .subtract import subtract, subtract_, views
 
-    wide, limit = reference.first_pass(len(G), G.dtype, rtol)
-    exact = reference.default_rtol(len(G), torch.float64) if rtol is None else rtol
-    cut = reference.default_rtol(len(G), torch.float32) if rtol is None and not wide else exact
+    (m, p), n = u.shape, len(G)
+    wide, limit = reference.first_pass(n, G.dtype, rtol)
+    noise = exact = reference.default_rtol(n, torch.float64)
+    cut = reference.default_rtol(n, torch.float32) if rtol is None and not wide else exact if rtol is None else rtol
     K, b = gram(G, u, wide)
-    step, rank = gram_solve(K[None], reference.in_range(K, b)[None], damping, cut)
+    step, rank, *_ = _gram_solve(K[None], reference.in_range(K, b)[None], damping, cut)
     c = step[0]
-    out, r, squares = subtract(u, G, c)
+    if not (m and n and p):
+        out, r, squares = subtract(u, G, c)
+        return out, c, rank[0], reference.largest(reference.cosines(K, r, squares, c)), squares
+    out, total = torch.empty((m, p), dtype=u.dtype, device=u.device), c.new_empty((n + 2) * m)
+    r, squares = views(total, n, m)
+    subtract_(out, total, u, G, c)
     for attempt in range(3):
-        b = r - damping * K.diagonal()[:, None] * c
-        left = reference.cosines(K, b, squares, c)
-        if rtol is not None:
-            left = left.where(c != 0, 0)
-        todo = (left > limit).any()
-        if not wide and rtol is None and attempt == 0:  # a row that looks dependent in float32 may not be
-            todo |= rank[0] < (K.diagonal() > 0).sum()
+        counted = not wide and rtol is None and attempt == 0  # a row that looks dependent in float32 may not be
+        b, todo, _ = pending(K, r, squares, c, rank, damping, limit, noise, rtol is not None, counted)
         if not wide and attempt == 0:
-            K = torch.where(todo, gram(G, u[:0], True, todo)[0], K)
-            b = r - damping * K.diagonal()[:, None] * c
-        step, again = gram_solve(K[None], b[None], damping, exact)
+            gram(G, u[:0], True, todo, K.view(-1))
+            if damping:
+                b = r - damping * K.diagonal()[:, None] * c
+        step, again, *_ = _gram_solve(K[None], b[None], damping, exact if rtol is None else rtol)
         c, rank = torch.where(todo, c + step[0], c), torch.where(todo, again, rank)
-        out, r, squares = subtract(u, G, c, todo, (out, r, squares))
-    return out, c, rank[0], reference.largest(reference.cosines(K, r, squares, c)), squares
+        subtract_(out, total, u, G, c, todo)
+    worst = pending(K, r, squares, c, rank, damping, limit, noise, False, False)[2]
+    return out, c, rank[0], worst, squares

@@ -1,5 +1,6 @@
 """OrthoGrad: ascend on the forget loss, orthogonally to the gradient of every retain sample."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..explicit import project_explicit
 from ..tape.jobs import Outer
 from ..tape.project import Projection
-from ..tape.tape import check_losses, per_sample
+from ..tape.tape import check_finite, check_shape, per_sample
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ class OrthoGrad:
                 p.grad = None
         skipped, done = False, None
         try:
-            forget_loss = self._forget(forget, params)
-            retain_loss, done = self._retain(retain, params)
+            loss = self._forget(forget, params)
+            forget_loss, retain_loss, done = self._retain(loss, retain, params)
         except FloatingPointError:
             if self.scaler is None or not _overflow(params):
                 _clear(params)
@@ -173,8 +174,8 @@ class OrthoGrad:
             tensors=done.tensors if done else {},
         )
 
-    def _forget(self, forget: Callable[[], Tensor], params: dict[str, nn.Parameter]) -> float:
-        """p.grad = ± (1 - α) u."""
+    def _forget(self, forget: Callable[[], Tensor], params: dict[str, nn.Parameter]) -> Tensor:
+        """p.grad = ± (1 - α) u; the loss, not looked at yet: the device may still be busy with it."""
         tape = per_sample(self.model, params) if self._flat else None
         with torch.enable_grad(), tape or nullcontext():
             loss = forget()
@@ -183,26 +184,29 @@ class OrthoGrad:
             raise ValueError(f"forget() must return one scalar loss; got {got}")
         if not loss.requires_grad:
             raise ValueError("forget() returned a loss that does not depend on any trainable parameter")
-        if not loss.isfinite():
-            raise FloatingPointError(f"the forget loss is {loss.item()}; nothing was changed")
         scaled = loss.reshape(()) if self.scaler is None else self.scaler.scale(loss.reshape(()))
         weight = self.sign * (1 - self.alpha)
         if tape is None:
             torch.autograd.backward(scaled, torch.full_like(scaled, weight), inputs=list(params.values()))
         else:
             self._outer = tape.accumulate_(scaled, weight)
-        return float(loss.detach())
+        return loss.detach()
 
-    def _retain(self, retain: Callable[[], Tensor], params: dict[str, nn.Parameter]) -> tuple[float, Projection]:
-        """p.grad = ± (1 - α) u_perp + α mean_j(g_j)."""
+    def _retain(
+        self, loss: Tensor, retain: Callable[[], Tensor], params: dict[str, nn.Parameter]
+    ) -> tuple[float, float, Projection]:
+        """p.grad = ± (1 - α) u_perp + α mean_j(g_j); both losses, and what was done."""
         if self.projector is not None:
-            return project_explicit(
-                self.model, retain, params, self.projector, per_tensor=self.scope == "per_tensor", add=self.alpha
-            )
+            _check_forget(loss.flatten().tolist())
+            per_tensor = self.scope == "per_tensor"
+            done = project_explicit(self.model, retain, params, self.projector, per_tensor=per_tensor, add=self.alpha)
+            return float(loss), *done
         with per_sample(self.model, params) as tape, torch.enable_grad():
             losses = retain()
-        check_losses(losses)
-        mean = float(losses.detach().mean())
+        check_shape(losses)
+        seen: list[float] = []  # the forget loss and those of the retain samples
+        tape.questions.ask(loss, lambda values: seen.extend(_check_forget(values)))
+        tape.questions.ask(losses, lambda values: seen.extend(check_finite(values)))
         if all(p.grad is None for p in params.values()):
             raise ValueError("forget() returned a loss that depends on no parameter that the optimizer holds")
         if self.scaler is not None:
@@ -218,7 +222,7 @@ class OrthoGrad:
             add=add if self.alpha else None,
         )
         self._flat = tape.flat
-        return mean, done
+        return seen[0], sum(seen[1:]) / len(seen[1:]), done
 
     def _apply(self, params: dict[str, nn.Parameter]) -> None:
         if self.scaler is not None:
@@ -230,6 +234,12 @@ class OrthoGrad:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+
+
+def _check_forget(values: list[float]) -> list[float]:
+    if not math.isfinite(values[0]):
+        raise FloatingPointError(f"the forget loss is {values[0]}; nothing was changed")
+    return values
 
 
 def _clear(params: dict[str, nn.Parameter]) -> None:

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..cost import linear_route
 from ..layer import (
-    _chunks_across,
-    _factors_across,
     _linear_combine_,
     _linear_dot,
     _linear_gram,
+    _linear_gram_across,
     _linear_moments,
     _multiplied,
     _rounded,
@@ -31,9 +29,7 @@ from .flat import DTYPES, _check_reverse_mode, _product, _vmap_loop
 def _linear_gram_op(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None) -> Tensor:
     if a2 is None or b2 is None:
         return _linear_gram(a, b, a.new_empty(0, b.shape[2], a.shape[2]))[0]
-    n, t, itemsize = a.shape[0] + a2.shape[0], max(a.shape[1], a2.shape[1]), _multiplied(a, b).itemsize
-    route = linear_route(n, t, a.shape[2], b.shape[2], itemsize=itemsize)
-    return (_chunks_across if route.name == "chunks" else _factors_across)(a, b, a2, b2, route)
+    return _linear_gram_across(a, b, a2, b2)
 
 
 @custom_op("projgrad::linear_dot", mutates_args=())

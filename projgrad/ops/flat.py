@@ -44,7 +44,8 @@ def _subtract(u: Tensor, G: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @custom_op("projgrad::gram_solve", mutates_args=())
-def _gram_solve(K: Tensor, b: Tensor, damping: float, rtol: float | None) -> tuple[Tensor, Tensor]:
+def _gram_solve(K: Tensor, b: Tensor, damping: float, rtol: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """x [l, n, m]; the rank, and the smallest pivot that was used (1 + damping if none) [l]."""
     return reference.gram_solve(K, b, damping, rtol)
 
 
@@ -71,7 +72,8 @@ def _(u, G, c):
 
 @_gram_solve.register_fake
 def _(K, b, damping, rtol):
-    return b.new_empty(b.shape), K.new_empty((K.shape[0],), dtype=torch.int64)
+    systems = K.shape[:1]
+    return b.new_empty(b.shape), K.new_empty(systems, dtype=torch.int64), K.new_empty(systems, dtype=torch.float64)
 
 
 @_project_out.register_fake
@@ -113,15 +115,16 @@ def _subtract_backward(ctx, *_):
 def _gram_solve_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     K, _, ctx.damping, ctx.rtol = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(K, output[0])
 
 
-def _gram_solve_backward(ctx, dx, _):
+def _gram_solve_backward(ctx, dx, *_):
     """db = S dx and dK = -(db xᵀ + x dbᵀ) / 2 - damping diag(db ∘ x), with S = (K + damping diag K)⁺."""
     if dx is None:
         return None, None, None, None
     K, x = ctx.saved_tensors
-    db, _ = _gram_solve(K, dx, ctx.damping, ctx.rtol)
+    db, *_ = _gram_solve(K, dx, ctx.damping, ctx.rtol)
     dK = -(db @ x.mT)
     dK = (dK + dK.mT) / 2 - ctx.damping * torch.diag_embed((db * x).sum(-1))
     return dK, db, None, None
@@ -181,8 +184,8 @@ def _(info, in_dims, K, b, damping, rtol):
         t = t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
         return t.flatten(0, 1)
 
-    x, rank = _gram_solve(fold(K, in_dims[0]), fold(b, in_dims[1]), damping, rtol)
-    return (x.unflatten(0, (info.batch_size, -1)), rank.unflatten(0, (info.batch_size, -1))), (0, 0)
+    results = _gram_solve(fold(K, in_dims[0]), fold(b, in_dims[1]), damping, rtol)
+    return tuple(t.unflatten(0, (info.batch_size, -1)) for t in results), (0, 0, 0)
 
 
 for _op in (_gram, _subtract, _project_out):
@@ -304,7 +307,7 @@ def gram_solve(K: Tensor, b: Tensor, *, damping: float = 0.0, rtol: float | None
     n, batch = K.shape[-1], K.shape[:-2]
     columns = b[..., None] if vector else b
     count = batch.numel()
-    x, _ = _gram_solve(K.reshape(count, n, n), columns.reshape(count, n, columns.shape[-1]), float(damping), rtol)
+    x, *_ = _gram_solve(K.reshape(count, n, n), columns.reshape(count, n, columns.shape[-1]), float(damping), rtol)
     return x.reshape(b.shape)
 
 

@@ -2,89 +2,134 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .readings import Questions, length
+
 if TYPE_CHECKING:
     from .routes import Route
 
 
+class Weights(NamedTuple):
+    """Of weights w of the samples: the largest |w_j|, their sum, Σ_j |w_j| ‖g_j‖, wᵀ K w and ⟨w, b⟩."""
+
+    top: float
+    total: float
+    scale: float
+    length: float
+    product: float
+
+
+def weigh(w: Tensor, Kw: Tensor, rows: Tensor, b: Tensor) -> Tensor:
+    """`Weights` of w [l, m, n] as [l, 5, m], for K w [l, m, n], ‖g_j‖ as rows [l, n] and b [l, n]."""
+    size = w.abs()
+    products = [torch.bmm(size, rows[..., None]), torch.bmm(w, b[..., None])]
+    scale, product = (p[..., 0] for p in products)
+    return torch.stack([size.amax(-1), size.sum(-1), scale, (Kw * w).sum(-1), product], 1)
+
+
+def weights_of(w: Tensor, K: Tensor) -> Tensor:
+    """`Weights` of w [n] alone [5], with b = 0."""
+    rows = K.diagonal().clamp_min(0).sqrt()
+    return weigh(w[None, None], (w @ K)[None, None], rows[None], torch.zeros_like(rows)[None]).flatten()
+
+
+class Measured(NamedTuple):
+    numbers: Tensor
+    value: Callable[[list[float]], float] = sum
+
+
 class Outcome(NamedTuple):
-    """What adding Gᵀ w to u did, measured: ‖Gᵀ w‖², ⟨u, Gᵀ w⟩ and the growth of ‖u‖²; None where not known."""
+    """What adding Gᵀ w to u did, measured: ‖Gᵀ w‖², ⟨u, Gᵀ w⟩ and the growth of ‖u‖²; None where not known.
 
-    length: float | None = None
-    product: float | None = None
-    growth: float | None = None
+    Each as numbers on the device and what to make of them on the host.
+    """
+
+    length: Measured | None = None
+    product: Measured | None = None
+    growth: Measured | None = None
 
 
-def check(
-    method: Route,
-    found: Outcome,
-    w: Tensor,
-    K: Tensor,
-    v: Tensor,
+class Checks(Questions):
+    """Self-checks of one projection, made together at its end. `worst`: the largest discrepancy, by parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.worst: dict[str, float] = defaultdict(float)
+
+    def check(
+        self,
+        method: Route,
+        found: Outcome,
+        weights: Weights,
+        u2: float,
+        name: str = "",
+        blame: Callable[[], str] = str,
+    ) -> None:
+        """The self-check of adding Gᵀ w: K and v come from the rules, the correction from plain autograd."""
+        half, dtype = method.half, method.dtype
+        for place, measured in enumerate(found):
+            if measured is None:
+                continue
+
+            def answer(values: list[float], place: int = place, measured: Measured = measured) -> None:
+                error = judge(place, measured.value(values), weights, u2, half, dtype, blame)
+                self.worst[name] = max(self.worst[name], error)
+
+            self.ask(measured.numbers, answer)
+
+    def check_watched(self, method: Route, name: str, K: Tensor, grad: Tensor | None, total: Tensor) -> None:
+        """Σ_j g_j of one parameter from plain autograd against its K; `total`: Σ_j ‖g_j‖ over all parameters."""
+        half, dtype = method.half, method.dtype
+        weights = weights_of(torch.ones_like(K[0]), K)
+        found = torch.zeros_like(total) if grad is None else length(grad).square()
+
+        def answer(values: list[float]) -> None:
+            *some, square, total = values
+            floor = 100 * torch.finfo(dtype).eps * total
+            error = judge(0, square, Weights(*some), 0.0, half, dtype, lambda: f", in {name}", floor)
+            self.worst[""] = max(self.worst[""], error)
+
+        self.ask(torch.cat([weights, torch.stack([found, total])]), answer)
+
+
+def judge(
+    place: int,
+    value: float,
+    weights: Weights,
     u2: float,
-    where: str | None = None,
+    half: bool,
+    dtype: torch.dtype,
+    blame: Callable[[], str],
     floor: float = 0.0,
 ) -> float:
-    """The self-check: K and v come from the rules, the correction from plain autograd.
+    """The relative error of what was found, by its place in `Outcome`.
 
     A tensor whose gradient is the rounding of much larger terms is noise on both sides: `floor` is the length of that.
 
     Raises:
-        ArithmeticError: they disagree.
+        ArithmeticError: rules and autograd disagree.
     """
-    tolerance = 5e-2 if method.half else 1e-3 if method.dtype != torch.float64 else 1e-9
-    scale = max(float(w.abs() @ K.diagonal().clamp_min(0).sqrt()), floor)
-    length, product = float(w @ K @ w), float(w @ v)
-    predicted = Outcome(length, product, length + 2 * product)
-    sizes = Outcome(scale**2, scale * u2**0.5, (scale + u2**0.5) ** 2)
-    lost = float(w.abs().sum()) * 1e3 * torch.finfo(method.dtype).tiny  # near the smallest numbers digits are missing
-    worst = 0.0
-    for value, expected, size in zip(found, predicted, sizes, strict=True):
-        if value is None:
-            continue
-        error = abs(value - expected)
-        worst = max(worst, error / size if size else 0.0)
-        if not error <= tolerance * abs(expected) + 0.1 * tolerance * size + (floor if where else 0.0) ** 2 + lost**2:
-            raise ArithmeticError(
-                f"per-sample gradients and plain autograd disagree ({value:.6e} against {expected:.6e})"
-                f"{method.blame(w) if where is None else where}. Please report the model"
-            )
-    return worst
+    tolerance = 5e-2 if half else 1e-3 if dtype != torch.float64 else 1e-9
+    scale = max(weights.scale, floor)
+    expected = (weights.length, weights.product, weights.length + 2 * weights.product)[place]
+    size = (scale**2, scale * u2**0.5, (scale + u2**0.5) ** 2)[place]
+    lost = weights.total * 1e3 * torch.finfo(dtype).tiny  # near the smallest numbers digits are missing
+    error = abs(value - expected)
+    if not error <= tolerance * abs(expected) + 0.1 * tolerance * size + floor**2 + lost**2:
+        raise ArithmeticError(
+            f"per-sample gradients and plain autograd disagree ({value:.6e} against {expected:.6e})"
+            f"{blame()}. Please report the model"
+        )
+    return error / size if size else 0.0
 
 
-def check_watched(method: Route, name: str, K: Tensor | float, grad: Tensor | None, lengths: float) -> float:
-    """`lengths`: Σ_j ‖g_j‖ over all parameters."""
-    if not name:
-        return 0.0
-    n, floor = method.n, 100 * torch.finfo(method.dtype).eps * lengths
-    K = K if isinstance(K, Tensor) else torch.zeros(n, n, dtype=torch.float64)
-    outcome = Outcome(length=0.0 if grad is None else squared(grad))
-    ones = torch.ones(n, dtype=torch.float64, device=K.device)
-    return check(method, outcome, ones, K, torch.zeros_like(ones), 0.0, f", in {name}", floor)
-
-
-def check_finite(K: Tensor, v: Tensor, u2: float) -> None:
-    if not torch.isfinite(torch.tensor(u2)):
-        raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
+def check_finite(K: Tensor, v: Tensor) -> None:
     if not (K.isfinite().all() and v.isfinite().all()):
         bad = (~K.diagonal().isfinite()).nonzero().flatten().tolist()
         raise FloatingPointError(f"NaN or Inf in the gradients of samples {bad[:8]}; nothing was changed")
-
-
-def squared(t: Tensor) -> float:
-    """‖t‖² in float64."""
-    norm = float(torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)))
-    if not 1e-15 < norm < 1e15:  # squares may have left the range of float32
-        norm = float(torch.linalg.vector_norm(t, dtype=torch.float64))
-    return norm**2
-
-
-def inner(a: Tensor, b: Tensor) -> float:
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    a, b = a.flatten().to(dtype), b.flatten().to(dtype)
-    product = float(torch.dot(a, b))
-    return product if 1e-30 < abs(product) < 1e30 else float(torch.dot(a.double(), b.double()))

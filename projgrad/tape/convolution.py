@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cost import CHUNK_BYTES, Route
+from ..cost import Route, chunk_bytes
 from ..layer import _linear_gram
 from .rules import Rule, gram, working
-
-WINDOW_BYTES = 2 * CHUNK_BYTES  # windows are kernel-size times the input: made for a few channels at a time
 
 
 class Convolution(Rule):
@@ -40,7 +38,7 @@ class Convolution(Rule):
         dilation: Sequence[int],
         groups: int,
     ) -> None:
-        self.n, self.large, self.small, self.groups = len(large), large, small, groups
+        self.n, self.large, self.small, self.groups, self.device = len(large), large, small, groups, large.device
         self.kernel, self.stride, self.dilation = tuple(kernel), tuple(stride), tuple(dilation)
         self.padding = [side for pair in reversed(padding) for side in pair]  # as F.pad wants it
         self.channels = large.shape[2] // groups
@@ -69,9 +67,9 @@ class Convolution(Rule):
         return small.movedim(1, 3).reshape(self.n, small.shape[2], small.shape[3], -1)
 
     def _spans(self, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
-        """Groups and channels that are treated at once: as many as have windows of `WINDOW_BYTES`."""
+        """Groups and channels that are treated at once: as many as have windows of two chunks."""
         one = self.n * math.prod(self.kernel) * self.small[0, :, 0].numel() * dtype.itemsize
-        step = max(1, WINDOW_BYTES // max(1, one))
+        step = max(1, 2 * chunk_bytes(self.device.type) // max(1, one))
         if self.groups == 1:
             for start in range(0, self.channels, step):
                 yield slice(0, 1), slice(start, min(start + step, self.channels))
@@ -127,12 +125,14 @@ class Convolution(Rule):
         windows = self.n * count * taps * positions * self.dtype.itemsize
         flops = self.n * (2 * positions + self.n + 1) * math.prod(self.shape)
         made = self.n * self.shape[0] // self.groups * count * taps * self.dtype.itemsize
-        made = made if self.groups > 1 else min(made, CHUNK_BYTES)
+        made = made if self.groups > 1 else min(made, chunk_bytes(self.device.type))
         return Route("chunks", self.shape[0], count * taps, flops, windows + made)
 
     def combine_(self, out: Tensor, c: Tensor, wide: bool = False) -> None:
         if wide:
             return super().combine_(out, c, wide)
+        if self.device.type == "cuda":  # cuDNN would multiply in TF32 unless told otherwise, and add atomically
+            return self._combine_windows_(out, c)
         dims = len(self.kernel)
         large, small = self.large.flatten(0, 1), self.small.flatten(0, 1)
         weights = c.to(small.dtype).repeat_interleave(self.small.shape[1])
@@ -163,6 +163,13 @@ class Convolution(Rule):
             [False, True, False],
         )[1]
         out.add_(grad)
+
+    def _combine_windows_(self, out: Tensor, c: Tensor) -> None:
+        for groups, channels in self._spans(self.dtype):
+            p = self._small(groups, self.dtype) * c.to(self.dtype).view(-1, 1, 1, 1)
+            g = torch.einsum("nhrl,nhcl->hrc", p, self._windows(groups, channels, self.dtype))
+            target = self._part(out, groups, channels)
+            target.add_(g.reshape(target.shape))
 
     def moments_(self, first: Tensor, second: Tensor) -> None:
         for groups, channels, g in self._blocks(False):

@@ -75,15 +75,15 @@ class Allocated(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
-        self.live: dict[int, list[int]] = {}  # address -> [bytes, tensors that use it]
+        self.live: dict[int, list[int]] = {}  # storage -> [bytes, tensors that use it]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        before = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for t in tree_leaves(out):
             if not isinstance(t, Tensor):
                 continue
-            address = t.untyped_storage().data_ptr()
+            address = t.untyped_storage()._cdata
             if address in self.live:
                 self.live[address][1] += 1
             elif address not in before and address:

@@ -82,9 +82,9 @@ class Outer(NamedTuple):
     p: Tensor
     q: Tensor
 
-    def squared(self) -> float:
-        """‖Σ_r p_r q_rᵀ‖²."""
-        return float(((self.p @ self.p.mT) * (self.q @ self.q.mT)).sum(dtype=torch.float64))
+    def squared(self) -> Tensor:
+        """‖Σ_r p_r q_rᵀ‖² in float64, ()."""
+        return ((self.p @ self.p.mT) * (self.q @ self.q.mT)).sum(dtype=torch.float64)
 
     def dot(self, rule: Product, wide: bool) -> Tensor:
         """⟨g_j, Σ_r p_r q_rᵀ⟩ [n, 1]: far fewer operations than with the product itself where positions are few."""

@@ -84,10 +84,11 @@ def owners(before: Tensor, after: Sequence[Tensor], weights: list[Tensor], toler
 def gather(owner: Tensor, n: int) -> Layout:
     """The layout in which row r belongs to sample owner[r]."""
     order = owner.argsort(stable=True)
-    order = order[(owner < 0).sum() :]
-    counts = torch.bincount(owner[order], minlength=n)
-    starts = counts.cumsum(0) - counts
-    rows = owner.new_full((n, int(counts.max()) if n else 0), -1)
+    counts = torch.zeros(n + 1, dtype=torch.int64, device=owner.device)  # of nobody's rows, and of every sample's
+    counts.index_add_(0, owner + 1, torch.ones_like(owner))
+    nobody, longest = torch.stack([counts[0], counts[1:].max()]).tolist()
+    order, starts = order[nobody:], counts[1:].cumsum(0) - counts[1:]
+    rows = owner.new_full((n, longest), -1)
     place = torch.arange(len(order), device=owner.device) - starts[owner[order]]
     rows[owner[order], place] = order
     return Layout(rows=rows)

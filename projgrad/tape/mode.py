@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,13 +79,18 @@ class Interception(TorchFunctionMode):
     def __torch_function__(self, func, _, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name == "__get__" and self.tape.source(args[0]) is None:  # x.shape, x.dtype: most of the calls
+            out = func(*args)
+            if isinstance(out, Tensor) and self._constant(args[0]):
+                self._remember(out)
+            return out
         if is_in_place(name) and args and isinstance(args[0], Tensor):
             return self._in_place(func, name, args, kwargs)
         return self._handle(func, name, args, kwargs)
 
     def _in_place(self, func, name: str, args: tuple, kwargs: dict):
         """What is changed in place by the samples depends on them from then on."""
-        target, others = args[0], list(_tensors(args[1:], kwargs))
+        target, others = args[0], _tensors(args[1:], kwargs)
         alone = all(self.tape.source(t) is not None or self._constant(t) for t in others)
         source, constant = self.tape.source(target), self._constant(target)
         out = self._handle(func, name, args, kwargs)
@@ -97,7 +102,7 @@ class Interception(TorchFunctionMode):
 
     def _handle(self, func, name: str, args: tuple, kwargs: dict):
         tape = self.tape
-        tensors = list(_tensors(args, kwargs))
+        tensors = _tensors(args, kwargs)
         if func in BACKWARD:  # what checkpointing runs again in there is to be seen
             with self:
                 return _opened(func)(*args, **kwargs)
@@ -173,6 +178,7 @@ def _index_select(input: Tensor, dim: int, index: Tensor) -> tuple[Tensor, int, 
     return input, dim, index
 
 
+@functools.cache
 def is_in_place(name: str) -> bool:
     """Whether a torch function of this name changes its first argument."""
     if name.startswith("__"):
@@ -205,12 +211,14 @@ def _index(func, weight: Tensor, ids: Tensor, *, tape: Tape) -> Tensor:
     return lookup(call, func(weight, ids), ids, weight)
 
 
-def _tensors(args: tuple, kwargs: dict) -> Iterator[Tensor]:
-    for a in (*args, *kwargs.values()):
+def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
+    found = []
+    for a in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(a, Tensor):
-            yield a
+            found.append(a)
         elif isinstance(a, (tuple, list)):
-            yield from _tensors(tuple(a), {})
+            found += _tensors(tuple(a), {})
+    return found
 
 
 @functools.cache

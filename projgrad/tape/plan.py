@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -65,8 +66,13 @@ def _direct(tape: Tape, name: str, sources: list[Source]) -> bool:
         return True
     if any(s.window is None for s in parts.values()):
         return False
-    index = torch.arange(tape.parameters[name].numel())
-    touched = torch.cat([index.as_strided(*s.window).flatten() for s in parts.values()])
+    return _disjoint(tape.parameters[name].numel(), tuple(s.window for s in parts.values()))
+
+
+@functools.lru_cache(4096)
+def _disjoint(numel: int, windows: tuple) -> bool:
+    index = torch.arange(numel)
+    touched = torch.cat([index.as_strided(*window).flatten() for window in windows])
     return len(touched.unique()) == len(touched)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..ops.flat import _gram_solve
-from .check import check, check_finite, check_watched, squared
+from .check import Checks, Weights, check_finite
 from .jobs import Kept
+from .readings import lengths, read
 from .routes import KeptGradients, OneTensor, Route, TwoPasses, next_watched
 from .rules import Rule
 from .sites import Source
+from .solve import Solver, Steps, System
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -58,8 +60,6 @@ def project_(
         raise ValueError(f"scope must be 'global' or 'per_tensor'; got {scope!r}")
     if damping < 0 or (rtol is not None and rtol < 0):
         raise ValueError(f"damping and rtol must not be negative; got damping={damping}, rtol={rtol}")
-    tape.structure(losses)
-    keep = keep or losses.dtype.itemsize == 2  # weights of 16 bits are too coarse for a second pass
     for name, p in tape.parameters.items():
         if p.grad is None:
             continue
@@ -67,108 +67,129 @@ def project_(
             raise ValueError(f"the gradient of {name} is sparse: build the layer with sparse=False")
         if not p.grad.is_contiguous():
             p.grad = p.grad.contiguous()
-    lengths = {name: squared(p.grad) for name, p in tape.parameters.items() if p.grad is not None}
-    # Factors of p.grad are used only where nothing else has contributed to it.
-    tape.outer = {
-        name: outer
-        for name, outer in tape.outer.items()
-        if abs(outer.squared() - lengths.get(name, 0.0)) <= 1e-4 * lengths.get(name, 0.0)
-    }
+    squares = _ask_squares(tape)
+    tape.structure(losses)
+    tape.questions.settle()  # if the structure was known already
+    keep = keep or losses.dtype.itemsize == 2  # weights of 16 bits are too coarse for a second pass
     n = len(losses)
     add = torch.zeros(n, dtype=torch.float64, device=losses.device) if add is None else add.double()
-    with torch.no_grad():
+    checks, solver = Checks(), Solver(damping, add)
+    with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
         try:
             if keep or scope == "per_tensor":
                 tape._verified(losses)
             if scope == "per_tensor":
-                return _per_tensor(tape, losses, damping, rtol, add, lengths)
-            method = (KeptGradients if keep else TwoPasses)(tape, losses)
-            method.known = sum(lengths.values())
-            return _solve(method, n, damping, rtol, add)
+                return _per_tensor(tape, losses, solver, rtol, squares, checks)
+            method = KeptGradients(tape, losses, checks) if keep else TwoPasses(tape, losses)
+            method.known = sum(squares.values())
+            solver.start("", _steps(method, n, solver, rtol, checks))
+            solver.finish()
+            checks.settle()
+            done = solver.done[""]
+            done.discrepancy = checks.worst[""]
+            return done
         except BaseException:
             for p in tape.parameters.values():
                 p.grad = None  # half-made: nothing that an optimizer should see
             raise
 
 
-def _solve(method: Route, n: int, damping: float, rtol: float | None, add: Tensor) -> Projection:
+def _ask_squares(tape: Tape) -> dict[str, float]:
+    """‖p.grad‖² by name, once the questions are settled. Factors of p.grad are kept only if nothing else is in it."""
+    grads = {name: p.grad for name, p in tape.parameters.items() if p.grad is not None}
+    squares: dict[str, float] = {}
+    if grads:
+        tape.questions.ask(
+            lengths(list(grads.values())),
+            lambda found: squares.update((name, size**2) for name, size in zip(grads, found, strict=True)),
+        )
+
+    def compare(found: list[float]) -> None:
+        for name, square in zip(list(tape.outer), found, strict=True):
+            if not abs(square - squares.get(name, 0.0)) <= 1e-4 * squares.get(name, 0.0):
+                del tape.outer[name]
+
+    if tape.outer:
+        tape.questions.ask(torch.stack([outer.squared() for outer in tape.outer.values()]), compare)
+    return squares
+
+
+def _steps(method: Route, n: int, solver: Solver, rtol: float | None, checks: Checks, name: str = "") -> Steps:
     """Project p.grad once; again as long as that leaves more than rounding; then add Gᵀ add."""
+    add, plain = solver.add, not solver.damping and rtol is None
     wide, _ = reference.first_pass(n, method.dtype, rtol)
     u2 = method.squares()
-    K, v = _without_underflow(*method.products(wide), method.dtype)
-    check_finite(K, v, u2)
+    if not math.isfinite(u2):
+        raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
 
-    def solved(b: Tensor) -> tuple[Tensor, int]:
+    def system(b: Tensor) -> System:
         cut = reference.default_rtol(n, torch.float64 if wide else torch.float32) if rtol is None else rtol
-        c, rank = _gram_solve(K[None], reference.in_range(K, b[:, None])[None], damping, cut)
-        return c[0, :, 0], int(rank)
+        return System(K, b, cut)
 
-    def left(b: Tensor, after: float) -> float:
-        """Largest cosine to a row of what has products b with the rows and length `after`."""
-        norm = max(after, noise) or 1.0
-        cosine = b.abs() / lengths.where(lengths > 0, 1) / norm
-        return float(cosine.max()) if n else 0.0
+    def length_left() -> float:
+        """‖u - Gᵀ x‖ as the products have it."""
+        return max(0.0, u2 + 2 * at.minus.product + at.minus.length) ** 0.5
 
-    lengths = K.diagonal().clamp_min(0).sqrt()
-    c, rank = solved(v)
-    plain = not damping and rtol is None
+    K, v = _without_underflow(*method.products(wide), method.dtype)
+    at = yield system(v)
+    if not at.finite:
+        check_finite(K, v)
     eps = torch.finfo(method.dtype).eps / 2
     limit = RESIDUAL if method.dtype != torch.float64 else 64 * torch.finfo(torch.float64).eps
-    noise = 16 * n * eps * (u2**0.5 + float((c.abs() * lengths).sum()))  # a result this short has no direction
-    after = float((u2 - 2 * c @ v + c @ K @ c).clamp_min(0)) ** 0.5
-    if plain and not wide and rank < int((lengths > 0).sum()) and left(v - K @ c, after) > limit:
+    noise = 16 * n * eps * (u2**0.5 + at.minus.scale)  # a result this short has no direction
+    after = length_left()
+    if plain and not wide and at.rank < at.used and at.left / (max(after, noise) or 1.0) > limit:
         wide = True  # rows that look dependent in float32 and are not
         K, v = _without_underflow(*method.products(True), method.dtype)
-        c, rank = solved(v)
-        after = float((u2 - 2 * c @ v + c @ K @ c).clamp_min(0)) ** 0.5
+        at = yield system(v)
+        after = length_left()
     coarse = torch.finfo(method.stored).eps / 2  # what p.grad is rounded to
-    rounding = coarse * (u2**0.5 + float((c * lengths).norm())) / (max(after, noise) or 1.0)
-    residual = left(v - K @ c, after) + rounding
-    if damping or rtol is not None:
-        residual = left(v - K @ c, after)
-    discrepancy = method.discrepancy
+    rounding = coarse * (u2**0.5 + at.spread) if plain else 0.0
+    residual = (at.left + rounding) / (max(after, noise) or 1.0)
 
-    def apply(w: Tensor, b: Tensor, wide: bool = False) -> None:
-        nonlocal discrepancy
-        if bool((w == 0).all()):
-            return
-        found = method.apply(w, wide)
-        discrepancy = max(discrepancy, check(method, found, w, K, b, u2))
+    def apply(w: Tensor, weights: Weights, wide: bool = False) -> None:
+        if weights.top != 0:
+            found = method.apply(w, weights.top, wide)
+            checks.check(method, found, weights, u2, name, method.blame(w))
 
     def nothing_left() -> Projection:
         method.erase()
-        apply(add, torch.zeros_like(v))
-        return _projection(rank, u2, 0.0, 0.0, refinements, discrepancy)
+        apply(add, at.added._replace(product=0.0))
+        return _projection(rank, u2, 0.0, 0.0, refinements)
 
-    refinements, before = 0, float("inf")
+    rank, refinements, before = at.rank, 0, float("inf")
     if plain and rank >= method.numel():  # nothing is orthogonal to that many
         return nothing_left()
     if not plain or method.half or residual <= limit or not u2:
-        apply(add - c, v)
-        return _projection(rank, u2, after, residual, 0, discrepancy)
-    apply(-c, v)
+        apply(add - at.x, at.both)
+        return _projection(rank, u2, after, residual, 0)
+    apply(-at.x, at.minus)
     while True:
         r = method.dot(wide)
-        after = method.squares() ** 0.5
-        residual = left(r, after)
+        rows = K.diagonal().clamp_min(0).sqrt()
+        cosine = (r.abs() / rows.where(rows > 0, 1)).max()
+        *sizes, left, product = read(method.sizes(), cosine, add @ r)
+        method.known = sum(size**2 for size in sizes)
+        after = method.known**0.5
+        residual = left / (max(after, noise) or 1.0)
         # Whatever is this small beside p.grad has no direction left; more passes only shuffle rounding.
         if residual <= limit / 2 or residual > before / 2 or refinements == 4:
             break
         if not wide:
             wide, (K, r) = True, _without_underflow(*method.products(True), method.dtype)
-        c, again = solved(r)
-        rank, before = max(rank, again), residual
+        at = yield system(r)
+        rank, before = max(rank, at.rank), residual
         if rank >= method.numel():
             return nothing_left()
-        apply(-c, r, wide)
+        apply(-at.x, at.minus, wide)
         refinements += 1
-    apply(add, r)
-    return _projection(rank, u2, after, residual, refinements, discrepancy)
+    apply(add, at.added._replace(product=product))
+    return _projection(rank, u2, after, residual, refinements)
 
 
-def _projection(rank, u2, after, residual, refinements, discrepancy) -> Projection:
+def _projection(rank: int, u2: float, after: float, residual: float, refinements: int) -> Projection:
     preserved = after / u2**0.5 if u2 else 1.0
-    return Projection(rank, preserved, residual, refinements, discrepancy, (u2, after**2))
+    return Projection(rank, preserved, residual, refinements, 0.0, (u2, after**2))
 
 
 def _without_underflow(K: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -178,31 +199,33 @@ def _without_underflow(K: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 
 def _per_tensor(
-    tape: Tape, losses: Tensor, damping: float, rtol: float | None, add: Tensor, lengths: dict[str, float]
+    tape: Tape, losses: Tensor, solver: Solver, rtol: float | None, squares: dict[str, float], checks: Checks
 ) -> Projection:
     """Every tensor as soon as its last use has come by, in the one backward pass."""
-    n, tensors = len(losses), {}
-    watch = next_watched(tape, losses)
-    watched: list[OneTensor] = []
-    squares: list[Tensor] = []  # ‖g_j‖² of every tensor
+    n, watch = len(losses), next_watched(tape, losses)
+    watched: list[tuple[OneTensor, Tensor]] = []
+    rows = torch.zeros(n, dtype=torch.float64, device=losses.device)  # ‖g_j‖² over all tensors
 
     def finished(name: str, pieces: list[tuple[Source, Rule]]) -> None:
         method = OneTensor(tape, name, pieces, n)
-        method.known = lengths.get(name, 0.0)
-        tensors[name] = _solve(method, n, damping, rtol, add)
-        squares.append(method.K.diagonal())
+        method.known = squares.get(name, 0.0)
+        solver.start(name, _steps(method, n, solver, rtol, checks, name))
+        rows.add_(method.K.diagonal())
         if name == watch:
-            method.pieces = []
-            watched.append(method)
+            watched.append((method, method.K))
 
     job = Kept(tape, finished)
-    for grad in tape._run(losses, job, retain_graph=False, watch=[tape.parameters[watch]] if watch else []):
-        for method in watched:
-            check_watched(method, watch, method.K, grad, float(sum(squares).clamp_min(0).sqrt().sum()))
+    grads = tape._run(losses, job, retain_graph=False, watch=[tape.parameters[watch]] if watch else [])
+    solver.finish()
+    for method, K in watched:
+        checks.check_watched(method, watch, K, grads[0], rows.clamp_min(0).sqrt().sum())
+    checks.settle()
+    tensors = solver.done
+    for name, done in tensors.items():
+        done.discrepancy = checks.worst[name]
     for name, p in tape.parameters.items():
         if name not in tensors and p.grad is not None:  # the losses do not use it
-            u2 = squared(p.grad)
-            tensors[name] = _projection(0, u2, u2**0.5, 0.0, 0, 0.0)
+            tensors[name] = _projection(0, squares[name], squares[name] ** 0.5, 0.0, 0)
     before, after = (sum(t.squares[k] for t in tensors.values()) for k in (0, 1))
     return Projection(
         rank=sum(t.rank for t in tensors.values()),

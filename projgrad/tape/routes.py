@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .check import Outcome, check, check_finite, check_watched, inner, squared
+from .check import Checks, Measured, Outcome, Weights, check_finite, judge, weights_of
 from .jobs import Kept, PerParameter, Products, combine_, few_positions, part, products
+from .readings import Questions, inner, length, lengths, read
 from .rules import Rule
 from .sites import Source
 
@@ -23,7 +24,6 @@ class Route:
 
     dtype: torch.dtype
     stored: torch.dtype  # of p.grad
-    discrepancy = 0.0  # found so far
     known: float | None = None  # ‖p.grad‖², until it changes
     half = False  # whether 16-bit numbers limit what autograd and the rules can agree on
 
@@ -38,8 +38,16 @@ class Route:
     def squares(self) -> float:
         """‖p.grad‖² as it is now."""
         if self.known is None:
-            self.known = sum(squared(g) for g in self.grads().values())
+            self.known = _squared(read(self.sizes()))
         return self.known
+
+    def sizes(self) -> Tensor:
+        """Lengths of all p.grad as they are now, on the device."""
+        grads = list(self.grads().values())
+        return lengths(grads) if grads else torch.zeros(0, dtype=torch.float64)
+
+    def growth(self, before: float) -> Measured:
+        return Measured(self.sizes(), lambda sizes: _squared(sizes) - before)
 
     def erase(self) -> None:
         self.known = 0.0
@@ -53,12 +61,13 @@ class Route:
         """G u for u = p.grad as it is now."""
         raise NotImplementedError
 
-    def apply(self, w: Tensor, wide: bool = False) -> Outcome:
-        """p.grad += Gᵀ w, multiplied in float64 if `wide` and possible."""
+    def apply(self, w: Tensor, top: float, wide: bool = False) -> Outcome:
+        """p.grad += Gᵀ w, multiplied in float64 if `wide` and possible; top = max_j |w_j|."""
         raise NotImplementedError
 
-    def blame(self, w: Tensor) -> str:
-        return ""
+    def blame(self, w: Tensor) -> Callable[[], str]:
+        """What to say where `apply(w)` came out wrong; holds nothing of this object that is large."""
+        return str
 
 
 class TwoPasses(Route):
@@ -87,14 +96,14 @@ class TwoPasses(Route):
         self.tape._run(self.losses, job)
         return job.v
 
-    def apply(self, w: Tensor, wide: bool = False, discard: bool = False) -> Outcome:
+    def apply(self, w: Tensor, top: float, wide: bool = False, discard: bool = False) -> Outcome:
         if not discard:  # p.grad is about to change
             self.tape.outer, self.known = {}, None
-        self.found: dict[str, tuple[float, float]] = {}
+        self.found: dict[str, tuple[Tensor, Tensor]] = {}
         parameters = self.tape.parameters.items()
         missing = [p for _, p in parameters if p.grad is None] if discard else []
         # A gradient of 1e-38 may have a weight beyond float32: then all weights are scaled, by a power of two.
-        top = float(w.abs().max()) / (torch.finfo(self.losses.dtype).max / 16)
+        top /= torch.finfo(self.losses.dtype).max / 16
         scale = 2.0 ** math.ceil(math.log2(top)) if top > 1 else 1.0
         hooks = [p.register_hook(self._noting(name, p, discard, scale)) for name, p in parameters]
         hooks += [p.register_post_accumulate_grad_hook(_forget) for p in missing]
@@ -109,29 +118,42 @@ class TwoPasses(Route):
         finally:
             for hook in hooks:
                 hook.remove()
-        return Outcome(*(sum(pair[k] for pair in self.found.values()) for k in (0, 1)))
+        found = list(self.found.values())
+        return Outcome(*(Measured(_collected([pair[k] for pair in found], w)) for k in (0, 1)))
 
     def _noting(self, name: str, p: Tensor, discard: bool, scale: float) -> Callable[[Tensor], Tensor | None]:
         def note(g: Tensor) -> Tensor | None:
             if scale != 1.0:
                 g = g * scale
-            ug = 0.0 if p.grad is None else inner(p.grad, g)
-            self.found[name] = squared(g), ug
+            gg = length(g).square()
+            self.found[name] = gg, gg.new_zeros(()) if p.grad is None or discard else inner(p.grad, g)
             return g.new_zeros(()).expand_as(g) if discard and p.grad is not None else g
 
         return note
 
-    def blame(self, w: Tensor) -> str:
+    def blame(self, w: Tensor) -> Callable[[], str]:
         """The parameter whose share differs most."""
-        job = Kept(self.tape)
-        self.tape._run(self.losses, job)
-        errors = {}
-        for name, pieces in job.pieces.items():
-            K = sum(rule.gram(None)[0] for _, rule in pieces)
-            errors[name] = abs(float(w @ K @ w) - self.found.get(name, (0.0, 0.0))[0])
-        missing = {name: gg for name, (gg, _) in self.found.items() if name not in errors}
-        errors |= missing
-        return f", most of all in {max(errors, key=errors.__getitem__)}" if errors else ""
+        found = self.found
+
+        def worst() -> str:
+            job = Kept(self.tape)
+            self.tape._run(self.losses, job)
+            errors = {}
+            for name, pieces in job.pieces.items():
+                K = sum(rule.gram(None)[0] for _, rule in pieces)
+                errors[name] = abs(float(w @ K @ w - (found[name][0] if name in found else 0.0)))
+            errors |= {name: float(gg) for name, (gg, _) in found.items() if name not in errors}
+            return f", most of all in {max(errors, key=errors.__getitem__)}" if errors else ""
+
+        return worst
+
+
+def _collected(numbers: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack([t.to(like.device) for t in numbers]) if numbers else like.new_zeros(0)
+
+
+def _squared(sizes: list[float]) -> float:
+    return sum(size**2 for size in sizes)
 
 
 def next_watched(tape: Tape, losses: Tensor) -> str:
@@ -145,8 +167,9 @@ def next_watched(tape: Tape, losses: Tensor) -> str:
 class KeptGradients(TwoPasses):
     """Everything from the rules of one backward pass; plain autograd checks all of it once, then a tensor a step."""
 
-    def __init__(self, tape: Tape, losses: Tensor) -> None:
+    def __init__(self, tape: Tape, losses: Tensor, checks: Checks) -> None:
         super().__init__(tape, losses)
+        self.checks = checks
         job, self.watch = Kept(tape), next_watched(tape, losses)
         watch = [tape.parameters[self.watch]] if self.watch else []
         self.grads_of_watch = tape._run(losses, job, retain_graph=False, watch=watch)
@@ -162,8 +185,8 @@ class KeptGradients(TwoPasses):
             job.piece(name, source, rule)
         job.finish(self.n)
         for grad in self.grads_of_watch:
-            lengths = float(job.K.diagonal().clamp_min(0).sqrt().sum())
-            self.discrepancy = check_watched(self, self.watch, job.watched, grad, lengths)
+            K = job.watched if isinstance(job.watched, Tensor) else torch.zeros_like(job.K)
+            self.checks.check_watched(self, self.watch, K, grad, job.K.diagonal().clamp_min(0).sqrt().sum())
         self.grads_of_watch = ()
         return job.K, job.v
 
@@ -174,7 +197,7 @@ class KeptGradients(TwoPasses):
         job.finish(self.n)
         return job.v
 
-    def apply(self, w: Tensor, wide: bool = False) -> Outcome:
+    def apply(self, w: Tensor, top: float, wide: bool = False) -> Outcome:
         self.tape.outer = {}
         before = self.squares()
         for name, source, rule in self.pieces:
@@ -183,10 +206,10 @@ class KeptGradients(TwoPasses):
                 p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
             combine_(source, rule, p.grad, w, wide)
         self.known = None
-        return Outcome(growth=self.squares() - before)
+        return Outcome(growth=self.growth(before))
 
-    def blame(self, w: Tensor) -> str:
-        return ""
+    def blame(self, w: Tensor) -> Callable[[], str]:
+        return str
 
 
 def _forget(p: Tensor) -> None:
@@ -223,7 +246,7 @@ class OneTensor(Route):
     def dot(self, wide: bool) -> Tensor:
         return sum(rule.dot(part(source, self.p.grad)[None], wide or rule.cheap) for source, rule in self.pieces)[:, 0]
 
-    def apply(self, w: Tensor, wide: bool = False) -> Outcome:
+    def apply(self, w: Tensor, top: float, wide: bool = False) -> Outcome:
         self.outer = None  # p.grad is about to change
         before = self.squares()
         if self.p.grad is None:
@@ -231,7 +254,7 @@ class OneTensor(Route):
         for source, rule in self.pieces:
             combine_(source, rule, self.p.grad, w, wide)
         self.known = None
-        return Outcome(growth=self.squares() - before)
+        return Outcome(growth=self.growth(before))
 
 
 def verify(tape: Tape, losses: Tensor) -> None:
@@ -246,14 +269,22 @@ def verify(tape: Tape, losses: Tensor) -> None:
     job = PerParameter(tape)
     tape._run(losses, job)
     K = sum(job.K.values(), torch.zeros(n, n, dtype=torch.float64, device=losses.device))
-    check_finite(K, K, 0.0)
+    check_finite(K, K)
     method.half = method.half or job.half
-    lengths = K.diagonal().clamp_min(0).sqrt()
+    rows = K.diagonal().clamp_min(0).sqrt()
     signs = 1 - 2 * (torch.arange(n, device=K.device) * 0x9E3779B1 >> 16 & 1)
-    w = signs * (lengths.max() / lengths.clamp_min(1e-6 * lengths.max())).nan_to_num()
-    method.apply(w, discard=True)
-    noise = 100 * torch.finfo(method.dtype).eps * float(w.abs() @ lengths)
-    zero = torch.zeros_like(lengths)
+    w = signs * (rows.max() / rows.clamp_min(1e-6 * rows.max())).nan_to_num()
+    top, scale = read(w.abs().max(), w.abs() @ rows)
+    method.apply(w, top, discard=True)
+    noise = 100 * torch.finfo(method.dtype).eps * scale
+    questions, nothing = Questions(), torch.zeros_like(K)
     for name in tape.parameters:
-        found = Outcome(length=method.found.get(name, (0.0, 0.0))[0])
-        check(method, found, w, job.K.get(name, torch.zeros_like(K)), zero, 0.0, f", in {name}", noise)
+        weights = weights_of(w, job.K.get(name, nothing))
+        found = method.found[name][0] if name in method.found else nothing[0, 0]
+
+        def answer(numbers: list[float], name: str = name) -> None:
+            *some, square = numbers
+            judge(0, square, Weights(*some), 0.0, method.half, method.dtype, lambda: f", in {name}", noise)
+
+        questions.ask(torch.cat([weights, found[None]]), answer)
+    questions.settle()

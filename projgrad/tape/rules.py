@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..cost import CHUNK_BYTES, Route, linear_route
+from ..cost import Route, chunk_bytes, linear_route
 from ..layer import _linear_combine_, _linear_dot, _linear_gram
 from ..ops.flat import _gram
 
@@ -19,13 +19,14 @@ from ..ops.flat import _gram
 class Rule:
     """Per-sample gradients g_j of one tensor of shape `shape`, for samples j = 0 ... n - 1.
 
-    A new rule sets `n`, `shape` and `dtype` and implements `chunk`. Everything else follows from it; override what the
-    factors give for less.
+    A new rule sets `n`, `shape`, `dtype` and `device` and implements `chunk`. Everything else follows from it; override
+    what the factors give for less.
     """
 
     n: int
     shape: torch.Size
     dtype: torch.dtype  # what chunks are made in; float64 while `wide`
+    device: torch.device
     half = False  # whether a factor came in 16 bits
     cheap = False  # whether multiplying in float64 costs nothing to speak of
 
@@ -86,7 +87,8 @@ class Rule:
 
     def _step(self, wide: bool) -> int:
         """Rows of the parameter in one chunk."""
-        return max(1, CHUNK_BYTES // max(1, self.n * self.cols * (8 if wide else self.dtype.itemsize)))
+        one = self.n * self.cols * (8 if wide else self.dtype.itemsize)
+        return max(1, chunk_bytes(self.device.type) // max(1, one))
 
 
 def gram(g: Tensor, u: Tensor | None, wide: bool = False) -> tuple[Tensor, Tensor]:
@@ -106,7 +108,7 @@ class Rows(Rule):
     name = "rows"
 
     def __init__(self, g: Tensor) -> None:
-        self.g = g  # [n, *shape]
+        self.g, self.device = g, g.device  # [n, *shape]
         self.n, self.shape, self.dtype = len(g), g.shape[1:], working(g.dtype, False)
         self.half, self.cheap = g.dtype.itemsize == 2, g.numel() < 1 << 18
 
@@ -123,7 +125,7 @@ class Product(Rule):
     name = "product"
 
     def __init__(self, p: Tensor, q: Tensor, left: Sequence[int], right: Sequence[int], order: Sequence[int]) -> None:
-        self.n, self.p, self.q = len(p), p, q
+        self.n, self.p, self.q, self.device = len(p), p, q, p.device
         self.left, self.right, self.order = tuple(left), tuple(right), tuple(order)
         sizes = self.left + self.right
         self.inverse = tuple(self.order.index(d) for d in range(len(order)))
@@ -161,7 +163,8 @@ class Product(Rule):
 
     def cost(self) -> Route:
         i, o = math.prod(self.right), math.prod(self.left)
-        return linear_route(self.n, self.p.shape[1], i, o, itemsize=self.dtype.itemsize)
+        itemsize = max(self.p.dtype.itemsize, self.q.dtype.itemsize)
+        return linear_route(self.n, self.p.shape[1], i, o, itemsize=itemsize, device=self.device.type)
 
     def dot(self, u: Tensor, wide: bool = False) -> Tensor:
         return _linear_dot(self.q.flatten(2), self.p.flatten(2), self.matrix(u), wide)
@@ -189,7 +192,7 @@ class Grouped(Rule):
     name = "grouped product"
 
     def __init__(self, p: Tensor, q: Tensor, groups: list[int], left: list[int], right: list[int], order: list[int]):
-        self.n, self.p, self.q, self.order = len(p), p, q, order
+        self.n, self.p, self.q, self.order, self.device = len(p), p, q, order, p.device
         self.sizes = [*groups, *left, *right]
         self.inverse = [order.index(d) for d in range(len(order))]
         self.shape = torch.Size(self.sizes[d] for d in self.inverse)
@@ -231,7 +234,7 @@ class Sum(Rule):
     name = "sum"
 
     def __init__(self, rules: Sequence[Rule]) -> None:
-        self.rules, self.n, self.shape = rules, rules[0].n, rules[0].shape
+        self.rules, self.n, self.shape, self.device = rules, rules[0].n, rules[0].shape, rules[0].device
         self.dtype = max((r.dtype for r in rules), key=lambda d: d.itemsize)
         self.half = any(r.half for r in rules)
 

@@ -204,11 +204,18 @@ def fingerprint(tape: Tape, losses: Tensor) -> int:
         if "CheckpointFunctionBackward" in node.name():
             raise ValueError(REENTRANT)
         numbers[node] = len(numbers)
-        parts.append((accumulators.get(node) or node.name(), *(str(getattr(node, a)) for a in _shaped(type(node)))))
+        parts.append(
+            (accumulators.get(node) or node.name(), *(_setting(getattr(node, a)) for a in _shaped(type(node))))
+        )
         nodes += [following for following, _ in node.next_functions]
     if not any(part[0] in tape.parameters for part in parts if isinstance(part, tuple)):
         raise ValueError("the losses do not depend on any parameter that the tape follows")
     return hash(tuple(parts))
+
+
+def _setting(value: object) -> object:
+    """What of an attribute of a node belongs to the graph: the numbers in a tensor do not."""
+    return (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else str(value)
 
 
 @functools.cache

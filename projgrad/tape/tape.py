@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from .jobs import Job, Moments, Outer, Products
 from .mode import COPIES, VIEWS, Interception, Recomputing, is_in_place
 from .plan import Plan, upright
 from .project import Projection, project_
+from .readings import Questions
 from .routes import verify
 from .rules import Rows, Rule, joined
 from .sites import Call, Site, Source
@@ -99,6 +101,7 @@ class Tape:
         self.recomputing = False
         self.outer: dict[str, Outer] = {}  # factors of p.grad, as `accumulate_` found them
         self.flat = False  # whether such factors would have been of use
+        self.questions = Questions()  # of the forward pass, answered when the structure is wanted
         self._receive: Callable | None = None
         self._known = {} if known is None else known
         self._structure: tuple[weakref.ref, Structure] | None = None
@@ -145,20 +148,22 @@ class Tape:
                 source.window = (tuple(out.shape), out.stride(), out.storage_offset() - p.storage_offset())
             elif name in COPIES and out.shape == parent.tensor.shape:
                 source.window = parent.window
-        if (
-            ids is not None
-            and ids.ndim
-            and parent.whole
-            and ids.unique().numel() == ids.numel()
-            and ids.numel()
-            and ids.min() >= 0
-        ):
-            source.rows = ids
+        if ids is not None and ids.ndim and ids.numel() and parent.whole:
+            self._ask_distinct(source, ids.to(out.device))
         site = getattr(out.grad_fn, "site", None)
         if isinstance(site, Site):
             site.derived, source.site = True, site
         self.sources[id(out)] = source
         return out
+
+    def _ask_distinct(self, source: Source, ids: Tensor) -> None:
+        """Whether a table is read once at most in every row."""
+        ordered = ids.flatten().sort().values
+
+        def answer(distinct: list[float]) -> None:
+            source.rows = ids if all(distinct) else None
+
+        self.questions.ask(torch.cat([ordered[:1] >= 0, ordered[1:] != ordered[:-1]]).all(), answer)
 
     # What users call.
 
@@ -290,9 +295,11 @@ class Tape:
         """How to read the sites; found once per forward pass, or known from an earlier one with the same sites."""
         if self._structure is not None and self._structure[0]() is losses:
             return self._structure[1]
-        check_losses(losses)
+        check_shape(losses)
+        self.questions.ask(losses, lambda values: check_finite(values) and None)
         key = (len(losses), tuple(site.key for site in self.sites), fingerprint(self, losses))
         found = self._known.get(key)
+        self.questions.settle()
         if found is None or not found.lasting:
             verified = found is not None and found.verified  # the rules; where the samples are is found anew
             found = inspect(self, losses)
@@ -383,6 +390,11 @@ class Tape:
 
 
 def check_losses(losses: Tensor) -> None:
+    check_shape(losses)
+    check_finite(losses.tolist())
+
+
+def check_shape(losses: Tensor) -> None:
     if not isinstance(losses, Tensor) or losses.ndim != 1:
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"one loss per sample is needed, shape (n,); got {got}: use reduction='none'")
@@ -390,14 +402,14 @@ def check_losses(losses: Tensor) -> None:
         raise ValueError("there are no losses: without samples there is nothing to be orthogonal to")
     if not losses.requires_grad:
         raise ValueError("the losses do not depend on any parameter that the tape follows")
-    if not losses.isfinite().all():
-        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+
+
+def check_finite(losses: list[float]) -> list[float]:
+    bad = [j for j, loss in enumerate(losses) if not math.isfinite(loss)]
+    if bad:
         raise FloatingPointError(f"NaN or Inf in the losses of samples {bad[:8]}; nothing was changed")
-
-
-def _distinct(ids: Tensor) -> bool:
-    return bool(ids.numel() and ids.min() >= 0 and ids.unique().numel() == ids.numel())
+    return losses
 
 
 def _shares(out: Tensor, p: Tensor) -> bool:
-    return out.untyped_storage().data_ptr() == p.untyped_storage().data_ptr()
+    return out.untyped_storage()._cdata == p.untyped_storage()._cdata

@@ -1,7 +1,7 @@
 """What a case of the zoo is, and the losses that most of them share."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ class Case:
     @property
     def n(self) -> int:
         return self.inputs[0].shape[self.dims[0]]
+
+    def to(self, device: str) -> "Case":
+        return replace(self, model=self.model.to(device), inputs=tuple(x.to(device) for x in self.inputs))
 
     def losses(self, model: nn.Module) -> Tensor:
         return self.loss(model, *self.inputs)
@@ -79,7 +82,7 @@ def to_ramp(y: Tensor, dim: int = 0) -> Tensor:
     """Mean squared distance of each sample's output to a fixed ramp (n,)."""
     y = y.movedim(dim, 0)
     y = y.reshape(len(y), -1)
-    return (y - torch.linspace(-1, 1, y.shape[1], dtype=y.dtype)).square().mean(1)
+    return (y - torch.linspace(-1, 1, y.shape[1], dtype=y.dtype, device=y.device)).square().mean(1)
 
 
 def regression(model: nn.Module, *x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def clip():
     text |= dict(max_position_embeddings=7, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     model = pretrained("CLIPModel", text_config=text, vision_config=TRANSFORMER, projection_dim=6)
     texts = tokens(5, 4)
-    loss = lambda m, pixels: to_ramp(m(input_ids=texts, pixel_values=pixels).logits_per_image)  # noqa: E731
+    loss = lambda m, pixels: to_ramp(m(input_ids=texts.to(pixels.device), pixel_values=pixels).logits_per_image)  # noqa: E731
     return make(model, loss, torch.randn(3, 3, 8, 8))
 
 

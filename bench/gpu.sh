@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# Build, test and measure on the NVIDIA GPU at hand, offline, with the Python and packages that are there:
+#   bench/gpu.sh [--list] [--tiny] [PART[:FILTER] ...]
+# Parts, in this order by default: build tests sanitize flat layers steps. A filter keeps the cases that contain it:
+# `flat:gram_solve`, `flat:QR`, `layers:linear_gram`, `steps:llama-n4`, `tests:test_cuda` (a pytest -k expression).
+# OUT: folder of CSV files, pictures and logs [bench/results]. LIMIT: seconds a part [530]. PYTHON [python3].
+# COMMIT: what to call a tree without .git. --tiny: tiny sizes, also without a GPU, to try the logic.
+# Each part has at most 3 files, sanitize and tests 4. Where one call goes: python3 -m bench.gpu_steps --profile CASE
+# CONTENDER, python3 -m bench.gpu_layers --profile OP SIZE DTYPE CONTENDER.
+# A part that fails does not stop the others; the exit status says whether any did.
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+PARTS=(build tests sanitize flat layers steps)
+PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-530} OUT=${OUT:-bench/results}
+tiny=()
+chosen=()
+for argument in "$@"; do
+  case $argument in
+  --list)
+    printf '%s\n' "${PARTS[@]}"
+    exit 0
+    ;;
+  --tiny) tiny=(--tiny) ;;
+  *)
+    if [[ " ${PARTS[*]} " != *" ${argument%%:*} "* ]]; then
+      echo "no part ${argument%%:*}; there are: ${PARTS[*]}" >&2
+      exit 2
+    fi
+    chosen+=("$argument")
+    ;;
+  esac
+done
+[[ ${#chosen[@]} -gt 0 ]] || chosen=("${PARTS[@]}")
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
+[[ ${#tiny[@]} -gt 0 ]] || unset TRITON_INTERPRET
+before=$((LIMIT > 120 ? LIMIT - 60 : LIMIT / 2)) # seconds after which nothing new is begun
+
+part_build() {
+  local arch
+  arch=$("$PYTHON" -m bench.gpu_check --arch) || return 1
+  [[ -z $arch ]] || export TORCH_CUDA_ARCH_LIST=$arch
+  echo "TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-}"
+  "$PYTHON" setup.py build_ext --inplace || return 1
+  "$PYTHON" -c '
+import shutil, sys, torch, projgrad._C as built
+print(built.build_info())
+lost = torch.cuda.is_available() and shutil.which("nvcc") and not built.build_info()["cuda"]
+sys.exit("nvcc is there, but the CUDA kernels were not built: see above" if lost else 0)'
+}
+
+run_tests() { # name, then arguments of pytest; status 5, no test chosen, is none
+  local name=$1 status
+  shift
+  "$PYTHON" -m pytest -p no:cacheprovider -v -ra --tb=short "${workers[@]}" "$@" >"$OUT/gpu_tests_$name.log" 2>&1
+  status=$?
+  grep -E '^(FAILED|ERROR) ' "$OUT/gpu_tests_$name.log" | cut -c1-200 | head -60
+  tail -n 1 "$OUT/gpu_tests_$name.log"
+  [[ $status -eq 5 ]] || return $status
+}
+
+part_tests() {
+  local workers=() result=0
+  export CUBLAS_WORKSPACE_CONFIG=:4096:8 OMP_NUM_THREADS=2 # the first: deterministic on every stream
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    workers=(-n "$(($(nproc) > 16 ? 8 : ($(nproc) + 1) / 2))")
+  fi
+  if [[ -n $1 ]]; then
+    run_tests some tests -k "$1"
+    return
+  fi
+  if [[ ${#tiny[@]} -gt 0 ]]; then
+    run_tests cuda tests/test_cuda.py
+    return
+  fi
+  # What only a GPU can show comes first. Ahead-of-time compilation needs no GPU: `make test` has it.
+  run_tests cuda tests -k cuda --ignore=tests/test_kernels_compile.py || result=1
+  run_tests cpu tests -k "not cuda" --ignore=tests/test_kernels_compile.py || result=1
+  return $result
+}
+
+part_sanitize() {
+  if [[ ${#tiny[@]} -gt 0 ]]; then
+    "$PYTHON" -m bench.sanitize --calls | tail -n 1 || return 1
+  fi
+  "$PYTHON" -m bench.sanitize --out "$OUT" --seconds $((LIMIT - 20))
+}
+
+benchmark() { # flat, layers or steps, and a filter
+  "$PYTHON" -m "bench.gpu_$1" --out "$OUT" --seconds "$before" "${tiny[@]}" --only "$2"
+}
+part_flat() { benchmark flat "$1"; }
+part_layers() { benchmark layers "$1"; }
+part_steps() { benchmark steps "$1"; }
+
+"$PYTHON" -m bench.gpu_check || [[ ${#tiny[@]} -gt 0 ]] || exit 2
+export -f part_build part_tests run_tests part_sanitize benchmark part_flat part_layers part_steps
+export PYTHON OUT LIMIT before
+if [[ " ${chosen[*]}" != *" build"* ]] && ! compgen -G "projgrad/_C*.so" >/dev/null; then
+  echo "the extension is not built: without the part build first, what follows runs without it"
+fi
+failed=()
+for entry in "${chosen[@]}"; do
+  part=${entry%%:*} filter=
+  [[ $entry != *:* ]] || filter=${entry#*:}
+  echo "== $entry: starts $(date '+%F %T')"
+  started=$SECONDS
+  # Arrays are not exported: --tiny is handed over as the first argument.
+  timeout -k 15 "$LIMIT" bash -c 'set -uo pipefail; tiny=($1); "part_$2" "$3"' _ "${tiny[*]}" "$part" "$filter" \
+    > >(tee "$OUT/gpu_$part.log") 2>&1
+  status=$?
+  sleep 0.3 # for the last lines of the log
+  if [[ $status -eq 124 || $status -eq 137 ]]; then
+    echo "== $entry: stopped after its limit of $LIMIT s"
+    [[ $part != tests ]] || grep -hE ' (FAILED|ERROR) | (FAILED|ERROR)$' "$OUT"/gpu_tests_*.log | cut -c1-200 | head -60
+  fi
+  csv=$OUT/gpu_$part${tiny:+_tiny}.csv
+  [[ ! -e $csv ]] || timeout 60 "$PYTHON" -m bench.gpu_picture "$csv"
+  echo "== $entry: ends $(date '+%F %T') after $((SECONDS - started)) s with status $status"
+  [[ $status -eq 0 ]] || failed+=("$entry")
+done
+if [[ $OUT == "$PWD/bench/results" && ${#tiny[@]} -eq 0 ]]; then
+  "$PYTHON" -m bench.readme && echo "README.md holds the new numbers"
+fi
+if [[ ${#failed[@]} -gt 0 ]]; then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
+echo "all parts passed: ${chosen[*]}"

@@ -1,0 +1,268 @@
+"""How the GPU benchmarks measure: device events, the allocator's peak, this device's own ceilings.
+
+Without a GPU everything runs on the CPU, for tests: the numbers then mean nothing.
+"""
+
+import argparse
+import gc
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from projgrad.measure import peak_memory
+
+from .gpu_rows import Rows
+from .measure import spread
+from .report import RESULTS
+from .worker import is_out_of_memory
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WARM_UP = 3
+CYCLES = 2_000_000  # clock cycles of a GPU in a millisecond, about
+LONGEST = 5_000.0  # milliseconds: what takes longer is run once more and no oftener
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def release() -> None:
+    """Give unused memory back, so that what comes next, another process too, finds all of it."""
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def wall_clock(call: Callable[[], object]) -> float:
+    """Milliseconds of one call on the clock of the host, from an idle device to an idle device."""
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+class Clock:
+    """Milliseconds of one call on the device, and until it returned to the host.
+
+    The second-level cache is overwritten first. The device then waits for as long as the host needs to launch
+    everything, so that its time holds no gaps, except where the call itself waits for the device.
+    """
+
+    def __init__(self) -> None:
+        if DEVICE == "cuda":
+            size = max(256 << 20, 4 * torch.cuda.get_device_properties(0).L2_cache_size)
+            self.flushed = torch.empty(size, dtype=torch.int8, device=DEVICE)
+
+    def __call__(self, call: Callable[[], object], head_start: float = 0.0) -> tuple[float, float]:
+        if DEVICE != "cuda":
+            elapsed = wall_clock(call)
+            return elapsed, elapsed
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        self.flushed.zero_()
+        if head_start:
+            torch.cuda._sleep(int(min(head_start, 20.0) * CYCLES))
+        first.record()
+        start = time.perf_counter()
+        result = call()
+        host = 1e3 * (time.perf_counter() - start)
+        last.record()
+        last.synchronize()
+        del result
+        return first.elapsed_time(last), host
+
+
+@dataclass
+class Contender:
+    """One call with what was found of it; `ms` empty where `note` says why."""
+
+    call: Callable[[], object]
+    note: str = ""
+    device_ms: list[float] = field(default_factory=list)
+    host_ms: list[float] = field(default_factory=list)
+    extra_bytes: int | None = None
+
+    def attempt(self, action: Callable[[], object]) -> object:
+        """The result of an action; None and a note where it fails. What breaks the device for good is raised."""
+        if self.note:
+            return None
+        try:
+            return action()
+        except Exception as error:
+            if is_out_of_memory(error):
+                self.note = "out of memory"
+            elif "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
+                raise
+            else:
+                self.note = f"{type(error).__name__}: {error}".splitlines()[0][:160].replace(",", ";")
+        release()  # only after the error has let go of its frames
+        return None
+
+    def columns(self) -> dict[str, object]:
+        names = ("ms", "ms_20", "ms_80")
+        if self.note or len(self.device_ms) < 2:
+            times = dict.fromkeys((*names, "host_ms"))
+        else:
+            times = dict(zip(names, spread(self.device_ms), strict=True)) | {"host_ms": spread(self.host_ms)[0]}
+        extra = None if self.extra_bytes is None else self.extra_bytes / 1e6
+        return {**times, "rounds": len(self.device_ms), "extra_mb": extra, "note": self.note}
+
+
+def measure(contenders: Mapping[str, Contender], clock: Clock, seconds: float = 0.5, rounds: int = 25) -> None:
+    """Warm-up, memory, then one call of every contender in turn; `seconds`: about what each may take."""
+    plans: dict[str, tuple[int, float]] = {}
+    for name, contender in contenders.items():
+        took = contender.attempt(lambda c=contender: clock(c.call))
+        for _ in range(WARM_UP - 1):
+            if took is not None and took[0] < LONGEST:
+                took = contender.attempt(lambda c=contender: clock(c.call))
+        if took is None:
+            continue
+        contender.attempt(lambda c=contender: _memory(c))
+        count = 2 if took[0] >= LONGEST else min(rounds, max(5, int(1e3 * seconds / max(took[0], 1e-3))))
+        plans[name] = (count, 1.5 * took[1] if took[1] < 0.7 * took[0] or took[1] < 10 else 0.0)
+    for i in range(max((count for count, _ in plans.values()), default=0)):
+        for name, (count, head_start) in plans.items():
+            contender = contenders[name]
+            if i < count and (found := contender.attempt(lambda c=contender, h=head_start: clock(c.call, h))):
+                contender.device_ms.append(found[0])
+                contender.host_ms.append(found[1])
+
+
+def _memory(contender: Contender) -> None:
+    with peak_memory(DEVICE) as peak:
+        contender.call()
+    contender.extra_bytes = peak.bytes
+
+
+@dataclass
+class Ceilings:
+    """Bytes a second of a copy, read and written; floating-point operations a second of a square matrix product."""
+
+    copy: float
+    bf16: float
+    fp16: float
+    tf32: float
+    fp32: float
+
+    @property
+    def exact(self) -> float:
+        """float32 products: with float32 arithmetic, or as six products of bfloat16 parts."""
+        return max(self.fp32, self.bf16 / 6)
+
+    def rate(self, dtype: torch.dtype) -> float:
+        return {torch.bfloat16: self.bf16, torch.float16: self.fp16}.get(dtype, self.exact)
+
+    def rows(self) -> Iterator[dict]:
+        """TB/s, and TFLOP/s."""
+        yield {"op": "ceiling", "contender": "copy, read and written", "rate": self.copy / 1e12, "unit": "TB/s"}
+        for kind in ("bf16", "fp16", "tf32", "fp32"):
+            rate = getattr(self, kind) / 1e12
+            yield {"op": "ceiling", "contender": f"{kind} product", "rate": rate, "unit": "TFLOP/s"}
+
+
+def ceilings(clock: Clock, tiny: bool) -> Ceilings:
+    """What this device does, on random data: the best of nine after three."""
+    size, count = (64, 1 << 10) if tiny else (8192, 1 << 29)
+
+    def best(call: Callable[[], object]) -> float:
+        return 1e-3 * min([clock(call)[0] for _ in range(3 + 9)][3:])
+
+    source = torch.randn(count, device=DEVICE)
+    target = torch.empty_like(source)
+    copy = 2 * size_in_bytes(source) / best(lambda: target.copy_(source))
+    source = target = None
+    rates = {}
+    before = torch.get_float32_matmul_precision()
+    for name, dtype, precision in (
+        ("bf16", torch.bfloat16, "highest"),
+        ("fp16", torch.float16, "highest"),
+        ("tf32", torch.float32, "high"),
+        ("fp32", torch.float32, "highest"),
+    ):
+        a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
+        torch.set_float32_matmul_precision(precision)
+        try:
+            rates[name] = 2 * size**3 / best(lambda a=a, b=b: a @ b)
+        finally:
+            torch.set_float32_matmul_precision(before)
+    release()
+    return Ceilings(copy, **rates)
+
+
+def size_in_bytes(*tensors: Tensor) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def run(plan: Iterable[tuple[dict, Callable[[], Iterable[dict]]]], rows: Rows, deadline: "Deadline") -> int:
+    """Add the rows of everything that is planned until the time is up; 1 if a result of ours is wrong or missing."""
+    failed = 0
+    for about, found in plan:
+        if deadline.passed(title(about)):
+            continue
+        try:
+            for row in found():
+                rows.add(row)
+                failed |= str(row["contender"]).startswith("projgrad") and bool(row.get("note"))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            rows.add({**about, "contender": "inputs and truth", "note": "out of memory"})
+        release()
+    return int(failed)
+
+
+def title(about: dict) -> str:
+    return " ".join(map(str, about.values()))
+
+
+class Deadline:
+    """The end of a part's time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def passed(self, what: str) -> bool:
+        if self.left() > 0:
+            return False
+        print(f"not measured, the time is up: {what}", flush=True)
+        return True
+
+
+def arguments(description: str, *more: tuple[str, dict]) -> argparse.Namespace:
+    """What the command line of a part says."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--seconds", type=float, default=480.0, help="no case is begun after this")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, also without a GPU: for tests")
+    for name, options in more:
+        parser.add_argument(name, **options)
+    args = parser.parse_args()
+    if DEVICE != "cuda" and not args.tiny:
+        raise SystemExit("no CUDA device; --tiny runs the logic on the CPU")
+    return args
+
+
+def started(main: Callable[[], object]) -> None:
+    """Run a part so that its time limit, a signal, ends its worker processes too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    main()
+
+
+def rows_of(part: str, args: argparse.Namespace, columns: tuple[str, ...], key: tuple[str, ...]) -> Rows:
+    """Rows measured before on this device stay, in the folder at hand or else in the repository's results."""
+    name = f"gpu_{part}{'_tiny' if args.tiny else ''}.csv"
+    return Rows(args.out / name, columns, key, DEVICE, () if args.tiny else (RESULTS / name,))

@@ -1,0 +1,152 @@
+"""The README's section on the GPU, from gpu_flat.csv, gpu_layers.csv and gpu_steps.csv."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from .report import RESULTS
+
+NOT_MEASURED = "Speed and memory on a GPU are not measured yet; `bench/gpu.sh` measures them and writes them here."
+NAMES = {"flat": "the flat ops", "layers": "the ops of one layer", "steps": "whole steps"}
+
+
+def gpu(folder: Path = RESULTS) -> str:
+    parts = {part: _rows(folder / f"gpu_{part}.csv") for part in NAMES}
+    if not any(parts.values()):
+        return NOT_MEASURED
+    writers = {"flat": _flat, "layers": _layers, "steps": _steps}
+    lines = []
+    for part, rows in parts.items():
+        if rows:
+            lines += [*writers[part](rows), ""]
+    if missing := [NAMES[part] for part, rows in parts.items() if not rows]:
+        lines += [f"Not measured yet: {', '.join(missing)} (`bench/gpu.sh`).", ""]
+    return "\n".join(lines[:-1])
+
+
+def _rows(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["ms"] or row.get("rate") or row["note"]]
+
+
+def _about(rows: list[dict]) -> str:
+    row = rows[-1]
+    commits = ", ".join(dict.fromkeys(some["commit"] for some in rows))
+    versions = [f"{key} {row[key]}" for key in ("driver", "torch", "triton") if row.get(key)]
+    return f"{row['device']}, {', '.join(versions)}, commit {commits}"
+
+
+def _table(*head: str) -> list[str]:
+    return ["| " + " | ".join(head) + " |", "|---|" + "---|" * (len(head) - 1)]
+
+
+def _cell(row: dict | None, more: str = "") -> str:
+    """Milliseconds, or why there are none."""
+    if row is None:
+        return ""
+    return f"{float(row['ms']):.3g}{more}" if row["ms"] else row["note"].split(":")[0]
+
+
+def _times(row: dict | None) -> str:
+    return f", {float(row['times_ours']):.3g} x" if row and row.get("times_ours") else ""
+
+
+def _number(row: dict, column: str, digits: int = 3) -> str:
+    return f"{float(row[column]):.{digits}g}" if row and row.get(column) else ""
+
+
+def _groups(rows: list[dict], *keys: str) -> dict[tuple, dict[str, dict]]:
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), {})[row["contender"]] = row
+    return found
+
+
+def _ceilings(rows: list[dict]) -> str:
+    found = [f"{row['contender']} {row['rate']} {row['unit']}" for row in rows if row["op"] == "ceiling"]
+    return "; ".join(found)
+
+
+def _missed(rows: list[dict]) -> Iterator[str]:
+    """What was aimed at and not reached, in words."""
+    for row in rows:
+        if row.get("met") == "NO":
+            where = " ".join(row[key] for key in ("case", "op", "size", "dtype") if row.get(key))
+            yield f"{where}, {row['contender']}: {row['target']} missed"
+
+
+def _flat(rows: list[dict]) -> list[str]:
+    lines = [
+        f"Flat ops on one {_about(rows)}; median milliseconds, extra memory in parentheses, multiples are of "
+        "projgrad's time. The floor of `project_out` is reading G twice, or the flops of its Gram matrix, at the "
+        f"rates measured beside it ({_ceilings(rows)}):",
+        "",
+        *_table("n x p", "dtype", "project_out", "% of floor", "plain Gram", "QR in float32", "gram", "subtract"),
+    ]
+    for (size, dtype), found in _groups([r for r in rows if r["op"] == "project_out"], "size", "dtype").items():
+        ours, plain, qr = (found.get(name) for name in ("projgrad", "plain Gram", "QR"))
+        others = {
+            op: next((r for r in rows if (r["op"], r["size"], r["dtype"], r["contender"]) == key), None)
+            for op in ("gram", "subtract")
+            for key in [(op, size, dtype, "projgrad")]
+        }
+        cells = [_cell(ours, _memory(ours)), _number(ours, "percent_of_floor"), *(_cell(r) for r in others.values())]
+        cells[2:2] = [_cell(row, _times(row) + _memory(row)) for row in (plain, qr)]
+        lines.append(f"| {' x '.join(f'{int(x):,}' for x in size.split('x'))} | {dtype} | " + " | ".join(cells) + " |")
+    solves = _groups([r for r in rows if r["op"] == "gram_solve"], "size")
+    if solves:
+        names = list(dict.fromkeys(name for found in solves.values() for name in found))
+        lines += ["", "`gram_solve`, systems x n, float32:", "", *_table("size", *names)]
+        for (size,), found in solves.items():
+            cells = [_cell(found.get(name), _times(found.get(name)) if name != "projgrad" else "") for name in names]
+            lines.append(f"| {size.replace('x', ' x ')} | " + " | ".join(cells) + " |")
+    return [*lines, *_shortfalls(rows)]
+
+
+def _memory(row: dict | None) -> str:
+    return f" ({float(row['extra_mb']):,.0f} MB)" if row and row["ms"] and row.get("extra_mb") else ""
+
+
+def _shortfalls(rows: list[dict]) -> list[str]:
+    missed = list(_missed(rows))
+    return ["", "Short of what was aimed at: " + "; ".join(missed) + "."] if missed else []
+
+
+def _layers(rows: list[dict]) -> list[str]:
+    lines = [
+        f"Ops of one layer on one {_about(rows)}; median milliseconds. The floor is the fewest flops of any route at "
+        "the measured matrix rate, or the fewest bytes at the measured bandwidth:",
+        "",
+        *_table("op", "size", "dtype", "projgrad", "% of floor", "fastest of the library"),
+    ]
+    for (op, size, dtype), found in _groups([r for r in rows if r["op"] != "ceiling"], "op", "size", "dtype").items():
+        ours = found.get("projgrad")
+        library = [row for name, row in found.items() if name.startswith("library") and row["ms"]]
+        best = min(library, key=lambda row: float(row["ms"]), default=None)
+        cells = [_cell(ours), _number(ours, "percent_of_floor"), _cell(best, _times(best))]
+        lines.append(f"| `{op}` | {size.replace('x', ' x ')} | {dtype} | " + " | ".join(cells) + " |")
+    kernels = [row for row in rows if row["contender"] == "kernel, factors" and row["target"]]
+    if kernels:
+        shares = [f"{row['percent_of_rate']} % at {row['size'].replace('x', ' x ')}" for row in kernels]
+        lines += ["", f"The kernel for factors reaches {', '.join(shares)} of the measured bfloat16 rate."]
+    return [*lines, *_shortfalls(rows)]
+
+
+def _steps(rows: list[dict]) -> list[str]:
+    lines = [
+        f"Whole steps in bfloat16 with SGD on one {_about(rows)}. Plain is the same two batches without projection; "
+        "memory is the allocator's peak over all steps, model included (in parentheses above the loaded model):",
+        "",
+        *_table("model", "contender", "ms", "time / plain", "memory in GB", "memory / plain"),
+    ]
+    for (_,), found in _groups(rows, "case").items():
+        model = next((row["model"] for row in found.values() if row["model"]), "")
+        for name, row in found.items():
+            memory = ""
+            if row["total_mb"]:
+                memory = f"{float(row['total_mb']) / 1e3:.3g} ({float(row['peak_mb']) / 1e3:.3g})"
+            cells = [model, name, _cell(row), _number(row, "time_over_plain"), memory, _number(row, "total_over_plain")]
+            lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, *_shortfalls(rows)]

@@ -1,0 +1,135 @@
+"""Every CUDA kernel on small awkward sizes under NVIDIA's checkers: `bench/gpu.sh sanitize`.
+
+Errors in kernels of projgrad fail; those in other kernels are counted. Where compute-sanitizer is missing or does not
+support the device, that is said and nothing fails. `--calls` makes the calls alone.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .report import RESULTS
+
+TOOLS = ("memcheck", "racecheck", "initcheck")
+STATUS = 86  # of compute-sanitizer, where it found something
+OURS = re.compile(r"projgrad|gram_solve|\b(gram|subtract|scales|pairs|basis_project|linear_\w+)_kernel\b")
+REFUSED = ("Device not supported", "device is not supported", "Unable to find a supported device")
+
+
+def calls() -> Iterator[str]:
+    """Names of the calls, each made before its name is given."""
+    import projgrad
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    for n in (1, 5, 16, 17, 33, 64, 65, 96, 130, 200, 257):  # every size path of gram_solve
+        for dtype in (torch.float32, torch.float64):
+            A = torch.randn(3, n, n + 3, dtype=dtype, device=device)
+            A[0, n // 2] = A[0, 0]  # singular
+            K, b = A @ A.mT, torch.randn(3, n, 2, dtype=dtype, device=device)
+            projgrad.gram_solve(K, b)
+            projgrad.gram_solve(K, b[..., 0], damping=0.1)
+        yield f"gram_solve n={n}"
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for n, p, m in ((1, 1, 1), (3, 7, 2), (17, 333, 1), (33, 1025, 9), (70, 513, 1)):
+            G, u = torch.randn(n, p, device=device).to(dtype), torch.randn(m, p, device=device).to(dtype)
+            if n > 3:
+                G[1] = G[0]  # refined: the predicated kernels run
+            projgrad.gram(G, u)
+            torch.ops.projgrad.gram(G, u, True)
+            projgrad.project_out(u, G)
+            projgrad.project_out(u[0], G.mT.contiguous().mT, damping=0.1)
+        yield f"gram, subtract, project_out in {dtype}"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for n, t, i, o in ((1, 1, 1, 1), (5, 1, 33, 17), (3, 7, 17, 65), (2, 129, 31, 30), (9, 13, 130, 70)):
+            a, b = torch.randn(n, t, i, device=device).to(dtype), torch.randn(n, t, o, device=device).to(dtype)
+            projgrad.linear_gram(a, b)
+            projgrad.linear_gram(a, b, a[:1], b[:1])
+            projgrad.linear_dot(a, b, torch.randn(2, o, i, device=device).to(dtype))
+            projgrad.linear_combine(a, b, torch.randn(2, n, device=device))
+            projgrad.linear_moments(a, b)
+            if hasattr(projgrad, "basis_project"):
+                projgrad.basis_project(torch.randn(o, i, device=device).to(dtype), a[0, :, :].mT.contiguous())
+        yield f"ops on factors in {dtype}"
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def kernels(log: str) -> Counter:
+    """How many errors each kernel has: it is named after an "at" in the line after an error's own, or in that."""
+    found = re.findall(r"^=+\s+(?:.*\baccess )?at (?:0x[0-9a-f]+ in )?(.+)", log, re.M)
+    return Counter(re.split(r"\+0x|\(", name)[0].strip() for name in found)
+
+
+def check(tool: str, seconds: float, log: Path) -> bool:
+    """Run the calls under one tool. False where a kernel of ours has an error, or the calls themselves fail."""
+    started = time.monotonic()
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(STATUS)]
+    command += [sys.executable, "-m", "bench.sanitize", "--calls"]
+    variables = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # tensors of their own bounds
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=variables)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = None
+    text = log.read_text(errors="replace")
+    found = kernels(text)
+    ours = {name: count for name, count in found.items() if OURS.search(name)}
+    summary = re.findall(r"^=+ (ERROR SUMMARY.*|RACECHECK SUMMARY.*)", text, re.M)
+    took = f"{time.monotonic() - started:.0f} s"
+    if any(some in text for some in REFUSED):
+        print(f"{tool}: this device is not supported here; nothing was checked")
+        return True
+    if status is None:
+        print(f"{tool}: not finished after {took}; errors in our kernels so far: {ours or 'none'}")
+        return not ours
+    print(f"{tool}: status {status} after {took}; {'; '.join(summary) or 'no summary'}")
+    print(f"{tool}: in our kernels {ours or 'none'}; in others {sum(found.values()) - sum(ours.values())}", flush=True)
+    done = "all calls made" in text
+    if not done:
+        print("\n".join(text.splitlines()[-15:]))
+    return done and not ours
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calls", action="store_true", help="make the calls, without a checker")
+    parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--seconds", type=float, default=480.0, help="for all tools together")
+    args = parser.parse_args()
+    if args.calls:
+        for name in calls():
+            print(name, flush=True)
+        print("all calls made", flush=True)
+        return 0
+    if shutil.which("compute-sanitizer") is None:
+        print("compute-sanitizer is not installed; nothing was checked")
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + args.seconds
+    # Without a checker first: Triton's compiled kernels are then on disk.
+    plain = subprocess.run([sys.executable, "-m", "bench.sanitize", "--calls"], capture_output=True, text=True)
+    if plain.returncode:
+        print(f"the calls fail without a checker too:\n{plain.stderr[-3000:]}")
+        return 1
+    fine = True
+    for k, tool in enumerate(args.tools):
+        share = (end - time.monotonic()) / (len(args.tools) - k)
+        fine &= check(tool, share, args.out / f"gpu_sanitize_{tool}.log")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

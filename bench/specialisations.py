@@ -1,0 +1,211 @@
+"""The specialisations that the Triton kernels are compiled for ahead of time: one function per kernel, listed below.
+
+Pointers are taken to be 16-byte divisible, as torch allocates them. Name in `divisible` the sizes and strides that are
+multiples of 16 in the case at hand, and put a stride of 1 among the constants, as Triton does at run time: otherwise
+loads are neither vectorised nor pipelined.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+DTYPES = ("fp32", "fp64", "bf16", "fp16")
+
+
+class Specialisation(NamedTuple):
+    """One kernel, compiled one way.
+
+    types: of the pointers and of scalars other than int32 ("i64", "fp64").
+    kind: "matrix" where the time goes into products on tensor cores; such a kernel must not spill, and must use wgmma
+        for bfloat16 on sm_90. "other" otherwise.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+    kind: str = "other"
+    divisible: tuple[str, ...] = ()
+
+
+def gram() -> Iterator[Specialisation]:
+    from projgrad.kernels.gram import DIRECTIONS, gram_kernel, gram_wide_kernel, tile
+    from projgrad.kernels.sums import shape, sums_kernel
+
+    ones, divisible = {"g_column": 1, "u_column": 1}, ("p", "per_split", "g_row", "u_row")
+    for dtype, size in zip(DTYPES, (4, 8, 2, 2), strict=True):
+        types = {"G": f"*{dtype}", "u": f"*{dtype}", "part": "*fp64", "todo": "*i1"}
+        for n in (16, 32, 64, 128) if dtype != "fp64" else ():
+            N, block, warps = tile(n, False, size)
+            same = n <= N
+            kind = "matrix" if N == 64 else "other"  # wgmma has 64 rows at least
+            constants = ones | {"W": warps, "C": block * size // 64, "SAME": same, "WITH_K": True}
+            for parts in (1, 2, 3) if dtype == "fp32" and n >= 64 else (3 if dtype == "fp32" else 1,):
+                for M in (0, 1) if same else (0,):
+                    yield Specialisation(
+                        f"gram {dtype} n={n} m={M} parts={parts}", gram_kernel, types,
+                        constants | {"M": M, "D": 1, "PARTS": parts}, warps, kind=kind, divisible=divisible,
+                    )  # fmt: skip
+            constants |= {"WITH_K": False, "M": DIRECTIONS, "D": DIRECTIONS, "PARTS": 1}
+            yield Specialisation(
+                f"gram {dtype} n={n} without K", gram_kernel, types, constants, warps, divisible=divisible
+            )
+        for n in (16, 32, 64):
+            N, block, warps = tile(n, True, size)
+            constants = ones | {"N": N, "BLOCK": block, "SAME": n <= N, "WITH_K": True, "PREDICATED": True}
+            for M in (0, 1) if n <= N else (0,):
+                yield Specialisation(
+                    f"gram {dtype} wide n={n} m={M}", gram_wide_kernel, types, constants | {"M": M, "D": 1}, warps,
+                    divisible=divisible,
+                )  # fmt: skip
+    types = {"part": "*fp64", "total": "*fp64", "todo": "*i1"}
+    for splits in (1, 4096):
+        rows, block = shape(splits)
+        for mirror in ("lower", "mean"):
+            constants = {"ROWS": rows, "BLOCK": block, "MIRROR": mirror, "PREDICATED": True}
+            yield Specialisation(f"sums of {splits} {mirror}", sums_kernel, types, constants, 8)
+
+
+def subtract() -> Iterator[Specialisation]:
+    from projgrad.kernels.pending import BLOCK, pending_kernel
+    from projgrad.kernels.subtract import subtract_kernel, tile
+
+    for dtype, size in zip(DTYPES, (4, 8, 2, 2), strict=True):
+        types = {"u": f"*{dtype}", "G": f"*{dtype}", "out": f"*{dtype}", "c": "*fp64", "part": "*fp64", "todo": "*i1"}
+        for n in (1, 16, 64, 128, 512, 513):
+            N, block, warps = tile(n, size)
+            constants = {"N": N, "BLOCK": block, "ONCE": n <= N, "PREDICATED": True, "g_column": 1, "u_column": 1}
+            yield Specialisation(
+                f"subtract {dtype} n={n}", subtract_kernel, types, constants, warps,
+                divisible=("p", "per_split", "g_row", "u_row"),
+            )  # fmt: skip
+    types = {name: "*fp64" for name in ("K", "r", "squares", "c", "b", "worst")} | {"rank": "*i64", "todo": "*i1"}
+    types |= {"damping": "fp64", "limit": "fp64", "noise": "fp64"}
+    constants = {"BLOCK": BLOCK, "CHOSEN": True, "COUNTED": True}
+    yield Specialisation("pending", pending_kernel, types, constants)
+
+
+def gram_solve() -> Iterator[Specialisation]:
+    from projgrad.kernels.gram_solve import WARPS, gram_solve_kernel
+
+    for dtype in ("fp32", "fp64"):
+        types = {name: f"*{dtype}" for name in ("K", "b", "x")} | {"factor": "*fp64", "y": "*fp64", "rank": "*i64"}
+        types |= {"smallest": "*fp64"}
+        types |= {"damping": "fp64", "rtol": "fp64"}
+        for N in (16, 32, 64):
+            yield Specialisation(f"gram_solve {dtype} n={N}", gram_solve_kernel, types, {"N": N, "M": 1}, WARPS)
+
+
+def linear_gram() -> Iterator[Specialisation]:
+    from projgrad.kernels.linear_gram import linear_gram_kernel, pairs_kernel, tile
+    from projgrad.kernels.scales import scales_kernel
+
+    steps = [f"{x}_{d}" for x in ("a", "a2", "b", "b2") for d in "nt"]
+    ones = dict.fromkeys(("a_i", "a2_i", "b_o", "b2_o"), 1)
+    for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        types = {x: f"*{dtype}" for x in ("a", "a2", "b", "b2")}
+        types |= {"scale": "*fp32", "scale2": "*fp32", "far": "*i32", "out": "*fp32"}
+        types |= {"weight": "*fp64", "weight2": "*fp64"}
+        for n, t in ((16, 512), (16, 64), (64, 4)):
+            T, room, block, stages, warps = tile(n, t, size)
+            for symmetric, scaled in ((True, False), (True, True), (False, False))[: 3 if t == 512 else 1]:
+                constants = {"T": T, "BLOCK": block, "S": room, "SYMMETRIC": symmetric, "SCALED": scaled}
+                kind = f"{'' if symmetric else ' across'}{' scaled' if scaled else ''}"
+                yield Specialisation(
+                    f"linear_gram {dtype} {T}x{T} {room} segments{kind}", linear_gram_kernel, types,
+                    constants | ones | {"PRECISION": "parts"}, warps, stages, "matrix", ("i", "o", *steps),
+                )  # fmt: skip
+    types = {x: "*fp64" for x in ("weight", "weight2", "K")} | {"out": "*fp32"}
+    yield Specialisation("linear_gram pairs", pairs_kernel, types, {"T": 128, "PAIRS": 16, "SYMMETRIC": True})
+    types = {"largest": "*fp32", "scale": "*fp32", "weight": "*fp64", "far": "*i32", "low": "fp64", "high": "fp64"}
+    for factors in (2, 3):
+        yield Specialisation(f"scales of {factors} factors", scales_kernel, types, {"F": factors, "BLOCK": 1024})
+
+
+def linear_dot() -> Iterator[Specialisation]:
+    from projgrad.kernels.linear_dot import BLOCK, STAGES, WARPS, O, T, linear_dot_kernel
+
+    ones = dict.fromkeys(("a_i", "b_o", "u_i"), 1)
+    for dtype, direction in (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32")):
+        types = {"a": f"*{dtype}", "b": f"*{dtype}", "u": f"*{direction}"}
+        types |= {"scale": "*fp32", "far": "*i32", "out": "*fp32"}
+        size = 4 if "fp32" in (dtype, direction) else 2
+        for scaled in (False, True):
+            constants = {"T": T, "O": O[size], "BLOCK": BLOCK[size], "SCALED": scaled, "PRECISION": "parts"}
+            yield Specialisation(
+                f"linear_dot {dtype} {direction}{' scaled' if scaled else ''}", linear_dot_kernel, types,
+                constants | ones, WARPS, STAGES, "matrix", ("i", "o", "a_n", "a_t", "b_n", "b_t", "u_o"),
+            )  # fmt: skip
+
+
+FACTORS = ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16")  # a and b of a layer
+
+
+def linear_combine() -> Iterator[Specialisation]:
+    from projgrad.kernels.linear_combine import GROUP, SHORT, linear_combine_kernel, tile
+
+    divisible = ("o", "i", "a_n", "a_t", "b_n", "b_t", "out_split", "out_o")
+    for a, b in FACTORS:
+        pointers = {"out": "*fp32", "a": f"*{a}", "b": f"*{b}", "c": "*fp64"}
+        for t in (1, 16, 512):
+            raw = a == b != "fp32" and t >= SHORT
+            for size in (64, 1024):
+                for partial in (False, True):
+                    constants = tile(size, size, t, raw)
+                    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+                    constants |= dict.fromkeys(("a_i", "b_o", "c_n", "out_i") + ("t",) * (t == 1), 1)
+                    constants |= {"SCALED": not raw, "PARTIAL": partial, "PRECISION": "parts", "GROUP": GROUP}
+                    name = f"linear_combine {a} {b} t={t} {size}{' partial' if partial else ''}"
+                    yield Specialisation(
+                        name, linear_combine_kernel, pointers, constants, warps, stages, "matrix", divisible
+                    )
+
+
+def linear_moments() -> Iterator[Specialisation]:
+    from projgrad.kernels.linear_moments import GROUP, RUN, linear_moments_kernel, tile
+
+    divisible = ("o", "i", "a_n", "a_t", "b_n", "b_t")
+    for a, b in FACTORS:
+        pointers = {"sums": "*fp32", "a": f"*{a}", "b": f"*{b}"}
+        for t in (8, 512):
+            for size in (64, 1024):
+                constants = tile(size, size, t, a == b != "fp32")
+                warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+                constants |= {"a_i": 1, "b_o": 1, "PRECISION": "parts", "GROUP": GROUP, "RUN": RUN}
+                name = f"linear_moments {a} {b} t={t} {size}"
+                yield Specialisation(
+                    name, linear_moments_kernel, pointers, constants, warps, stages, "matrix", divisible
+                )
+
+
+def basis_project() -> Iterator[Specialisation]:
+    from projgrad.kernels.basis_project import GROUP, basis_project_kernel, tile
+
+    sizes = ("rows", "columns", "depth")
+    strides = tuple(f"{name}_{axis}" for name in ("out", "base", "x", "y") for axis in ("l", "row", "k"))
+    for D, M in (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32")):
+        for subtract in (False, True):
+            pointers = {"base": f"*{D}", "out": f"*{D}" if subtract else "*fp32"}
+            pointers |= {"x": "*fp32" if subtract else f"*{D}", "y": f"*{M}"}
+            unit = ("out_column", "base_column", "x_k", "y_k" if subtract else "y_column")  # y is M, or M transposed
+            for size in (64, 1024):
+                constants = tile(size, size, D == M != "fp32" and not subtract)
+                warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+                constants |= dict.fromkeys(unit, 1)
+                constants |= {"SUBTRACT": subtract, "PRECISION": "parts", "GROUP": GROUP}
+                divisible = tuple(s for s in (*sizes, *strides, "out_split", "y_column") if s not in unit)
+                name = f"basis_project {D} {M} {size}{' subtract' if subtract else ''}"
+                yield Specialisation(
+                    name, basis_project_kernel, pointers, constants, warps, stages, "matrix", divisible
+                )
+
+
+KERNELS = (linear_gram, linear_dot, gram, subtract, gram_solve, linear_combine, linear_moments, basis_project)
+
+
+def specialisations(names: Sequence[str] = ()) -> Iterator[Specialisation]:
+    """Of the kernels with these names; of all where there are none."""
+    for kernel in KERNELS:
+        if not names or kernel.__name__ in names:
+            yield from kernel()

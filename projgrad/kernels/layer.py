@@ -1,0 +1,67 @@
+"""The leaves of `projgrad.layer` on CUDA: which have kernels of their own, and where library products are kept.
+
+Library products stay for float64, which has no kernel here; for one position, where the Gram matrices of a and of b
+are two calls of `gram`, which splits the columns over the GPU, while a kernel over tiles of n tokens would have few
+programs; for the weighted sum of float32 factors, which is one product; and for the per-sample gradients of a chunk,
+which are a batched product into a buffer. None of these choices has been measured on a GPU yet: `bench/gpu.sh layers`
+times both sides.
+"""
+
+import torch
+from torch import Tensor
+
+from ..layer import composed
+
+
+def _double(*tensors: Tensor) -> bool:
+    return any(x.dtype == torch.float64 for x in tensors)
+
+
+def token_gram(a: Tensor, b: Tensor, wide: bool, samples: int) -> Tensor:
+    if wide or _double(a, b) or a.shape[1] == 1:
+        return composed["token_gram"](a, b, wide, samples)
+    from .linear_gram import linear_gram
+
+    return linear_gram(a, b)
+
+
+def token_gram_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, samples: int) -> Tensor:
+    if _double(a, b) or a.shape[1] == a2.shape[1] == 1:
+        return composed["token_gram_across"](a, b, a2, b2, samples)
+    from .linear_gram import linear_gram
+
+    return linear_gram(a, b, a2, b2)
+
+
+def layer_dot(a: Tensor, b: Tensor, u: Tensor, wide: bool) -> Tensor:
+    if wide or _double(a, b, u):
+        return composed["layer_dot"](a, b, u, wide)
+    from .linear_dot import linear_dot
+
+    return linear_dot(a, b, u)
+
+
+def layer_combine_(out: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
+    if _double(out, a, b) or a.dtype == b.dtype == torch.float32:
+        return composed["layer_combine_"](out, a, b, c)
+    from .linear_combine import linear_combine_
+
+    linear_combine_(out, a, b, c)
+
+
+def layer_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if _double(a, b) or a.shape[1] == 1:
+        return composed["layer_moments"](a, b)
+    from .linear_moments import linear_moments
+
+    return linear_moments(a, b)
+
+
+def sample_products_(g: Tensor, b: Tensor, a: Tensor) -> None:
+    if g.dtype == torch.float32 and a.dtype == b.dtype and a.dtype.itemsize == 2:
+        torch.bmm(b.mT, a, out_dtype=torch.float32, out=g)  # 16-bit products, summed and kept in float32
+    else:
+        composed["sample_products_"](g, b, a)
+
+
+LEAVES = (token_gram, token_gram_across, layer_dot, layer_combine_, layer_moments, sample_products_)

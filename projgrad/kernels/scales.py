@@ -1,0 +1,63 @@
+"""Powers of two that keep products of tiny and huge factors inside float32, found on the device."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _power(x):
+    """2⁻ᵉ for the exponent e of x > 0, and 1 for x = 0: brings x into [1, 2) exactly."""
+    e = tl.minimum(tl.maximum(x.to(tl.int32, bitcast=True) >> 23, 1), 253)
+    return tl.where(x > 0, ((254 - e) << 23).to(tl.float32, bitcast=True), 1.0)
+
+
+@triton.jit
+def scales_kernel(
+    largest, scale, weight, far, n, low: tl.float64, high: tl.float64, F: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """largest [F, n] -> scale [F, n], weight [n] = 1 / Π_f scale_f, or 1 unless far: a factor beyond 2^±50, or the
+    product of all outside [low, high]; NaN where a factor is NaN or Inf. One program."""
+    outside = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, n, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        product, some = tl.full((BLOCK,), 1.0, tl.float64), j < n
+        beyond = tl.zeros((BLOCK,), tl.int32)
+        for f in tl.static_range(F):
+            x = tl.load(largest + f * n + j, j < n, 0.0)
+            some &= x > 0
+            beyond |= ((x < 2.0**-50) | (x > 2.0**50)).to(tl.int32)
+            product *= x.to(tl.float64)
+        beyond |= ((product < low) | (product > high)).to(tl.int32)
+        outside |= tl.where(some, beyond, 0)
+    outside = tl.max(outside, 0)
+    tl.store(far, outside)
+    for start in range(0, n, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        inverse, finite = tl.full((BLOCK,), 1.0, tl.float64), j >= 0
+        for f in tl.static_range(F):
+            x = tl.load(largest + f * n + j, j < n, 0.0)
+            s = _power(x)
+            tl.store(scale + f * n + j, s, j < n)
+            inverse /= s.to(tl.float64)
+            finite &= x - x == 0
+        tl.store(weight + j, tl.where(finite, tl.where(outside == 1, inverse, 1.0), float("nan")), j < n)
+
+
+def scales(largest: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """For the largest elements [F, n] of F factors of n samples: the scales [F, n] that bring each into [1, 2), the
+    weights [n] that undo them, and in device memory whether they are needed at all; where not, the weights are 1.
+
+    low, high: what the product of a sample's largest elements may be without them.
+    """
+    count, n = largest.shape
+    scale, weight = torch.empty_like(largest), largest.new_empty(n, dtype=torch.float64)
+    far = torch.empty((), dtype=torch.int32, device=largest.device)
+    scales_kernel[(1,)](largest, scale, weight, far, n, low, high, F=count, BLOCK=1024)
+    return scale, weight, far
+
+
+def largest(x: Tensor) -> Tensor:
+    """max |x_j| [n] in float32."""
+    return torch.linalg.vector_norm(x, float("inf"), tuple(range(1, x.ndim))).float()
