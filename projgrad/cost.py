@@ -1,5 +1,6 @@
 """What the routes to the Gram matrix of a layer cost, and how large a chunk may be."""
 
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -65,6 +66,7 @@ class Route(NamedTuple):
     bytes: int
 
 
+@functools.lru_cache(4096)
 def linear_route(
     n: int,
     t: int,

@@ -69,13 +69,11 @@ def _sample_products_(g: Tensor, b: Tensor, a: Tensor) -> None:
 
 def _chunks(a: Tensor, b: Tensor, u: Tensor, wide: bool, route: Route) -> tuple[Tensor, Tensor]:
     """K [n, n] and v [n, m] from one pass over the per-sample gradients."""
-    n, m, dtype = a.shape[0], u.shape[0], _multiplied(a, b, wide=wide)
-    K, v = (a.new_zeros(shape, dtype=torch.float64) for shape in ((n, n), (n, m)))
+    dtype, parts = _multiplied(a, b, wide=wide), None
     for (r, c), g in _blocks(a, b, route.rows, route.columns, dtype):
-        part, dots = _gram(g.flatten(1), u[:, r, c].to(dtype).flatten(1), wide)
-        K += part
-        v += dots
-    return K, v
+        one = _gram(g.flatten(1), u[:, r, c].to(dtype).flatten(1), wide)
+        parts = one if parts is None else tuple(map(torch.add, parts, one))
+    return parts or tuple(a.new_zeros((len(a), k), dtype=torch.float64) for k in (len(a), len(u)))
 
 
 def _chunks_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, route: Route) -> Tensor:
@@ -84,8 +82,14 @@ def _chunks_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, route: Route) -
     dtype = _multiplied(a, b)
     blocks = (_blocks(*factors, route.rows, route.columns, dtype) for factors in ((a, b), (a2, b2)))
     for (_, g), (_, g2) in zip(*blocks, strict=True):
-        K += _gram(g.flatten(1), g2.flatten(1), False)[1]
+        K += _cross_gram(g.flatten(1), g2.flatten(1), dtype == torch.float64)
     return K
+
+
+@leaf("cross_gram(Tensor G, Tensor G2, bool wide) -> Tensor")
+def _cross_gram(G: Tensor, G2: Tensor, wide: bool) -> Tensor:
+    """G G2ᵀ [n, n2] in float64."""
+    return _gram(G, G2, wide)[1]
 
 
 # Factors: <b aᵀ, b' a'ᵀ> = (a · a') (b · b') for every pair of tokens, in tiles of some samples against the others.
@@ -127,7 +131,7 @@ def _token_gram_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, samples: in
     for s in range(0, n, samples):
         e = min(n, s + samples)
         tokens = slice(s * t, e * t)
-        K[s:e] = _pair_sums(_gram(A[tokens], A2, wide)[1], _gram(B[tokens], B2, wide)[1], e - s, n2)
+        K[s:e] = _pair_sums(*(_cross_gram(x[tokens], y, wide) for x, y in ((A, A2), (B, B2))), e - s, n2)
     return K
 
 

@@ -37,6 +37,8 @@ def test_value(name, dtype, implementation, device):
     """Entry by entry, relative to the norms of its two rows: float32 products are rounded, float64 ones hardly."""
     u, G = make(name, dtype, device)
     u = u if u.ndim == 2 else u[None]
+    if device == "cpu" and implementation == "triton_wide" and dtype in HALVES:
+        u, G = u[:, :2000], G[:, :2000]  # multiplied column by column: half a minute in the interpreter
     K, v = IMPLEMENTATIONS[implementation](G, u)
     assert K.dtype == v.dtype == torch.float64 and torch.equal(K, K.mT)
     rows, directions = G.double(), u.double()
@@ -109,7 +111,7 @@ def test_the_precision_that_torch_was_told(precision, expected, n, device):
         K, _ = _triton(False)(G, G[:0])
     finally:
         torch.set_float32_matmul_precision(before)
-    assert (K == 64 * expected).all()
+    assert torch.equal(K, torch.full_like(K, 64 * expected))
 
 
 @needs_triton

@@ -1,9 +1,15 @@
 """The Triton kernels behind linear_gram and linear_dot, interpreted where there is no GPU, and who calls them."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from cases import FACTORS, FLOAT_ONLY, TRITON
 from factors import check, check_gram, layer, truth
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from projgrad import layer as composition
 from projgrad import reference
@@ -126,11 +132,32 @@ def test_leaves(name, dtypes):
 
 
 def test_chunks_of_half_factors_are_multiplied_as_they_are():
-    """The call that only CUDA computes, on tensors without storage: its signature is right, and g keeps its dtype."""
-    g, b, a = (torch.empty(s, device="meta") for s in ((4, 6, 5), (4, 3, 6), (4, 3, 5)))
-    leaves.sample_products_(g, b.to(BF16), a.to(BF16))
-    assert g.dtype == F32
+    """A product that only CUDA has: 16-bit factors go in as they are, float32 comes out."""
+    called = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is not torch.ops.aten.bmm.dtype_out:
+                return func(*args, **(kwargs or {}))
+            called.append([args[0].dtype, args[1].dtype, args[2], kwargs["out"].dtype])
+            return kwargs["out"]
+
+    g, b, a = torch.empty(4, 6, 5), torch.empty(4, 3, 6, dtype=BF16), torch.empty(4, 3, 5, dtype=BF16)
+    with Recorded():
+        leaves.sample_products_(g, b, a)
+    assert called == [[BF16, BF16, F32, F32]]
 
 
 def test_every_leaf_has_a_composition():
     assert {leaf.__name__ for leaf in leaves.LEAVES} == set(composition.composed)
+
+
+def test_every_kernel_through_its_op():
+    """Outputs that share memory, types of weights, settings of torch: what calls of a launcher do not meet."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("dispatch.py"))],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "done" in done.stdout, done.stderr[-3000:]

@@ -299,3 +299,16 @@ def test_optimizer_of_another_model():
     model, _, _ = _setup()
     with pytest.raises(ValueError, match="holds no parameter of the model"):
         projgrad.OrthoGrad(model, torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1))
+
+
+@pytest.mark.parametrize("scope", ["global", "per_tensor"])
+def test_nan_in_a_tensor_that_only_forgetting_uses(scope):
+    model = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)])
+    x, optimizer = torch.randn(4, 5), torch.optim.SGD(model.parameters(), lr=0.1)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError, match="gradient to project"):
+        projgrad.OrthoGrad(model, optimizer, scope=scope).step(
+            lambda: model[0](x).sum() + (model[1](x).sum() * 0).sqrt(), lambda: model[0](x).square().sum(1)
+        )
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())

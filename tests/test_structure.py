@@ -84,6 +84,36 @@ def masked_positions():
 
 
 @sequence
+def other_segments():
+    """As many segments and rows in every step, but other borders: the samples are segments of different lengths."""
+    for kind in ("offsets", "lengths"):
+        model, x = mlp(), torch.randn(6, 8)
+
+        def closure(kind, borders, model=model, x=x):
+            where = {kind: torch.tensor(borders) if kind == "offsets" else torch.tensor(borders).diff()}
+            return to_ramp(torch.segment_reduce(model(x).tanh(), "sum", axis=0, **where))
+
+        for borders in ([0, 2, 4, 6], [0, 1, 4, 6], [0, 3, 5, 6]):
+            yield model, lambda kind=kind, borders=borders, closure=closure: closure(kind, borders)
+
+
+@sequence
+def other_bags():
+    """As many bags of an embedding weighted by the model, of other sizes."""
+    model, table, ids = nn.Linear(8, 1), torch.randn(6, 4), torch.arange(6)
+    x = torch.randn(6, 8)
+    for offsets in ([0, 2, 4], [0, 1, 4], [0, 3, 5]):
+        yield (
+            model,
+            lambda offsets=offsets: to_ramp(
+                F.embedding_bag(
+                    ids, table, torch.tensor(offsets), per_sample_weights=model(x).tanh()[:, 0], mode="sum"
+                ).sin()
+            ),
+        )
+
+
+@sequence
 def routed_experts():
     """As many tokens for every expert, but others."""
     model, x = Uses(None, w=(2, 8, 8)), torch.randn(4, 2, 8)

@@ -32,40 +32,45 @@ def on_its_device(function: Callable) -> Callable:
     return call
 
 
+def gram(G, u, wide):
+    from .gram import gram
+
+    K, v = gram(G, u, wide)
+    return K, v.clone()  # in one memory with K, which two outputs of an op must not be
+
+
+def subtract(u, G, c):
+    from .subtract import subtract
+
+    out, r, squares = subtract(u, G, c)
+    return out, r, squares.clone()
+
+
+def gram_solve(K, b, damping, rtol):
+    from .gram_solve import gram_solve
+
+    return gram_solve(K, b, damping, rtol)
+
+
+def basis_project(D, M):
+    if torch.float64 in (D.dtype, M.dtype):
+        return basis._products(D, M)
+    from .basis_project import basis_project
+
+    return basis_project(D, M)
+
+
+ON_CUDA = {
+    flat._gram: gram,
+    flat._subtract: subtract,
+    flat._project_out: project_out.on_device,
+    basis._basis_project: basis_project,
+}
+if not built_for_cuda:  # most installations have no nvcc
+    ON_CUDA[flat._gram_solve] = gram_solve
+
 if find_spec("triton"):
-
-    @flat._gram.register_kernel("cuda")
-    @on_its_device
-    def _(G, u, wide):
-        from .gram import gram
-
-        return gram(G, u, wide)
-
-    @flat._subtract.register_kernel("cuda")
-    @on_its_device
-    def _(u, G, c):
-        from .subtract import subtract
-
-        return subtract(u, G, c)
-
-    if not built_for_cuda:  # most installations have no nvcc
-
-        @flat._gram_solve.register_kernel("cuda")
-        @on_its_device
-        def _(K, b, damping, rtol):
-            from .gram_solve import gram_solve
-
-            return gram_solve(K, b, damping, rtol)
-
-    @basis._basis_project.register_kernel("cuda")
-    @on_its_device
-    def _(D, M):
-        if torch.float64 in (D.dtype, M.dtype):
-            return basis._products(D, M)
-        from .basis_project import basis_project
-
-        return basis_project(D, M)
-
-    flat._project_out.register_kernel("cuda")(on_its_device(project_out.on_device))
+    for op, kernel in ON_CUDA.items():
+        op.register_kernel("cuda")(on_its_device(kernel))
     for leaf in layer.LEAVES:
         library.impl(leaf.__name__, on_its_device(leaf), "CUDA")

@@ -10,10 +10,17 @@ three products for the precision "highest"; "high" drops l lᵀ, at most 2⁻²�
 keeps h hᵀ, the 11 bits of tf32. Blocks are short because tensor cores cut where others round: a sum of positive
 products loses about 0.2 eps for every 16 columns.
 
-Predicted, not measured, for n = 64 on an H200 (132 SMs, 1.75 GHz, 4.3 TB/s) from the main loop's machine code: a block
-of float32 issues 19.8 instructions an element against 27.5 in the time that memory needs, uses 65 % of shared memory's
-bandwidth, 43 % of the tensor cores and 31 % of the conversions to float64; of bfloat16 12.3 against 13.8, 75 %, 29 %,
-31 %.
+Predicted, not measured, for n = 64 on an H200 (132 SMs, 1.75 GHz, 4.3 TB/s): instructions of the main loop (triton 3.9,
+sm_90) per element, and the part of the time that memory needs in which their unit can do them
+
+    unit                     float32        bfloat16
+    issue                    20.4   74 %    11.8   86 %
+    shared memory, bytes     19     70 %     8.5   62 %
+    tensor cores, products    3     44 %     1     29 %
+    conversions to float64    1.06  31 %     0.53  31 %
+    float64                   2.2   16 %     1.1   16 %
+
+Two programs of four warps fit on an SM, with 64 KiB on their way from memory.
 """
 
 import torch
@@ -28,7 +35,7 @@ DIRECTIONS = 4  # directions a pass without K, kept in registers; with K one
 
 
 @triton.jit
-def _corner(tile):
+def corner(tile):
     """Row and column of a tile of the lower triangle, tiles counted row by row."""
     i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
     i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
@@ -115,7 +122,7 @@ def gram_kernel(
     N: tl.constexpr = 16 * W
     tile, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if WITH_K and not SAME:
-        i, j = _corner(tile)
+        i, j = corner(tile)
     else:
         i, j = tile, tile * 0
     a = tl.arange(0, C * N)[:, None]
@@ -158,7 +165,7 @@ def gram_kernel(
     row, column = i * N + tl.arange(0, N), j * N + tl.arange(0, N)
     part += split * size
     if WITH_K:
-        tl.store(part + row[:, None] * n + column[None, :], k, (row[:, None] < n) & (column[None, :] < n))
+        tl.store(part + row[:, None].to(tl.int64) * n + column[None, :], k, (row[:, None] < n) & (column[None, :] < n))
     if M:
         tl.store(part + at + row[:, None] * m + d[None, :], b, (row[:, None] < n) & (d[None, :] < M))
 
@@ -174,7 +181,7 @@ def gram_wide_kernel(
     if PREDICATED and tl.load(todo) == 0:
         return
     if WITH_K and not SAME:
-        i, j = _corner(tile)
+        i, j = corner(tile)
     else:
         i, j = tile, tile * 0
     row, column = (i * N + tl.arange(0, N)).to(tl.int64), (j * N + tl.arange(0, N)).to(tl.int64)
@@ -204,7 +211,7 @@ def gram_wide_kernel(
             b += tl.where(d[None, :] == q, tl.sum(x.to(tl.float64) * w[None, :], 1)[:, None], 0.0)
     part += split * size
     if WITH_K:
-        tl.store(part + row[:, None] * n + column[None, :], k, (row[:, None] < n) & (column[None, :] < n))
+        tl.store(part + row[:, None].to(tl.int64) * n + column[None, :], k, (row[:, None] < n) & (column[None, :] < n))
     if M:
         tl.store(part + at + row[:, None] * m + d[None, :], b, (row[:, None] < n) & (d[None, :] < M))
 
@@ -215,7 +222,7 @@ def tile(n: int, wide: bool, itemsize: int) -> tuple[int, int, int]:
     Narrow blocks have 256 bytes a row, of which three are in flight; half as much where two tiles of a half type meet.
     """
     if wide:
-        return (max(16, triton.next_power_of_2(n)), 32, 4) if n <= 32 else (32, 16, 8)
+        return (max(16, triton.next_power_of_2(n)), 16 if itemsize == 8 else 32, 4) if n <= 32 else (32, 16, 8)
     N = min(64, max(16, triton.next_power_of_2(n)))
     return N, (256 if n <= N or itemsize == 4 else 128) // itemsize, N // 16
 

@@ -2,15 +2,17 @@
 
 Library products stay for float64, which has no kernel here; for one position, where the Gram matrices of a and of b
 are two calls of `gram`, which splits the columns over the GPU, while a kernel over tiles of n tokens would have few
-programs; for the weighted sum of float32 factors, which is one product; and for the per-sample gradients of a chunk,
-which are a batched product into a buffer. None of these choices has been measured on a GPU yet: `bench/gpu.sh layers`
-times both sides.
+programs; for the weighted sum of float32 factors, which is one product; for products between two groups of rows; and
+for the per-sample gradients of a chunk, which are a batched product into a buffer. None of these choices has been
+measured on a GPU yet: `bench/gpu.sh layers` times both sides.
 """
 
 import torch
 from torch import Tensor
 
-from ..layer import composed
+from ..layer import _exponents, composed
+
+COLUMNS = 1 << 16  # whose products float32 sums before float64 does
 
 
 def _double(*tensors: Tensor) -> bool:
@@ -46,7 +48,7 @@ def layer_combine_(out: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
         return composed["layer_combine_"](out, a, b, c)
     from .linear_combine import linear_combine_
 
-    linear_combine_(out, a, b, c)
+    linear_combine_(out, a, b, c.double())
 
 
 def layer_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,4 +66,16 @@ def sample_products_(g: Tensor, b: Tensor, a: Tensor) -> None:
         composed["sample_products_"](g, b, a)
 
 
-LEAVES = (token_gram, token_gram_across, layer_dot, layer_combine_, layer_moments, sample_products_)
+def cross_gram(G: Tensor, G2: Tensor, wide: bool) -> Tensor:
+    """`gram` is made for few directions: here they are as many as the rows, which are brought near 1 first."""
+    if wide or _double(G, G2):
+        return G.double() @ G2.double().mT
+    K = G.new_zeros((len(G), len(G2)), dtype=torch.float64)
+    shifts = _exponents(G), _exponents(G2)
+    units = [torch.ldexp(torch.ones_like(e, dtype=torch.float32), -e)[:, None] for e in shifts]
+    for x, y in zip(G.split(COLUMNS, 1), G2.split(COLUMNS, 1), strict=True):
+        K += (x * units[0]) @ (y * units[1]).mT
+    return torch.ldexp(K, shifts[0][:, None] + shifts[1])
+
+
+LEAVES = (cross_gram, token_gram, token_gram_across, layer_dot, layer_combine_, layer_moments, sample_products_)

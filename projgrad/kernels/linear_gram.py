@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gram import corner
 from .products import dot, precision, product
 from .scales import largest, scales
 
@@ -80,10 +81,7 @@ def linear_gram_kernel(
         return
     program = tl.program_id(0)
     if SYMMETRIC:
-        r = ((tl.sqrt(8.0 * program.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
-        r -= (r * (r + 1) // 2 > program).to(tl.int32)  # the root may be off by one
-        r += ((r + 1) * (r + 2) // 2 <= program).to(tl.int32)
-        c = program - r * (r + 1) // 2
+        r, c = corner(program)
     else:
         tiles = tl.cdiv(n2 * t2, T)
         r, c = program // tiles, program % tiles

@@ -79,4 +79,4 @@ def linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             PRECISION=precision(), GROUP=GROUP, RUN=RUN, **launch,
         )  # fmt: skip
     total, squares = sums[0] if splits == 1 else sums.sum(0)
-    return total, squares
+    return total, squares.clone()  # outputs of an op must not share memory

@@ -13,8 +13,9 @@ def pending_kernel(
     K, r, squares, c, rank, b, todo, worst, n, m, damping: tl.float64, limit: tl.float64, noise: tl.float64,
     BLOCK: tl.constexpr, CHOSEN: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """b = r - damping diag(K) c [n, m]; todo, whether a cosine (reference.cosines) is above limit or, where COUNTED,
-    a row that is not zero was left out; worst, the largest cosine. CHOSEN: rows with c = 0 were dropped on purpose."""
+    """b = r - damping diag(K) c [n, m]; todo, whether a cosine of b (reference.cosines) is above limit or, where
+    COUNTED, a row that is not zero was left out; worst, the largest cosine of r. CHOSEN: rows with c = 0 were dropped
+    on purpose."""
     above = 0
     nonzero = 0
     largest = tl.zeros((BLOCK,), tl.float64)
@@ -32,11 +33,14 @@ def pending_kernel(
             square = tl.load(K + j * n + j, j < n, 0.0)
             product = tl.load(r + j * m + d, j < n, 0.0)
             weight = tl.load(c + j * m + d, j < n, 0.0)
-            tl.store(b + j * m + d, product - damping * square * weight, j < n)
-            cosine = tl.abs(product) / tl.where(square > 0, tl.sqrt(square), 1.0) / tl.where(norm > 0, norm, 1.0)
+            left = product - damping * square * weight
+            tl.store(b + j * m + d, left, j < n)
+            length = tl.where(square > 0, tl.sqrt(square), 1.0) * tl.where(norm > 0, norm, 1.0)
+            cosine = tl.abs(product) / length
             cosine += tl.where(j < n, norm - norm, 0.0)  # NaN where the norm is infinite
             lost |= (cosine != cosine).to(tl.int32)
             largest = tl.maximum(largest, tl.where(cosine == cosine, cosine, 0.0))
+            cosine = tl.abs(left) / length
             if CHOSEN:
                 cosine = tl.where(weight != 0, cosine, 0.0)
             above += tl.sum((cosine > limit).to(tl.int32), 0)

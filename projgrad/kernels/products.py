@@ -1,7 +1,8 @@
 """Matrix products of tiles on tensor cores: half types as they are, float32 as sums of bfloat16 parts.
 
 x = h + m + l with 8 bits in each part is exact, so that hh' + (hm' + mh') + (hl' + lh' + mm') has the error of a
-float32 product at six times the work of a bfloat16 one: on tensor cores less than float32 arithmetic takes.
+float32 product at six times the work of a bfloat16 one: on tensor cores less than float32 arithmetic takes. Below 1e-34
+the last parts leave bfloat16, and digits are lost: `scales.py` is for factors that small.
 """
 
 import torch
@@ -53,5 +54,8 @@ def product(x, y, acc, PRECISION: tl.constexpr):
 
 
 def precision() -> str:
-    """How float32 tiles are multiplied: as the user told torch to."""
-    return {"highest": "parts", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+    """How float32 tiles are multiplied: as the user told torch to, by either of its settings."""
+    try:
+        return {"highest": "parts", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # the newer setting is in use, and the older one cannot be read
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "parts"

@@ -1,9 +1,14 @@
 """subtract on CUDA: out = u - cᵀ G and r = G outᵀ, one read of G for n ≤ 512.
 
 All arithmetic is in float64: out may be a millionth of u, and r decides whether the projection is good enough.
-Predicted, not measured, for n = 64 on an H200 (132 SMs, 1.75 GHz, 4.3 TB/s) from the main loop's machine code: float32
-needs 1.28 conversions and 3.5 float64 instructions an element, 37 % and 26 % of what their units do in the time that
-memory needs; bfloat16, twice the elements a byte, 1.16 and 3.4, 67 % and 50 %.
+Predicted, not measured, for n = 64 on an H200 (132 SMs, 1.75 GHz, 4.3 TB/s): instructions of the main loop (triton 3.9,
+sm_90) per element, and the part of the time that memory needs in which their unit can do them
+
+    unit            float32        bfloat16
+    issue           10.2   37 %    7.6   55 %
+    conversions      1.28  37 %    1.16  67 %
+    float64          3.5   26 %    3.4   50 %
+    shuffles         0.75  11 %    0.75  22 %
 """
 
 import torch
@@ -63,8 +68,9 @@ def subtract_kernel(
                 mask = (first + row[:, None] < n) & (t[None, :] < last)
                 g = tl.load(G + (first + row[:, None]) * g_row + t[None, :] * g_column, mask, 0.0).to(tl.float64)
                 here = part + (first + row) * m + d
-                earlier = tl.load(here, (first + row < n) & (start > begin), 0.0)
+                earlier = tl.load(here, (first + row < n) & (row * 0 + start > begin), 0.0)
                 tl.store(here, earlier + tl.sum(g * exact[None, :], 1), first + row < n)
+            tl.debug_barrier()  # other threads read them in the next block
     if ONCE:
         tl.store(part + row * m + d, tl.sum(r, 1), row < n)
     tl.store(part + n * m + d, tl.sum(before, 0))
@@ -75,7 +81,7 @@ def tile(n: int, itemsize: int) -> tuple[int, int, int]:
     """Rows and columns of a block, warps: 128 bytes a lane, three blocks of which two are on their way."""
     N = triton.next_power_of_2(max(1, n)) if n <= LARGEST else 64
     warps = 4 if N <= 128 else 8
-    return N, min(1024, warps * 4096 // (max(N, 32) * itemsize)), warps
+    return N, min(256 if N >= 16 else 512, warps * 4096 // (N * itemsize)), warps
 
 
 def views(total: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:

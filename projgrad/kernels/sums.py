@@ -14,7 +14,7 @@ def sums_kernel(
     "lower" from its lower triangle, "mean" as the mean of itself and its transpose."""
     if PREDICATED and tl.load(todo) == 0:
         return
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     i, j = entry // tl.maximum(n, 1), entry % tl.maximum(n, 1)
     turned = tl.where(entry < n * n, j * n + i, entry)
     entries = entry

@@ -21,8 +21,8 @@ from ..layer import (
 )
 from .flat import DTYPES, _check_reverse_mode, _product, _vmap_loop
 
-# The schemas. Inside them a is always [n, t, i], b [n, t, o], u [m, o, i] and c [m, n]. No leaf kernels here: the
-# default kernels are made of products and `gram`, on every device.
+# The schemas. Inside them a is always [n, t, i], b [n, t, o], u [m, o, i] and c [m, n]. What a device computes in its
+# own way are the leaves of `layer.py`.
 
 
 @custom_op("projgrad::linear_gram", mutates_args=())

@@ -83,9 +83,10 @@ class Checks(Questions):
 
             self.ask(measured.numbers, answer)
 
-    def check_watched(self, method: Route, name: str, K: Tensor, grad: Tensor | None, total: Tensor) -> None:
+    def check_watched(
+        self, half: bool, dtype: torch.dtype, name: str, K: Tensor, grad: Tensor | None, total: Tensor
+    ) -> None:
         """Σ_j g_j of one parameter from plain autograd against its K; `total`: Σ_j ‖g_j‖ over all parameters."""
-        half, dtype = method.half, method.dtype
         weights = weights_of(torch.ones_like(K[0]), K)
         found = torch.zeros_like(total) if grad is None else length(grad).square()
 

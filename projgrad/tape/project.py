@@ -76,6 +76,8 @@ def project_(
     checks, solver = Checks(), Solver(damping, add)
     with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
         try:
+            if not all(map(math.isfinite, squares.values())):  # also of tensors that the losses do not use
+                raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
             if keep or scope == "per_tensor":
                 tape._verified(losses)
             if scope == "per_tensor":
@@ -128,7 +130,7 @@ def _steps(method: Route, n: int, solver: Solver, rtol: float | None, checks: Ch
 
     def length_left() -> float:
         """‖u - Gᵀ x‖ as the products have it."""
-        return max(0.0, u2 + 2 * at.minus.product + at.minus.length) ** 0.5
+        return max(u2 + 2 * at.minus.product + at.minus.length, 0.0) ** 0.5  # in this order NaN stays NaN
 
     K, v = _without_underflow(*method.products(wide), method.dtype)
     at = yield system(v)
@@ -203,7 +205,7 @@ def _per_tensor(
 ) -> Projection:
     """Every tensor as soon as its last use has come by, in the one backward pass."""
     n, watch = len(losses), next_watched(tape, losses)
-    watched: list[tuple[OneTensor, Tensor]] = []
+    watched: list[tuple[bool, torch.dtype, Tensor]] = []
     rows = torch.zeros(n, dtype=torch.float64, device=losses.device)  # ‖g_j‖² over all tensors
 
     def finished(name: str, pieces: list[tuple[Source, Rule]]) -> None:
@@ -212,13 +214,13 @@ def _per_tensor(
         solver.start(name, _steps(method, n, solver, rtol, checks, name))
         rows.add_(method.K.diagonal())
         if name == watch:
-            watched.append((method, method.K))
+            watched.append((method.half, method.dtype, method.K))
 
     job = Kept(tape, finished)
     grads = tape._run(losses, job, retain_graph=False, watch=[tape.parameters[watch]] if watch else [])
     solver.finish()
-    for method, K in watched:
-        checks.check_watched(method, watch, K, grads[0], rows.clamp_min(0).sqrt().sum())
+    for half, dtype, K in watched:
+        checks.check_watched(half, dtype, watch, K, grads[0], rows.clamp_min(0).sqrt().sum())
     checks.settle()
     tensors = solver.done
     for name, done in tensors.items():

@@ -186,7 +186,8 @@ class KeptGradients(TwoPasses):
         job.finish(self.n)
         for grad in self.grads_of_watch:
             K = job.watched if isinstance(job.watched, Tensor) else torch.zeros_like(job.K)
-            self.checks.check_watched(self, self.watch, K, grad, job.K.diagonal().clamp_min(0).sqrt().sum())
+            total = job.K.diagonal().clamp_min(0).sqrt().sum()
+            self.checks.check_watched(self.half, self.dtype, self.watch, K, grad, total)
         self.grads_of_watch = ()
         return job.K, job.v
 

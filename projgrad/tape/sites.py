@@ -4,6 +4,7 @@ with the samples)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -122,8 +123,9 @@ class Tap(torch.autograd.Function):
     def backward(ctx, b: Tensor):
         tape = ctx.tape()
         if tape is not None and tape._receive is not None:
-            saved = ctx.saved_tensors
-            with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast(b.device.type, enabled=False):
+            saved, mixed = ctx.saved_tensors, torch.is_autocast_enabled(b.device.type)
+            exact = torch.autocast(b.device.type, enabled=False) if mixed else nullcontext()
+            with torch._C.DisableTorchFunction(), torch.no_grad(), exact:
                 tape._receive(ctx.site, b, saved)
         return b, None, None, None, *[None] * ctx.site.saved
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 # What reorders rows by numbers that the graph does not show, or mixes samples without a parameter in sight.
-DATA_DEPENDENT = re.compile("Index|Gather|Scatter|Masked(Select|Scatter)|Take|Sort|Unique|Packed|Pack|Put")
+DATA_DEPENDENT = re.compile("Index|Gather|Scatter|Masked(Select|Scatter)|Take|Sort|Unique|Packed|Pack|Put|Segment")
 SHAPED = re.compile("_saved_.*(dim|size|shift|start|end|split|stride|train|perm|axis|offset|diagonal|repeat)")
 
 
@@ -214,13 +214,15 @@ def fingerprint(tape: Tape, losses: Tensor) -> int:
 
 
 def _setting(value: object) -> object:
-    """What of an attribute of a node belongs to the graph: the numbers in a tensor do not."""
-    return (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else str(value)
+    """What of an attribute of a node belongs to the graph: of a tensor the numbers only if they are integers."""
+    if not isinstance(value, Tensor):
+        return str(value)
+    return value.dtype, tuple(value.shape), *(() if value.is_floating_point() else value.flatten().tolist())
 
 
 @functools.cache
 def _shaped(kind: type) -> tuple[str, ...]:
-    return tuple(a for a in dir(kind) if SHAPED.match(a))
+    return tuple(a for a in dir(kind) if SHAPED.match(a) and "philox" not in a)  # the state of a random generator
 
 
 def announce(loops: dict[str, str]) -> None:

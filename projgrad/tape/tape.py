@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,26 +46,31 @@ def per_sample(model: nn.Module, parameters: Mapping[str, Tensor] | None = None)
         >>> tape.gram(losses).shape
         torch.Size([5, 5])
     """
-    if any(isinstance(module, torch._dynamo.eval_frame.OptimizedModule) for module in model.modules()):
-        raise ValueError("a compiled model hides its operations: pass the original module (`model._orig_mod`)")
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
-        raise ValueError("model.compile() hides the model's operations: pass a module that was not compiled")
     if parameters is None:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to follow")
     followed = {id(p) for p in parameters.values()}
-    frozen = [p for p in model.parameters() if id(p) not in followed and not p.requires_grad]
-    return Tape(parameters, [*model.buffers(), *frozen, *_tables(model)], _known.setdefault(model, {}))
-
-
-def _tables(model: nn.Module) -> Iterator[Tensor]:
-    """Integer tensors that modules keep as plain attributes, such as the ids of virtual tokens."""
+    fixed: list[Tensor] = []
     for module in model.modules():
-        for value in vars(module).values():
-            for t in value.values() if isinstance(value, dict) else (value,):
-                if isinstance(t, Tensor) and not t.dtype.is_floating_point:
-                    yield t
+        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
+            raise ValueError("a compiled model hides its operations: pass the original module (`model._orig_mod`)")
+        if module._compiled_call_impl is not None:
+            raise ValueError("model.compile() hides the model's operations: pass a module that was not compiled")
+        fixed += [b for b in module._buffers.values() if b is not None]
+        fixed += [p for p in module._parameters.values() if not (p is None or id(p) in followed or p.requires_grad)]
+        fixed += _tables(module)
+    return Tape(parameters, fixed, _known.setdefault(model, {}))
+
+
+def _tables(module: nn.Module) -> list[Tensor]:
+    """Integer tensors that a module keeps as plain attributes, such as the ids of virtual tokens."""
+    found = []
+    for value in vars(module).values():
+        for t in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(t, Tensor) and not t.dtype.is_floating_point:
+                found.append(t)
+    return found
 
 
 class Tape:
