@@ -17,8 +17,8 @@ from torch.func import functional_call, vjp, vmap
 
 from .ops.flat import gram
 from .reference import cosines
+from .tape.losses import check_losses
 from .tape.project import Projection
-from .tape.tape import check_losses
 
 
 class ExplicitGradients:

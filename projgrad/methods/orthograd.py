@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..explicit import project_explicit
 from ..tape.jobs import Outer
+from ..tape.losses import check_shape, check_values
 from ..tape.project import Projection
-from ..tape.tape import check_finite, check_shape, per_sample
+from ..tape.tape import per_sample
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class OrthoGrad:
         check_shape(losses)
         seen: list[float] = []  # the forget loss and those of the retain samples
         tape.questions.ask(loss, lambda values: seen.extend(_check_forget(values)))
-        tape.questions.ask(losses, lambda values: seen.extend(check_finite(values)))
+        tape.questions.ask(losses, lambda values: seen.extend(check_values(values)))
         if all(p.grad is None for p in params.values()):
             raise ValueError("forget() returned a loss that depends on no parameter that the optimizer holds")
         if self.scaler is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch.overrides import _get_current_function_mode_stack
 from .explain import Explain, Explanation
 from .explicit_rows import looped, mapped
 from .jobs import Job, Moments, Outer, Products
+from .losses import check_losses, check_shape, check_values
 from .mode import COPIES, VIEWS, Interception, Recomputing, is_in_place
 from .plan import Plan, upright
 from .project import Projection, project_
@@ -301,7 +301,7 @@ class Tape:
         if self._structure is not None and self._structure[0]() is losses:
             return self._structure[1]
         check_shape(losses)
-        self.questions.ask(losses, lambda values: check_finite(values) and None)
+        self.questions.ask(losses, lambda values: check_values(values) and None)
         key = (len(losses), tuple(site.key for site in self.sites), fingerprint(self, losses))
         found = self._known.get(key)
         self.questions.settle()
@@ -392,28 +392,6 @@ class Tape:
                 shape = tuple(self.parameters[name].shape)
                 raise ValueError(f"direction[{name!r}] must be {shape} like the parameter; got {tuple(u.shape)}")
         return dict(direction)
-
-
-def check_losses(losses: Tensor) -> None:
-    check_shape(losses)
-    check_finite(losses.tolist())
-
-
-def check_shape(losses: Tensor) -> None:
-    if not isinstance(losses, Tensor) or losses.ndim != 1:
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"one loss per sample is needed, shape (n,); got {got}: use reduction='none'")
-    if not len(losses):
-        raise ValueError("there are no losses: without samples there is nothing to be orthogonal to")
-    if not losses.requires_grad:
-        raise ValueError("the losses do not depend on any parameter that the tape follows")
-
-
-def check_finite(losses: list[float]) -> list[float]:
-    bad = [j for j, loss in enumerate(losses) if not math.isfinite(loss)]
-    if bad:
-        raise FloatingPointError(f"NaN or Inf in the losses of samples {bad[:8]}; nothing was changed")
-    return losses
 
 
 def _shares(out: Tensor, p: Tensor) -> bool:
