@@ -37,9 +37,6 @@ FLOAT = HALF._replace(product=1 / 45e3, token_gram=1 / 80e3)
 DOUBLE = FLOAT._replace(gram=1 / 30e3, token_gram=1 / 30e3, element=0.004, pair=0.02)  # composed of library products
 
 
-CHUNK_BYTES = CPU.chunk
-
-
 def rates(device: str = "cpu", itemsize: int = 4) -> Rates:
     """For a type of device and the bytes of a factor's element."""
     return CPU if device != "cuda" else HALF if itemsize == 2 else FLOAT if itemsize == 4 else DOUBLE

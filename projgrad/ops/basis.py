@@ -9,7 +9,7 @@ from ..cost import chunk_bytes
 from ..layer import _multiplied
 from .flat import DTYPES, _check_reverse_mode
 
-# The schema. Inside it D is always [l, o, i] and M [l, i, k]. The default kernel is made of products, on every device.
+# The schema. Inside it D is always [l, o, i] and M [l, i, k]. The default kernel is made of products.
 
 
 @custom_op("projgrad::basis_project", mutates_args=())
