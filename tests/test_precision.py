@@ -109,6 +109,29 @@ def test_vanishing_gradients_in_float32(size, count, mode):
     assert 0 <= done.residual < 1e-5 and done.preserved_norm > 0
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_of_vanishing_gradients_do_not_overflow(mode):
+    """Well-fitted samples have gradients of 1e-36 and less: ⟨u, g⟩ / ‖g‖² is then beyond float32."""
+    model, closure = _classifier(torch.float32)
+    sizes = torch.logspace(0, -41, 8, dtype=torch.float32)
+    unlearner = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.0), **MODES[mode])
+    record = unlearner.step(lambda: 1e4 * closure().mean(), lambda: closure() * sizes)
+    assert record.residual <= 1e-6 and record.preserved_norm > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_vanishing_gradients_stay_out_of_refinement(mode, monkeypatch):
+    """Those that are too small to count must not come back in its later rounds."""
+    monkeypatch.setattr("projgrad.tape.project.RESIDUAL", 1e-12)  # refine whatever comes out
+    monkeypatch.setattr("projgrad.reference.first_pass", lambda n, dtype, rtol: (True, 0.0))
+    model = nn.Linear(64, 8, dtype=torch.float32)
+    x = (torch.randn(64) + torch.logspace(0, -7, 24)[:, None] * torch.randn(24, 64)).float()
+    sizes = torch.ones(24, dtype=torch.float32).index_fill(0, torch.arange(0, 24, 3), 1e-33)
+    unlearner = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.0), **MODES[mode])
+    record = unlearner.step(lambda: model(x.roll(1, 1)).square().mean(), lambda: model(x).square().sum(1) * sizes)
+    assert record.refinements and 0 < record.preserved_norm < 1
+
+
 def _scaled_steps(scaler):
     model, closure = _classifier(torch.float32)
     unlearner = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler)

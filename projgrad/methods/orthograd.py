@@ -1,6 +1,5 @@
 """OrthoGrad: ascend on the forget loss, orthogonally to the gradient of every retain sample."""
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ from ..tape.jobs import Outer
 from ..tape.losses import check_shape, check_values
 from ..tape.project import Projection
 from ..tape.tape import per_sample
+from .common import check_batch_norm, check_finite, clear, owned, scalar
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,7 @@ class OrthoGrad:
         self.keep_output_gradients, self.scaler, self.projector = keep_output_gradients, scaler, projector
         self._flat = False  # whether the factors of the forget gradient save work, as the step before found
         self._outer: dict[str, Outer] = {}
-        self.parameters()
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is updated, by name: the model's parameters that require gradients now and belong to the optimizer."""
-        owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        found = {name: p for name, p in self.model.named_parameters() if p.requires_grad and id(p) in owned}
-        if not found:
-            raise ValueError("the optimizer holds no parameter of the model that requires a gradient")
-        return found
+        owned(model, optimizer)
 
     def step(self, forget: Callable[[], Tensor], retain: Callable[[], Tensor]) -> StepRecord:
         """One update. An error before the optimizer steps leaves the model and the optimizer as they were, with every
@@ -139,28 +131,28 @@ class OrthoGrad:
             ArithmeticError: the projection contradicts plain autograd.
         """
         start = time.perf_counter()
-        _check_batch_norm(self.model)
-        params = self.parameters()
-        for group in self.optimizer.param_groups:  # a stale gradient would move what neither loss depends on
-            for p in group["params"]:
-                p.grad = None
+        check_batch_norm(self.model)
+        params = owned(self.model, self.optimizer)
+        clear(self.optimizer)
         skipped, done = False, None
         try:
             loss = self._forget(forget, params)
             forget_loss, retain_loss, done = self._retain(loss, retain, params)
         except FloatingPointError:
-            if self.scaler is None or not _overflow(params):
-                _clear(params)
+            clear(self.optimizer)
+            if self.scaler is None:
                 raise
+            p = next(iter(params.values()))  # an infinite gradient makes the scaler skip this step and scale less
+            p.grad = torch.full_like(p, float("inf"))
             forget_loss = retain_loss = float("nan")
             skipped = True
         except BaseException:
-            _clear(params)
+            clear(self.optimizer)
             raise
         try:
             self._apply(params)
         except BaseException:
-            _clear(params)
+            clear(self.optimizer)
             raise
         return StepRecord(
             rank=None if done is None or self.projector else done.rank,
@@ -179,13 +171,8 @@ class OrthoGrad:
         """p.grad = ± (1 - α) u; the loss, not looked at yet: the device may still be busy with it."""
         tape = per_sample(self.model, params) if self._flat else None
         with torch.enable_grad(), tape or nullcontext():
-            loss = forget()
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"forget() must return one scalar loss; got {got}")
-        if not loss.requires_grad:
-            raise ValueError("forget() returned a loss that does not depend on any trainable parameter")
-        scaled = loss.reshape(()) if self.scaler is None else self.scaler.scale(loss.reshape(()))
+            loss = scalar(forget)
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
         weight = self.sign * (1 - self.alpha)
         if tape is None:
             torch.autograd.backward(scaled, torch.full_like(scaled, weight), inputs=list(params.values()))
@@ -198,7 +185,7 @@ class OrthoGrad:
     ) -> tuple[float, float, Projection]:
         """p.grad = ± (1 - α) u_perp + α mean_j(g_j); both losses, and what was done."""
         if self.projector is not None:
-            _check_forget(loss.flatten().tolist())
+            check_finite(float(loss))
             per_tensor = self.scope == "per_tensor"
             done = project_explicit(self.model, retain, params, self.projector, per_tensor=per_tensor, add=self.alpha)
             return float(loss), *done
@@ -206,7 +193,7 @@ class OrthoGrad:
             losses = retain()
         check_shape(losses)
         seen: list[float] = []  # the forget loss and those of the retain samples
-        tape.questions.ask(loss, lambda values: seen.extend(_check_forget(values)))
+        tape.questions.ask(loss, lambda values: seen.append(check_finite(values[0])))
         tape.questions.ask(losses, lambda values: seen.extend(check_values(values)))
         if all(p.grad is None for p in params.values()):
             raise ValueError("forget() returned a loss that depends on no parameter that the optimizer holds")
@@ -235,31 +222,3 @@ class OrthoGrad:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-
-
-def _check_forget(values: list[float]) -> list[float]:
-    if not math.isfinite(values[0]):
-        raise FloatingPointError(f"the forget loss is {values[0]}; nothing was changed")
-    return values
-
-
-def _clear(params: dict[str, nn.Parameter]) -> None:
-    for p in params.values():
-        p.grad = None
-
-
-def _overflow(params: dict[str, nn.Parameter]) -> bool:
-    """Leave an infinite gradient for the scaler to find, as plain training would: it skips the step and scales less."""
-    _clear(params)
-    p = next(iter(params.values()))
-    p.grad = torch.full_like(p, float("inf"))
-    return True
-
-
-def _check_batch_norm(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise ValueError(
-                f"{name or 'the model'} is a {type(module).__name__} that uses batch statistics: the gradient of one "
-                "sample then depends on the others, so there is nothing to project. Call model.eval() before step()"
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -114,6 +115,7 @@ def judge(
     A tensor whose gradient is the rounding of much larger terms is noise on both sides: `floor` is the length of that.
 
     Raises:
+        FloatingPointError: what was found is not a number.
         ArithmeticError: rules and autograd disagree.
     """
     tolerance = 5e-2 if half else 1e-3 if dtype != torch.float64 else 1e-9
@@ -122,6 +124,8 @@ def judge(
     size = (scale**2, scale * u2**0.5, (scale + u2**0.5) ** 2)[place]
     lost = weights.total * 1e3 * torch.finfo(dtype).tiny  # near the smallest numbers digits are missing
     error = abs(value - expected)
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the projection overflowed{blame()}: gradients are too large or differ too much in size")
     if not error <= tolerance * abs(expected) + 0.1 * tolerance * size + floor**2 + lost**2:
         raise ArithmeticError(
             f"per-sample gradients and plain autograd disagree ({value:.6e} against {expected:.6e})"

@@ -167,8 +167,8 @@ def _steps(method: Route, n: int, solver: Solver, rtol: float | None, checks: Ch
         return _projection(rank, u2, after, residual, 0)
     apply(-at.x, at.minus)
     while True:
-        r = method.dot(wide)
         rows = K.diagonal().clamp_min(0).sqrt()
+        r = method.dot(wide).masked_fill(rows == 0, 0.0)
         cosine = (r.abs() / rows.where(rows > 0, 1)).max()
         *sizes, left, product = read(method.sizes(), cosine, add @ r)
         method.known = sum(size**2 for size in sizes)
@@ -195,8 +195,10 @@ def _projection(rank: int, u2: float, after: float, residual: float, refinements
 
 
 def _without_underflow(K: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Gradients shorter than 1e-38 in float32 count as zero: their digits are lost, and so is their direction."""
-    lost = K.diagonal().sqrt() < torch.finfo(dtype).tiny
+    """Gradients shorter than 1e-31 in float32 count as zero: some digits of theirs are below the smallest number, and
+    their weights would be near the largest."""
+    limits = torch.finfo(dtype)
+    lost = K.diagonal().sqrt() < limits.tiny / limits.eps
     return K.masked_fill(lost | lost[:, None], 0.0), v.masked_fill(lost, 0.0)
 
 
