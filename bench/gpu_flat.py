@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import projgrad
-from projgrad import projectors, reference
+from projgrad import projectors, reference, student
 
 from .contenders import pseudo_inverse_solve
 from .gpu_measure import (
@@ -246,6 +246,36 @@ def solve_rows(systems: int, n: int, clock: Clock) -> Iterator[dict]:
         yield row | meets(row, [("times_ours", ">=", wanted[key])] if key in wanted else [])
 
 
+def plain_feasible(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int) -> Tensor:
+    """The test as one would write it down."""
+    mean = total / n
+    error = ((squares / n - mean**2).clamp_min(0) / (n - 1)).sqrt()
+    return d * ((d * u <= 0) & (d * mean + 1.67 * d.abs() * error <= 0))
+
+
+def feasible_rows(p: int, dtype: torch.dtype, most: Ceilings, clock: Clock) -> Iterator[dict]:
+    """Four tensors are read and one is written."""
+    torch.manual_seed(0)
+    n = 64
+    d, u = (torch.randn(p, device=DEVICE).to(dtype) for _ in range(2))
+    total = n**0.5 * torch.randn(p, device=DEVICE)
+    squares = total.square() / n + n * torch.rand(p, device=DEVICE)
+    exact = reference.feasible(d, u, total, squares, n, *student.limits(n, 0.05, F32))[0]
+    contenders = {
+        "projgrad": Contender(lambda: projgrad.feasible(d, u, total, squares, n)),
+        "plain": Contender(lambda: plain_feasible(d, u, total, squares, n)),
+    }
+    errors = gated(contenders, lambda x: {"error": float((x != exact).double().mean())}, {"error": 0.0})
+    measure(contenders, clock, seconds=1.0)
+    floor, mine = p * (3 * dtype.itemsize + 8) / most.copy, contenders["projgrad"].columns()
+    for key, contender in contenders.items():
+        row = {"op": "feasible", "size": str(p), "dtype": name(dtype), "contender": key}
+        row |= contender.columns() | errors[key]
+        row |= compared(row, mine)
+        row["percent_of_floor"] = 1e5 * floor / row["ms"] if row["ms"] else None
+        yield row | meets(row, [])
+
+
 def main() -> None:
     if "--worker" in sys.argv:
         n, p, dtype = sys.argv[sys.argv.index("--worker") + 1 :][:3]
@@ -263,6 +293,11 @@ def main() -> None:
         for l, n in systems
     ]
     plan = plan[:2] + solves + plan[2:]
+    sizes = [(1000 if args.tiny else 100_000_000, dtype) for dtype in (F32, BF16)]
+    plan += [
+        ({"op": "feasible", "size": str(p), "dtype": name(t)}, lambda p=p, t=t: feasible_rows(p, t, most, clock))
+        for p, t in sizes
+    ]
     plan += [({**c.about, "beside": "QR"}, lambda c=c: qr_rows(c, args.tiny)) for c in cases(args.tiny) if c.qr]
     plan = [some for some in plan if args.only in title(some[0])]
     sys.exit(run(plan, rows, deadline))

@@ -5,16 +5,24 @@ import json
 import re
 from pathlib import Path
 
-from projgrad.demo.methods import TITLES
+from projgrad.compare.methods import TITLES
+from projgrad.evaluate import verdict
+from projgrad.evaluate.tables import caption, columns
+from projgrad.scenarios import FAST
 
 from .gpu_readme import gpu
 from .report import RESULTS
 from .steps import SUMMARY, summary
 
-STEPS = {
-    "neggrad": "no projection (NegGrad+)",
-    "orthograd": "OrthoGrad, projgrad",
-    "orthograd-qr": "OrthoGrad, QR on explicit gradients",
+COLUMNS = {  # of the comparison's table that the README has room for, and their titles here
+    "method": "method",
+    "forget %": None,
+    "retain %": "retain %",
+    "test %": "test %",
+    "MIA AUC": "MIA AUC",
+    "ToW": "ToW",
+    "ms/step": "ms/step",
+    "peak MiB": "peak MiB",
 }
 README = Path(__file__).parent.parent / "README.md"
 
@@ -57,48 +65,22 @@ def _solver(rows: dict[str, dict]) -> list[str]:
     ]
 
 
-def demo() -> str:
-    results = json.loads((RESULTS / "demo-digits.json").read_text())
-    summary, sizes = results["summary"], results["sizes"]
-    lines = [
-        f"`make demo` trains a network of {sizes['parameters']:,} parameters on scikit-learn's digits with 15 % of the "
-        f"training labels wrong, and forgets these {sizes['forget']} samples. Settings of every method come from one "
-        f"search on validation data (`{results['chosen_by']['command']}`); mean ± standard deviation over "
-        f"{len(results['seeds'])} seeds:",
-        "",
-        "| method | wrong labels repeated % | retain % | test % | ms/step |",
-        "|---|---|---|---|---|",
-    ]
-    for method, row in summary["methods"].items():
-        cells = [_share(row[key]) for key in ("forget", "retain", "test")]
-        cells.append(f"{1e3 * row['step_seconds']:.1f}" if row["step_seconds"] else "")
-        lines.append(f"| {TITLES[method]} | " + " | ".join(cells) + " |")
-    lines += ["", summary["verdict"], ""]
-    panel = results["panel_settings"][0]
-    lines += [
-        f"What more retain gradients buy (α = {panel['alpha']}, lr {panel['lr']}, {panel['steps']} steps):",
-        "",
-        "| retain samples a step | wrong labels repeated % | test % | preserved norm | ms/step |",
-        "|---|---|---|---|---|",
-    ]
-    for row in summary["panel"]:
-        label = f"{row['n']}, no projection" if row["method"] == "neggrad" else str(row["n"])
-        kept = "" if row["preserved_norm"] is None else f"{row['preserved_norm']:.2f}"
-        cells = [_share(row["forget"]), _share(row["test"]), kept, f"{1e3 * row['step_seconds']:.1f}"]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    if rows := summary.get("steps"):  # an interrupted demo has none
-        lines += [
-            "",
-            "One whole step from the same batch and weights. Memory is the peak above the loaded model, in a process "
-            "of its own; the difference is relative, between the two projected updates:",
-            "",
-            "| retain samples | " + " | ".join(STEPS.values()) + " | difference |",
-            "|---|" + "---|" * (len(STEPS) + 1),
-        ]
-        for row in rows:
-            cells = [f"{1e3 * row['seconds'][k]:.1f} ms, {_mebibytes(row['bytes'][k])}" for k in STEPS]
-            lines.append(f"| {row['n']} | " + " | ".join(cells) + f" | {row['relative_difference']:.0e} |")
-    return "\n".join([*lines, "", "![Accuracy per step, time and memory of a step](bench/results/demo-digits.png)"])
+def compare() -> str:
+    """A table and a verdict for every scenario of the fast preset, and where the others are."""
+    results = json.loads((RESULTS / "compare.json").read_text())["scenarios"]
+    lines = ["![Forget and test accuracy of every method](bench/results/overview.png)", ""]
+    for name in FAST:
+        scenario = results[name]
+        shown = [column for column in columns(scenario, TITLES) if column.title in COLUMNS]
+        titles = [COLUMNS[column.title] or scenario["forget_title"] + " %" for column in shown]
+        lines += [f"**{scenario['title'].capitalize()}** (`{name}`): {caption(scenario)}", ""]
+        lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+        rows = zip(*(column.cells for column in shown), strict=True)
+        lines += ["| " + " | ".join(cell.replace("±", " ± ") for cell in cells) + " |" for cells in rows]
+        lines += ["", verdict(scenario, TITLES), ""]
+    for name in FAST[:1] + FAST[2:]:
+        lines.append(f"![{results[name]['title']}: accuracy and cost against n](bench/results/{name}-study.png)")
+    return "\n".join(lines)
 
 
 def steps() -> str:
@@ -117,19 +99,9 @@ def steps() -> str:
     return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in summary(rows)])
 
 
-def _share(value: dict) -> str:
-    return f"{100 * value['mean']:.1f}" + ("" if value["std"] is None else f" ± {100 * value['std']:.1f}")
-
-
-def _mebibytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 2**20:.1f} MiB"
-
-
 def written(text: str) -> str:
     """`text` with every generated section made anew."""
-    sections = [("flat", flat), ("demo", demo), ("gpu", gpu)]
-    if (RESULTS / "steps_cpu.csv").exists():
-        sections.append(("steps", steps))
+    sections = [("flat", flat), ("compare", compare), ("steps", steps), ("gpu", gpu)]
     for name, section in sections:
         pattern = rf"(<!-- {name}: .*? -->\n).*?(\n<!-- end -->)"
         text, count = re.subn(pattern, lambda m, s=section: m[1] + s() + m[2], text, flags=re.S)

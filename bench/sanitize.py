@@ -21,7 +21,7 @@ from .report import RESULTS
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 STATUS = 86  # of compute-sanitizer, where it found something
-OURS = re.compile(r"projgrad|gram_solve|\b(gram|subtract|scales|pairs|basis_project|linear_\w+)_kernel\b")
+OURS = re.compile(r"projgrad|gram_solve|\b(gram|subtract|scales|pairs|basis_project|feasible|linear_\w+)_kernel\b")
 REFUSED = ("Device not supported", "device is not supported", "Unable to find a supported device")
 
 
@@ -49,6 +49,11 @@ def calls() -> Iterator[str]:
             projgrad.project_out(u, G)
             projgrad.project_out(u[0], G.mT.contiguous().mT, damping=0.1)
         yield f"gram, subtract, project_out in {dtype}"
+        for p in (1, 1000, 4097):
+            d, u = (torch.randn(p, device=device).to(dtype) for _ in range(2))
+            total = torch.randn(p, device=device)
+            projgrad.feasible(d, u, total, total.square() + 1, 8)
+        yield f"feasible in {dtype}"
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for n, t, i, o in ((1, 1, 1, 1), (5, 1, 33, 17), (3, 7, 17, 65), (2, 129, 31, 30), (9, 13, 130, 70)):
             a, b = torch.randn(n, t, i, device=device).to(dtype), torch.randn(n, t, o, device=device).to(dtype)
@@ -57,8 +62,7 @@ def calls() -> Iterator[str]:
             projgrad.linear_dot(a, b, torch.randn(2, o, i, device=device).to(dtype))
             projgrad.linear_combine(a, b, torch.randn(2, n, device=device))
             projgrad.linear_moments(a, b)
-            if hasattr(projgrad, "basis_project"):
-                projgrad.basis_project(torch.randn(o, i, device=device).to(dtype), a[0, :, :].mT.contiguous())
+            projgrad.basis_project(torch.randn(o, i, device=device).to(dtype), a[0, :, :].mT.contiguous())
         yield f"ops on factors in {dtype}"
     if device == "cuda":
         torch.cuda.synchronize()

@@ -201,7 +201,19 @@ def basis_project() -> Iterator[Specialisation]:
                 )
 
 
-KERNELS = (linear_gram, linear_dot, gram, subtract, gram_solve, linear_combine, linear_moments, basis_project)
+def feasible() -> Iterator[Specialisation]:
+    from projgrad.kernels.feasible import WARPS, feasible_kernel, tile
+
+    sizes = dict(zip(DTYPES, (4, 8, 2, 2), strict=True))
+    for change, moments in (("fp32", "fp32"), ("fp64", "fp64"), ("bf16", "fp32"), ("fp16", "fp32"), ("bf16", "bf16")):
+        types = {name: f"*{change}" for name in ("d", "u", "out")} | {"part": "*fp64"}
+        types |= {name: f"*{moments}" for name in ("total", "squares")}
+        types |= dict.fromkeys(("root", "bound", "slack", "floor"), "fp64")
+        constants = tile(sizes[change], sizes[moments])
+        yield Specialisation(f"feasible {change} {moments}", feasible_kernel, types, constants, WARPS, divisible=("p",))
+
+
+KERNELS = (linear_gram, linear_dot, gram, subtract, gram_solve, linear_combine, linear_moments, basis_project, feasible)
 
 
 def specialisations(names: Sequence[str] = ()) -> Iterator[Specialisation]:

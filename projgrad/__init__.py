@@ -1,21 +1,34 @@
 """Gradient projection for machine unlearning: exact, on any model, at the memory of ordinary training."""
 
-from . import functional, projectors
+from importlib import import_module
+
+from . import baselines, functional, projectors
 from . import kernels as kernels  # importing them registers them
+from .methods.feasible import FeasibleRecord, FeasibleUpdates
 from .methods.orthograd import OrthoGrad, StepRecord
+from .methods.pgu import PGU, PGURecord
+from .methods.pgu_loss import unlearning_loss
 from .ops.basis import basis_project
 from .ops.factors import linear_combine, linear_dot, linear_gram, linear_moments
+from .ops.feasible import feasible
 from .ops.flat import ProjectionInfo, gram, gram_solve, project_out
 from .tape.tape import Tape, per_sample
 from .version import __version__
 
 __all__ = [
+    "PGU",
+    "FeasibleRecord",
+    "FeasibleUpdates",
     "OrthoGrad",
+    "PGURecord",
     "ProjectionInfo",
     "StepRecord",
     "Tape",
     "__version__",
+    "baselines",
     "basis_project",
+    "evaluate",
+    "feasible",
     "functional",
     "gram",
     "gram_solve",
@@ -26,4 +39,12 @@ __all__ = [
     "per_sample",
     "project_out",
     "projectors",
+    "unlearning_loss",
 ]
+
+
+def __getattr__(name: str):
+    """`projgrad.evaluate` is imported at its first use: it brings numpy, which nothing else needs."""
+    if name == "evaluate":
+        return import_module(".evaluate", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

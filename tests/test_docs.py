@@ -20,8 +20,9 @@ def test_readme_has_examples():
     assert len(EXAMPLES) >= 3
 
 
-def test_readme():
+def test_readme(tmp_path, monkeypatch):
     """In order, in one namespace, as a reader would type them."""
+    monkeypatch.chdir(tmp_path)
     namespace = {}
     for example in EXAMPLES:
         exec(compile(example, str(README), "exec"), namespace)
@@ -40,5 +41,5 @@ def test_docstrings(name):
 
 
 def test_public_functions_have_an_example():
-    for name in ("gram", "gram_solve", "project_out", "OrthoGrad"):
+    for name in ("gram", "gram_solve", "project_out", "OrthoGrad", "PGU", "FeasibleUpdates", "feasible"):
         assert "Example:" in getattr(projgrad, name).__doc__, name

@@ -14,10 +14,12 @@ def _double(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
+SUMS = torch.linspace(-10, 10, 21, dtype=torch.float64).view(3, 7)  # Σg of 4 samples, with s² = 2 / 3
 # name -> (public function, inputs that require gradients)
 FUNCTIONS = {
     "basis_project": (projgrad.basis_project, lambda: (_double(3, 7), _double(7, 2))),
     "basis_project_of_each": (projgrad.basis_project, lambda: (_double(2, 3, 4), _double(2, 4, 2))),
+    "feasible": (lambda d: projgrad.feasible(d, -d.detach(), SUMS, SUMS.square() / 4 + 2, 4), lambda: (_double(3, 7),)),
     "gram": (projgrad.gram, lambda: (_double(3, 7), _double(2, 7))),
     "gram_alone": (projgrad.gram, lambda: (_double(3, 7),)),
     "gram_solve": (lambda A, b: projgrad.gram_solve(A @ A.mT, b), lambda: (_double(2, 3, 7), _double(2, 3))),

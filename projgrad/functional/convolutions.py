@@ -21,16 +21,23 @@ def _numbers(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return value * dims if len(value) == 1 else value
 
 
+def geometry(weight: Tensor, stride, padding, dilation) -> tuple[Sequence[int], Sequence[int], Sequence[int], list]:
+    """Kernel, stride, dilation and (before, after) padding of a convolution, a number each for every dimension."""
+    kernel, dims = weight.shape[2:], weight.ndim - 2
+    gaps = _numbers(dilation, dims)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(gaps, kernel, strict=True)]
+        pad = [(t // 2, t - t // 2) for t in total]
+    else:
+        pad = [(p, p) for p in _numbers(0 if padding == "valid" else padding, dims)]
+    return kernel, _numbers(stride, dims), gaps, pad
+
+
 def _convolve(function, dims: int):
     def conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, tape: Tape) -> Tensor:
         call = tape.call(function.__name__, input, weight, bias)
         y = function(input, weight, bias, stride, padding, dilation, groups)
-        kernel, steps, gaps = weight.shape[2:], _numbers(stride, dims), _numbers(dilation, dims)
-        if padding == "same":
-            total = [d * (k - 1) for d, k in zip(gaps, kernel, strict=True)]
-            pad = [(t // 2, t - t // 2) for t in total]
-        else:
-            pad = [(p, p) for p in _numbers(0 if padding == "valid" else padding, dims)]
+        kernel, steps, gaps, pad = geometry(weight, stride, padding, dilation)
         batched = y.ndim == dims + 2
 
         def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:

@@ -60,6 +60,12 @@ def basis_project(D, M):
     return basis_project(D, M)
 
 
+def feasible_pass(*args):
+    from .feasible import feasible
+
+    return feasible(*args)
+
+
 ON_CUDA = {
     flat._gram: gram,
     flat._subtract: subtract,
@@ -72,5 +78,5 @@ if not built_for_cuda:  # most installations have no nvcc
 if find_spec("triton"):
     for op, kernel in ON_CUDA.items():
         op.register_kernel("cuda")(on_its_device(kernel))
-    for leaf in layer.LEAVES:
+    for leaf in (*layer.LEAVES, feasible_pass):
         library.impl(leaf.__name__, on_its_device(leaf), "CUDA")

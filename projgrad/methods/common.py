@@ -45,5 +45,5 @@ def check_batch_norm(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
                 f"{name or 'the model'} is a {type(module).__name__} that uses batch statistics: what the model makes "
-                "of one sample, and its gradient, then depends on the others. Call model.eval() before step()"
+                "of one sample, and its gradient, then depends on the others. Call model.eval() first"
             )

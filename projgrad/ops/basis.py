@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.library import custom_op
 
@@ -24,13 +25,14 @@ def _products(D: Tensor, M: Tensor, budget: int | None = None) -> Tensor:
     columns = max(1, k if M.dtype == dtype else elements // max(1, l * i))
     rows = max(1, elements // max(1, l * (2 * i + min(k, columns))))
     out = D.new_empty(D.shape)
-    for d, to in zip(D.split(rows, 1), out.split(rows, 1), strict=True):
-        d = d.to(dtype)
-        rest = d.clone()
-        for m in M.split(columns, 2):
-            m = m.to(dtype)
-            rest.baddbmm_(d @ m, m.mT, alpha=-1)
-        to.copy_(rest)
+    with torch.autocast(D.device.type, enabled=False):
+        for d, to in zip(D.split(rows, 1), out.split(rows, 1), strict=True):
+            d = d.to(dtype)
+            rest = d.clone()
+            for m in M.split(columns, 2):
+                m = m.to(dtype)
+                rest.baddbmm_(d @ m, m.mT, alpha=-1)
+            to.copy_(rest)
     return out
 
 

@@ -125,7 +125,7 @@ def judge(
     lost = weights.total * 1e3 * torch.finfo(dtype).tiny  # near the smallest numbers digits are missing
     error = abs(value - expected)
     if not math.isfinite(value):
-        raise FloatingPointError(f"the projection overflowed{blame()}: gradients are too large or differ too much in size")
+        raise FloatingPointError(f"the projection overflowed{blame()}: gradients are too large, or differ too much")
     if not error <= tolerance * abs(expected) + 0.1 * tolerance * size + floor**2 + lost**2:
         raise ArithmeticError(
             f"per-sample gradients and plain autograd disagree ({value:.6e} against {expected:.6e})"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .rules import Product, Rule
+from .rules import Product, Rule, working
 from .sites import Source
 
 if TYPE_CHECKING:
@@ -123,12 +123,12 @@ class PerParameter(Job):
 
 
 class Moments(Job):
-    """Σ_j g_j and Σ_j g_j²."""
+    """Σ_j g_j and Σ_j g_j², of half types in float32: what is left of s² after rounding to 8 bits is noise."""
 
     def __init__(self, tape: Tape) -> None:
         super().__init__(tape)
         self.first, self.second = (
-            {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in tape.parameters.items()}
+            {name: p.new_zeros(p.shape, dtype=working(p.dtype, False)) for name, p in tape.parameters.items()}
             for _ in range(2)
         )
 

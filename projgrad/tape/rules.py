@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..cost import Route, chunk_bytes, linear_route
-from ..layer import _linear_combine_, _linear_dot, _linear_gram
+from ..layer import _linear_combine_, _linear_dot, _linear_gram, _linear_moments
 from ..ops.flat import _gram
 
 
@@ -178,6 +178,11 @@ class Product(Rule):
         else:
             part = torch.zeros(p.shape[2], q.shape[2], dtype=self.dtype, device=p.device)
             _linear_combine_(part, q, p, c)
+            target.add_(part.view(target.shape))
+
+    def moments_(self, first: Tensor, second: Tensor) -> None:
+        for out, part in zip((first, second), _linear_moments(self.q.flatten(2), self.p.flatten(2)), strict=True):
+            target = out.permute(self.order)
             target.add_(part.view(target.shape))
 
     def transposed(self) -> "Product":

@@ -201,11 +201,13 @@ class Tape:
             )
         return dict(zip(self.parameters, grads, strict=True))
 
-    def moments(self, losses: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Σ_j g_j and Σ_j g_j² by name, in one backward pass."""
+    def moments(self, losses: Tensor, weights: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Σ_j w_j g_j and Σ_j (w_j g_j)² by name, float32 or better, in one backward pass; weights (n,), 1 if None."""
         self._verified(losses)
+        if weights is not None and weights.shape != losses.shape:
+            raise ValueError(f"weights must be (n,) = {tuple(losses.shape)}, one per loss; got {tuple(weights.shape)}")
         job = Moments(self)
-        self._run(losses, job)
+        self._run(losses, job, weights=weights)
         return job.first, job.second
 
     def project_(
@@ -326,11 +328,17 @@ class Tape:
             structure.verified = True
 
     def _run(
-        self, losses: Tensor, job: Job, retain_graph: bool = True, watch: Sequence[Tensor] = ()
+        self,
+        losses: Tensor,
+        job: Job,
+        retain_graph: bool = True,
+        watch: Sequence[Tensor] = (),
+        weights: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
-        """One pass for a job; Σ_j g_j of the parameters in `watch`, from plain autograd."""
+        """One pass for a job, on w_j g_j; their sum for the parameters in `watch`, from plain autograd."""
         structure = self.structure(losses)
         n = len(losses)
+        weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
         plan = Plan(self, structure)
         waiting: dict[tuple, list[tuple[Source, Rule]]] = defaultdict(list)
         dense: dict[int, Tensor] = {}
@@ -363,7 +371,7 @@ class Tape:
                     flush(key)
 
         keep = retain_graph or bool(structure.loops or plan.maps)
-        watched = self.backward(losses, torch.ones_like(losses), receive, keep, watch)
+        watched = self.backward(losses, weights, receive, keep, watch)
         with torch.no_grad():
             for key in list(waiting):  # uses that no loss depends on never arrived
                 flush(key)
@@ -374,7 +382,7 @@ class Tape:
                 job.piece(name, self._whole(name), Rows(rows))
                 job.done(name)
             for name, rows in looped(self, losses, structure.loops):
-                job.piece(name, self._whole(name), Rows(rows))
+                job.piece(name, self._whole(name), Rows(torch.einsum("n,n...->n...", weights.to(rows.dtype), rows)))
                 job.done(name)
             job.finish(n)
         return watched

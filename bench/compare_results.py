@@ -1,0 +1,97 @@
+"""The committed results of `projgrad compare`: python -m bench.compare_results take OUT ... | check OUT
+
+take: merge the scenarios of finished comparisons into bench/results/compare.json, without curves and histograms, and
+draw what compares methods and numbers of retain samples. check: are the means of a new run within the spread of the
+committed ones? Exits with 1 if not, or if a committed method or scenario is missing.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from projgrad.compare.methods import TITLES
+from projgrad.compare.store import read_json, write_json
+from projgrad.evaluate import draw, summarize
+
+from .report import RESULTS
+
+COMMITTED = RESULTS / "compare.json"
+METRICS = ("forget", "retain", "test", "tow")
+ROUNDING = 0.005  # half a point: one sample of a small part more or less
+
+
+def take(folders: list[Path]) -> None:
+    merged = read_json(COMMITTED) or {"scenarios": {}}
+    for folder in folders:
+        found = read_json(folder / "compare.json")
+        if not found["finished"]:
+            sys.exit(f"{folder}: the comparison is not finished; the same command goes on with it")
+        for name, scenario in found["scenarios"].items():
+            if scenario["skipped"]:
+                continue
+            for run in (*scenario["runs"], *scenario["study"]):
+                run.pop("curve", None), run.pop("confidence", None)
+            context = {key: found[key] for key in ("command", "environment")}
+            merged["scenarios"][name] = scenario | context
+    write_json(COMMITTED, merged)
+    with tempfile.TemporaryDirectory() as folder:
+        for path in draw(merged, TITLES, Path(folder)):
+            if path.stem == "overview" or path.stem.endswith("-study"):
+                shutil.copy(path, RESULTS)
+
+
+def differences(committed: dict[str, Any], found: dict[str, Any]) -> list[tuple[str, str, float, float, float, bool]]:
+    """(method, metric, committed mean, its spread, new mean, whether they agree) for all that both have."""
+    before, after = summarize(committed), summarize(found)
+    rows = []
+    for method in before.keys() & after.keys():
+        for metric in METRICS:
+            a, b = before[method].get(metric), after[method].get(metric)
+            if a and b:
+                limit = max(a["std"] or 0.0, ROUNDING)
+                rows.append((method, metric, a["mean"], limit, b["mean"], abs(a["mean"] - b["mean"]) <= limit))
+    return sorted(rows)
+
+
+def check(folder: Path) -> int:
+    committed, found = read_json(COMMITTED), read_json(folder / "compare.json")
+    table = Table("scenario", "method", "metric", "committed", "spread", "found", title="Outside the committed spread")
+    console, count, wrong = Console(), 0, 0
+    for name, scenario in found["scenarios"].items():
+        if name not in committed["scenarios"] or scenario["skipped"]:
+            console.print(f"{name}: not compared, {'skipped' if scenario['skipped'] else 'nothing is committed'}.")
+            continue
+        missing = sorted(summarize(committed["scenarios"][name]).keys() - summarize(scenario).keys())
+        if missing:
+            wrong, count = wrong + len(missing), count + len(missing)
+            console.print(f"{name}: committed, and not found: {', '.join(missing)}.")
+        for method, metric, before, limit, after, agrees in differences(committed["scenarios"][name], scenario):
+            count += 1
+            if not agrees:
+                wrong += 1
+                table.add_row(name, TITLES[method], metric, f"{before:.4f}", f"{limit:.4f}", f"{after:.4f}")
+    if table.row_count:
+        console.print(table)
+    console.print(f"{count - wrong} of {count} means are within the spread of the committed ones.")
+    return 1 if wrong or not count else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("take", "check"))
+    parser.add_argument("out", type=Path, nargs="+", help="folders of `projgrad compare --out`")
+    args = parser.parse_args()
+    if args.what == "check":
+        return max(check(folder) for folder in args.out)
+    take(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

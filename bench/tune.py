@@ -1,0 +1,154 @@
+"""Choose the settings of the comparison on validation data: python -m bench.tune SCENARIO ... [--methods ...] [--study]
+
+Every method gets the same search: the same learning rates times three values of the one parameter that it has (one
+where a scenario takes long), the same tuning seeds (never those of the comparison), the same rule. The test samples are
+the same for all seeds and are not read. Writes projgrad/compare/settings/SCENARIO.json with every candidate's numbers;
+trained models are kept in --out.
+
+With --study: the learning rate for every number of retain samples of the n-study, at α = 0.5, where the projection has
+to protect what should stay known.
+"""
+
+import argparse
+import copy
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+from projgrad.compare.job import SETTINGS, ideal, model_path
+from projgrad.compare.methods import METHODS, TUNED_AS, Setting
+from projgrad.compare.runs import train, unlearn
+from projgrad.compare.store import load_model, read_json, save_model, write_json
+from projgrad.environment import environment
+from projgrad.evaluate import tow
+from projgrad.scenarios import SCENARIOS
+from projgrad.scenarios.problem import Problem
+
+RATES = (0.002, 0.008, 0.032, 0.128, 0.512, 2.048)  # the length of a first step: updates are clipped to norm 1
+STUDY_ALPHA = 0.5
+STUDIED = ("orthograd", "neggrad")  # with and without the projection
+RULE = (
+    "highest mean over the tuning seeds of ToW, with validation in the place of test, against the model retrained "
+    "without the forget set (where there is none: against the original, and nothing of the forget set)"
+)
+Tuned = tuple[int, Problem, nn.Module, dict[str, float]]
+
+
+def candidates(name: str, method: str, rates: tuple[float, ...] = RATES, middle: bool = False) -> list[Setting]:
+    scenario, about = SCENARIOS[name], METHODS[method]
+    values = about.values[1:2] if middle else about.values
+
+    def setting(lr: float, value: float) -> Setting:
+        if about.symbol == "steps":
+            return Setting(lr, round(value * scenario.steps), scenario.n)
+        return Setting(lr, scenario.steps, scenario.n, value)
+
+    return [setting(lr, value) for lr in rates for value in values]
+
+
+def prepare(name: str, seed: int, out: Path) -> Tuned:
+    """The problem without its test samples, the original model and the accuracies to reach."""
+    problem = SCENARIOS[name].load(seed)
+    problem.test = problem.validation
+    if problem.training is None:
+        original = problem.build()
+        return seed, problem, original, ideal(accuracies(problem, original))
+    models = []
+    for kind, parts in (("original", (problem.retain, problem.forget)), ("retrained", (problem.retain,))):
+        path = model_path(out, name, seed, kind, problem)
+        if path.exists():
+            models.append(load_model(path, problem.build()))
+        else:
+            models.append(train(problem, parts, seed))
+            save_model(path, models[-1])
+    return seed, problem, models[0], accuracies(problem, models[1])
+
+
+def accuracies(problem: Problem, model: nn.Module) -> dict[str, float]:
+    return {part: problem.accuracy(model, getattr(problem, part)) for part in ("forget", "retain", "test")}
+
+
+def tried(name: str, prepared: list[Tuned], method: str, setting: Setting) -> dict:
+    """Mean accuracies and ToW of a candidate over the tuning seeds."""
+    found = []
+    for seed, problem, original, goal in prepared:
+        model = copy.deepcopy(original)
+        unlearn(problem, model, method, setting, seed=seed, forget_batch=SCENARIOS[name].forget_batch)
+        scores = accuracies(problem, model)
+        found.append(scores | {"tow": tow(scores, goal)})
+    means = {key: round(fmean(scores[key] for scores in found), 4) for key in found[0]}
+    means["validation"] = means.pop("test")
+    return asdict(setting) | means
+
+
+def chosen(rows: list[dict]) -> dict:
+    best = max(rows, key=lambda row: row["tow"])
+    return {key: best[key] for key in Setting.__dataclass_fields__}
+
+
+def searches(name: str, args: argparse.Namespace) -> list[tuple[str, list[Setting]]]:
+    """A method and its candidates, of which the best is taken; in the study a search for each n."""
+    if not args.study:
+        methods = args.methods or [m for m in METHODS if m not in TUNED_AS]
+        return [(m, candidates(name, m, args.rates, args.middle)) for m in methods]
+    scenario = SCENARIOS[name]
+    return [
+        (method, [Setting(lr, scenario.steps, n, STUDY_ALPHA) for lr in args.rates])
+        for method in args.methods or STUDIED
+        for n in scenario.study
+    ]
+
+
+def known(settings: dict, method: str, setting: Setting, study: bool) -> dict | None:
+    """A candidate that was tried before: the search goes on where it stopped."""
+    rows = settings["study_candidates" if study else "candidates"].get(method, [])
+    return next((row for row in rows if asdict(setting).items() <= row.items()), None)
+
+
+def keep(settings: dict, method: str, rows: list[dict], study: bool) -> None:
+    """The candidates' numbers and the best of them, in the place of what an earlier search found."""
+    if not study:
+        settings["candidates"][method], settings["chosen"][method] = rows, chosen(rows)
+        return
+    for table, new in (("study_candidates", rows), ("study", [chosen(rows)])):
+        others = [row for row in settings[table].get(method, []) if row["n"] != rows[0]["n"]]
+        settings[table][method] = sorted([*others, *new], key=lambda row: (row["n"], row["lr"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scenarios", nargs="+", choices=list(SCENARIOS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101])
+    parser.add_argument("--out", type=Path, default=Path("out/tuning"))
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="for searches that take long")
+    parser.add_argument("--middle", action="store_true", help="only the middle value of each method's own parameter")
+    parser.add_argument("--study", action="store_true", help="tune the n-study instead")
+    args = parser.parse_args()
+    console = Console()
+    with Progress(console=console) as progress:
+        for name in args.scenarios:
+            path = SETTINGS / f"{name}.json"
+            settings = read_json(path) or {"chosen": {}, "study": {}, "candidates": {}, "study_candidates": {}}
+            if settings.get("seeds", args.seeds) != args.seeds:
+                parser.error(f"{path} was tuned on seeds {settings['seeds']}: use them, or delete it")
+            settings |= {"rule": RULE, "seeds": args.seeds, "environment": environment()}
+            todo = searches(name, args)
+            bar = progress.add_task(name, total=sum(len(grid) for _, grid in todo))
+            prepared = [prepare(name, seed, args.out) for seed in args.seeds]
+            for method, grid in todo:
+                rows = []
+                for setting in grid:
+                    rows.append(known(settings, method, setting, args.study) or tried(name, prepared, method, setting))
+                    progress.advance(bar)
+                keep(settings, method, rows, args.study)
+                write_json(path, settings)
+                console.print(name, chosen(rows), max(row["tow"] for row in rows), method, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

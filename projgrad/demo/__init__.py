@@ -1,1 +1,0 @@
-"""The real-data demo: the same forgetting task with OrthoGrad and the baselines, measured and drawn."""

@@ -1,0 +1,130 @@
+"""One visual language for all pictures: a method has the same colour and marker everywhere."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .summary import is_ours
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 130
+INK = "#1f2328"  # of text and axes; inside a page it becomes the colour of the page's text
+OURS = (("#0072b2", "o"), ("#56b4e9", "D"), ("#5b5bd6", "p"), ("#1f9fd0", "H"))  # OrthoGrad and variants: blues
+OTHERS = ("#d55e00", "#e69f00", "#009e73", "#cc79a7", "#8c8c00", "#aa4499", "#44aa99", "#a6761d", "#7f7f7f")
+MARKERS = "s^vPX<>dh8"  # nobody needs to tell colours apart
+DASHES = ("--", "-.", (0, (4, 1, 1, 1)))
+REFERENCE = {
+    "original": {"color": INK, "marker": "x", "linestyle": ":"},
+    "retrained": {"color": INK, "marker": "*", "linestyle": ":"},
+}
+PARTS = {"forget": "#d55e00", "test": "#0072b2"}
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "grid.alpha": 0.18,
+    "grid.color": INK,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.5,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "projgrad",  # the same picture, the same file
+    "text.parse_math": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+}
+
+
+def styled(function: Callable) -> Callable:
+    """Runs it with STYLE, and changes nobody else's."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def canvas(rows: int, columns: int, width: float, height: float, **shared: bool) -> tuple[Figure, Any]:
+    """A figure in inches and its axes [rows, columns]. Without pyplot: nothing global, nothing to close, no display."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
+
+
+def styles(titles: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line of every method, by its place among all of them."""
+    methods = list(titles)
+    found: dict[str, dict[str, Any]] = {}
+    for i, method in enumerate(filter(is_ours, methods)):
+        color, marker = OURS[i % len(OURS)]
+        found[method] = {"color": color, "marker": marker, "linestyle": "-"}
+    for i, method in enumerate(method for method in methods if not is_ours(method) and method not in REFERENCE):
+        found[method] = {
+            "color": OTHERS[i % len(OTHERS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": DASHES[i % len(DASHES)],
+        }
+    return {**REFERENCE, **found}
+
+
+def size(method: str) -> float:
+    """Of a method's marker."""
+    return 12 if method == "retrained" else 8 if is_ours(method) else 6.5
+
+
+def key(method: str, label: str, style: Mapping[str, Any]) -> Any:
+    """A legend's entry for a method."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=label, markersize=size(method), **style)
+
+
+def legend_cell(ax: Axes, handles: list) -> None:
+    """A legend in a cell of its own, where it covers nothing."""
+    ax.axis("off")
+    ax.legend(handles=handles, loc="upper left", handlelength=3, borderaxespad=0)
+
+
+def plain_log(axis: Any) -> None:
+    """Numbers on a logarithmic axis as 1, 20 or 5e-07."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+@styled
+def png(figure: Figure, path: Path) -> Path:
+    """Saves the figure on white; returns the path."""
+    figure.savefig(path, dpi=DPI, facecolor="white")
+    return path
+
+
+@styled
+def svg(figure: Figure, name: str) -> str:
+    """The figure as SVG to stand inside a page: transparent, in the page's text colour; name keeps its ids apart."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href").replace(INK, "currentColor")
+    text = re.sub(r' (id="|href="#|[-a-z]*="url\(#)', rf" \1{name}-", text)
+    head, body = text.split(">", 1)
+    return re.sub(r' (width|height|version)="[^"]*"', "", head) + ">" + body

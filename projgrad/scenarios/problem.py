@@ -1,0 +1,117 @@
+"""What an unlearning problem is made of: samples, a model, how it is trained and how it is scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+BATCH = 256  # samples scored at once
+
+
+class MissingData(Exception):
+    """The package that carries a data set or a model is not installed; the message says how to install it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples: the model's inputs and the labels, each with the samples along dimension 0."""
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Tensor | slice) -> Part:
+        return Part(tuple(x[rows] for x in self.inputs), self.labels[rows])
+
+    def to(self, device: torch.device | str) -> Part:
+        return Part(tuple(x.to(device) for x in self.inputs), self.labels.to(device))
+
+    @staticmethod
+    def joined(*parts: Part) -> Part:
+        inputs = zip(*(part.inputs for part in parts), strict=True)
+        return Part(tuple(map(torch.cat, inputs)), torch.cat([part.labels for part in parts]))
+
+
+@dataclass(frozen=True)
+class Training:
+    """Adam, the learning rate falling as a cosine to a tenth."""
+
+    lr: float
+    batch: int
+    epochs: int
+
+
+class Problem:
+    """One unlearning problem at one seed. Training data are retain and forget; validation and test hold what should
+    stay known, with the same test samples for every seed, so that no search on validation data has seen one.
+
+    retain, forget, validation, test: the samples. forget.labels are what is to be forgotten.
+    classes: number of classes.
+    training: how the original model was made, and the one retrained without the forget set; None where the original is
+        a published model that cannot be made again.
+    others: more parts to score, by name. batch: samples scored at once.
+    """
+
+    retain: Part
+    forget: Part
+    validation: Part
+    test: Part
+    classes: int
+    training: Training | None
+    others: dict[str, Part]
+    batch = BATCH
+
+    def to(self, device: torch.device | str) -> Problem:
+        """Move all samples, in place."""
+        for name in ("retain", "forget", "validation", "test"):
+            setattr(self, name, getattr(self, name).to(device))
+        self.others = {name: part.to(device) for name, part in self.others.items()}
+        return self
+
+    def build(self) -> nn.Module:
+        """A new model, before training; the same for the same seed. Only parameters that require gradients are trained
+        and unlearned."""
+        raise NotImplementedError
+
+    def logits(self, model: nn.Module, part: Part) -> tuple[Tensor, Tensor]:
+        """Logits (m, classes) and labels (m,): one row per sample, or one per token of the labels."""
+        return model(*part.inputs), part.labels
+
+    def losses(self, model: nn.Module, part: Part) -> Tensor:
+        """One loss per sample (n,)."""
+        logits, labels = self.logits(model, part)
+        losses = cross_entropy(logits, labels, reduction="none")
+        return losses if len(losses) == len(part) else losses.view(len(part), -1).mean(1)
+
+    def correct(self, model: nn.Module, part: Part) -> Tensor:
+        """How right the model is about each sample, in [0, 1] (n,): its labels."""
+        logits, labels = self.logits(model, part)
+        return (logits.argmax(1) == labels).double().view(len(part), -1).mean(1)
+
+    def relabelled(self, part: Part, generator: torch.Generator) -> Part:
+        """The samples with a random other label each."""
+        shift = torch.randint(1, self.classes, part.labels.shape, generator=generator).to(part.labels.device)
+        return Part(part.inputs, (part.labels + shift) % self.classes)
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Anything else that the scenario reports, by name, such as word error rates."""
+        return {}
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module, part: Part) -> float:
+        """Mean of `correct` over a part, some samples at a time."""
+        return torch.cat([self.correct(model, some) for some in pieces(part, self.batch)]).mean().item()
+
+    @torch.no_grad()
+    def confidence(self, model: nn.Module, part: Part) -> Tensor:
+        """Probability that the model gives each sample's label (n,), float64: exp(-loss)."""
+        return torch.cat([self.losses(model, some) for some in pieces(part, self.batch)]).double().neg().exp().cpu()
+
+
+def pieces(part: Part, size: int = BATCH) -> list[Part]:
+    return [part[start : start + size] for start in range(0, len(part), size)]
