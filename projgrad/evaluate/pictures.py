@@ -32,6 +32,7 @@ CURVES = {
 STUDY = {  # title and unit
     "test": ("test accuracy %", 100),
     "forget": ("forget accuracy %", 100),
+    "tow": ("ToW", 1.0),
     "step_seconds": ("ms per step", 1e3),
     "peak_bytes": ("peak memory, MiB", 2**-20),
 }
