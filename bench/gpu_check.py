@@ -12,7 +12,7 @@ OPTIONAL = {
     "transformers": "tests on its models; whole steps then run on the repository's own decoder",
     "peft": "tests on adapters",
     "xdist": "tests in several processes",
-    "sklearn": "the tests of the demo",
+    "sklearn": "the tests of the comparison",
     "matplotlib": "pictures",
     "pytest_benchmark": "nothing on a GPU",
 }

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of code, for the demo and the benchmarks."""
+"""Peak memory of a piece of code, for the comparison and the benchmarks."""
 
 import re
 from collections.abc import Iterator
