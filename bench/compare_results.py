@@ -6,6 +6,7 @@ committed ones? Exits with 1 if not, or if a committed method or scenario is mis
 """
 
 import argparse
+import re
 import shutil
 import sys
 import tempfile
@@ -37,8 +38,8 @@ def take(folders: list[Path]) -> None:
                 continue
             for run in (*scenario["runs"], *scenario["study"]):
                 run.pop("curve", None), run.pop("confidence", None)
-            context = {key: found[key] for key in ("command", "environment")}
-            merged["scenarios"][name] = scenario | context
+            command = re.sub(r" --out(=| )\S+", "", found["command"])
+            merged["scenarios"][name] = scenario | {"command": command, "environment": found["environment"]}
     write_json(COMMITTED, merged)
     with tempfile.TemporaryDirectory() as folder:
         for path in draw(merged, TITLES, Path(folder)):

@@ -1,4 +1,4 @@
-"""Write the measured tables into the README from the files under bench/results: `python -m bench.readme`."""
+"""Write the measured tables into README.md and docs/scenarios.md from bench/results: `python -m bench.readme`."""
 
 import csv
 import json
@@ -8,23 +8,14 @@ from pathlib import Path
 from projgrad.compare.methods import TITLES
 from projgrad.evaluate import verdict
 from projgrad.evaluate.tables import caption, columns
-from projgrad.scenarios import FAST
+from projgrad.scenarios import FAST, SCENARIOS
 
 from .gpu_readme import gpu
 from .report import RESULTS
 from .steps import SUMMARY, summary
 
-COLUMNS = {  # of the comparison's table that the README has room for, and their titles here
-    "method": "method",
-    "forget %": None,
-    "retain %": "retain %",
-    "test %": "test %",
-    "MIA AUC": "MIA AUC",
-    "ToW": "ToW",
-    "ms/step": "ms/step",
-    "peak MiB": "peak MiB",
-}
-README = Path(__file__).parent.parent / "README.md"
+HIDDEN = ("steps", "seconds", "usable")  # columns of the comparison's tables that there is no room for
+ROOT = Path(__file__).parent.parent
 
 
 def flat() -> str:
@@ -66,21 +57,50 @@ def _solver(rows: dict[str, dict]) -> list[str]:
 
 
 def compare() -> str:
-    """A table and a verdict for every scenario of the fast preset, and where the others are."""
-    results = json.loads((RESULTS / "compare.json").read_text())["scenarios"]
+    """A table and a verdict for every scenario of the fast preset, and what more retain samples buy on two."""
+    results = _compared()
     lines = ["![Forget and test accuracy of every method](bench/results/overview.png)", ""]
     for name in FAST:
-        scenario = results[name]
-        shown = [column for column in columns(scenario, TITLES) if column.title in COLUMNS]
-        titles = [COLUMNS[column.title] or scenario["forget_title"] + " %" for column in shown]
-        lines += [f"**{scenario['title'].capitalize()}** (`{name}`): {caption(scenario)}", ""]
-        lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-        rows = zip(*(column.cells for column in shown), strict=True)
-        lines += ["| " + " | ".join(cell.replace("±", " ± ") for cell in cells) + " |" for cells in rows]
-        lines += ["", verdict(scenario, TITLES), ""]
-    for name in FAST[:1] + FAST[2:]:
-        lines.append(f"![{results[name]['title']}: accuracy and cost against n](bench/results/{name}-study.png)")
+        lines += _scenario(name, results[name])
+    lines += [_study(name, results[name], "bench/results") for name in FAST[:1] + FAST[2:]]
     return "\n".join(lines)
+
+
+def scenarios() -> str:
+    """The same for every other scenario that was run, and the n-study of all."""
+    lines, results = [], _compared()
+    for name, scenario in results.items():
+        if name not in FAST:
+            made = scenario["environment"]
+            lines += _scenario(name, scenario)
+            lines += [f"`{scenario['command']}`: torch {made['torch']}, threads: {made['threads']}.", ""]
+    lines += [_study(name, scenario, "../bench/results") for name, scenario in results.items() if scenario["study"]]
+    return "\n".join(lines)
+
+
+def _compared() -> dict[str, dict]:
+    found = json.loads((RESULTS / "compare.json").read_text())["scenarios"]
+    return {name: found[name] for name in SCENARIOS if name in found}
+
+
+def _scenario(name: str, scenario: dict) -> list[str]:
+    shown = [column for column in columns(scenario, TITLES) if column.title not in HIDDEN]
+    titles = [scenario["forget_title"] + " %" if c.title == "forget %" else c.title for c in shown]
+    rows = zip(*(column.cells for column in shown), strict=True)
+    return [
+        f"**{scenario['title'][0].upper()}{scenario['title'][1:]}** (`{name}`): {caption(scenario)}",
+        "",
+        "| " + " | ".join(titles) + " |",
+        "|---" * len(titles) + "|",
+        *("| " + " | ".join(cell.replace("±", " ± ") for cell in cells) + " |" for cells in rows),
+        "",
+        verdict(scenario, TITLES),
+        "",
+    ]
+
+
+def _study(name: str, scenario: dict, folder: str) -> str:
+    return f"![{scenario['title']}: accuracy and cost against n]({folder}/{name}-study.png)"
 
 
 def steps() -> str:
@@ -99,16 +119,22 @@ def steps() -> str:
     return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in summary(rows)])
 
 
-def written(text: str) -> str:
-    """`text` with every generated section made anew."""
-    sections = [("flat", flat), ("compare", compare), ("steps", steps), ("gpu", gpu)]
-    for name, section in sections:
+SECTIONS = {
+    "README.md": {"flat": flat, "compare": compare, "steps": steps, "gpu": gpu},
+    "docs/scenarios.md": {"scenarios": scenarios},
+}
+
+
+def written(file: str, text: str) -> str:
+    """`text` of a file of SECTIONS with every generated section made anew."""
+    for name, section in SECTIONS[file].items():
         pattern = rf"(<!-- {name}: .*? -->\n).*?(\n<!-- end -->)"
         text, count = re.subn(pattern, lambda m, s=section: m[1] + s() + m[2], text, flags=re.S)
         if count != 1:
-            raise ValueError(f"README.md must hold one section <!-- {name}: ... --> ... <!-- end -->; found {count}")
+            raise ValueError(f"{file} must hold one section <!-- {name}: ... --> ... <!-- end -->; found {count}")
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    for file in SECTIONS:
+        (ROOT / file).write_text(written(file, (ROOT / file).read_text()))

