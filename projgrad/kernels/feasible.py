@@ -28,6 +28,7 @@ def feasible_kernel(
     along = tl.zeros((LANES,), tl.float64)
     across = tl.zeros((LANES,), tl.float64)
     first = tl.program_id(0).to(tl.int64) * STEPS * BLOCK
+    nan = tl.full((BLOCK,), float("nan"), tl.float32).to(out.dtype.element_ty)  # triton 3.6 interprets no bfloat16 NaN
     for step in range(STEPS):
         k = first + step * BLOCK + tl.arange(0, BLOCK)
         raw = tl.load(d + k, k < p, 0.0)
@@ -38,7 +39,7 @@ def feasible_kernel(
         gain = tl.where(x > 0, -r, r) * tl.abs(r)
         keep = (x != 0) & (tl.where(x > 0, w, -w) <= 0) & (gain >= bound * V)
         finite = (x - x) + (w - w) + (T - T) + (S - S) == 0
-        tl.store(out + k, tl.where(finite, tl.where(keep, raw, 0.0), float("nan")).to(out.dtype.element_ty), k < p)
+        tl.store(out + k, tl.where(finite, tl.where(keep, raw, 0.0), nan), k < p)
         y = tl.where(finite, tl.where(keep, x, 0.0), float("nan"))
         moved += tl.sum(tl.reshape((x != 0).to(tl.int32), (LANES, VECTOR)), 1)
         kept += tl.sum(tl.reshape(keep.to(tl.int32), (LANES, VECTOR)), 1)
