@@ -164,6 +164,15 @@ def test_a_file_that_is_no_cache(tmp_path):
             PGU.load(tmp_path / name, pgu.model, pgu.optimizer)
 
 
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "cache").symlink_to(tmp_path / "disk" / "cache")
+    pgu, _, _ = fitted()
+    pgu.save(tmp_path / "cache")
+    assert (tmp_path / "cache").is_symlink() and not (tmp_path / "disk" / "cache").is_symlink()
+    assert sorted(os.listdir(tmp_path / "disk")) == ["cache"]
+
+
 def test_a_failed_save_leaves_the_last_file(tmp_path, monkeypatch):
     pgu, x, _ = fitted()
     pgu.save(tmp_path / "cache")

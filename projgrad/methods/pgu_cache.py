@@ -48,7 +48,7 @@ class Cache:
         """Written beside `path`, then moved there in one step. current: fingerprint of the model as it is now."""
         from safetensors.torch import save_file
 
-        target = Path(path)
+        target = Path(path).resolve()  # a link stays one
         header = {
             "format": FORMAT,
             "models": [self.fingerprint, current],
