@@ -140,6 +140,8 @@ class Gpu(TorchDispatchMode):
         self.patches.enter_context(mock.patch.object(torch.cuda, "_lazy_init", lambda: None))
         self.patches.enter_context(mock.patch.object(torch.cuda, "Event", functools.partial(Event, self)))
         self.patches.enter_context(mock.patch.object(torch.cuda, "current_stream", lambda device=None: None))
+        self.patches.enter_context(mock.patch.object(torch.cuda, "synchronize", lambda device=None: None))
+        self.patches.enter_context(mock.patch.object(torch.cuda, "get_rng_state", lambda device: torch.empty(0)))
         return super().__enter__()
 
     def __exit__(self, *error):

@@ -1,5 +1,6 @@
 """The comparison: complete, resumable, the same for the same seed; and settings that come from one fair search."""
 
+import copy
 import json
 import math
 import os
@@ -11,8 +12,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pretend import DEVICE, Gpu, to_device, values
 from torch import nn
 
+from projgrad import evaluate
 from projgrad.compare import job, runs
 from projgrad.compare.job import SETTINGS, Compare, Plan, plan, tuned
 from projgrad.compare.memory import peak_bytes
@@ -74,6 +77,22 @@ def test_every_method_makes_its_steps(tiny):
         assert [point["step"] for point in done.curve] == [0, 1, 2, 3]
         if method.startswith("orthograd") and method != "orthograd-feasible":
             assert done.residual <= 1e-5 and 0 < done.preserved_norm < 1, method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_a_gpu(method):
+    """On the pretend one: no tensor on the wrong device, the weights and scores of the CPU."""
+    original = Tiny(0).build()
+    setting = replace(SETTING, value=METHODS[method].values[1])
+
+    def found(problem, model, reference):
+        runs.unlearn(problem, model, method, setting, seed=0, forget_batch=4, points=3)
+        return [*model.parameters()], evaluate.scores(problem, model, reference)
+
+    expected = found(Tiny(0), copy.deepcopy(original), original)
+    with Gpu():
+        on_gpu = found(Tiny(0).to(DEVICE), to_device(copy.deepcopy(original)), to_device(original))
+    torch.testing.assert_close(values(on_gpu), expected)
 
 
 def load_state(model, other):
