@@ -2,7 +2,6 @@
 
 import copy
 import math
-from unittest import mock
 
 import published_pgu
 import pytest
@@ -157,6 +156,21 @@ def test_groups_of_different_rank(soft):
     pgu.project_()
     assert torch.equal(layer.weight.grad[2:], grad[2:]) and not torch.equal(layer.weight.grad[:2], grad[:2])
     assert layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("soft", [0.0, 0.5])
+def test_what_updates_can_still_act_on(soft):
+    """By the inputs themselves; groups are summed, inputs of zeros have nothing to act on."""
+    pgu, x, _ = fitted(soft=soft)
+    M = pgu.bases["0.weight"].applied[0]
+    assert list(pgu.exposed) == list(pgu.bases)
+    assert pgu.exposed["0.weight"] == pytest.approx(float((x - x @ M @ M.T).square().sum() / x.square().sum()))
+    layer = nn.Conv1d(4, 2, 1, groups=2).double()
+    x = torch.randn(3, 4, 5, dtype=F64)
+    pgu = PGU(layer, sgd(layer), 0.7, soft=soft).fit([x])
+    left = [part - M @ M.T @ part for part, M in zip(x.chunk(2, 1), pgu.bases["weight"].applied, strict=True)]
+    assert pgu.exposed["weight"] == pytest.approx(float(torch.cat(left).square().sum() / x.square().sum()))
+    assert PGU(layer, sgd(layer)).fit([0 * x]).exposed["weight"] == 0
 
 
 def test_a_first_direction_that_holds_all_is_pointed_out():
@@ -401,7 +415,7 @@ def test_on_a_pretend_gpu(tmp_path):
             waited.clear()
         return pgu.step(lambda: (model(x[:4]), y[:4]))
 
-    with Gpu() as gpu, mock.patch.object(torch.cuda, "get_rng_state", lambda _: torch.get_rng_state()):
+    with Gpu() as gpu:
         twin = to_device(copy.deepcopy(model))
         there = step(twin, Pretend(x), Pretend(y), gpu.waited)
     here = step(model, x, y)

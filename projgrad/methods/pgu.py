@@ -18,7 +18,7 @@ from .pgu_batches import read, samples_of
 from .pgu_cache import Cache, fingerprint
 from .pgu_loss import unlearning_loss
 from .pgu_run import Run, run
-from .spectra import RULES, Basis, Projected, basis, decompose, project_
+from .spectra import RULES, Basis, Projected, basis, decompose, exposed, project_
 
 NEVER = "the model did not use it"
 
@@ -60,6 +60,9 @@ class PGU:
     `fit` reads the training data once; a deletion request, `forget`, needs the forget samples only. Requests follow
     one another. `save` and `load` keep that between processes, for any γ and rule.
 
+    Narrow inputs have no weak directions to spare: of the eight inputs of an adapter's second matrix six or seven are
+    protected, and the others can hold a tenth of all there is. `exposed` tells.
+
     Args:
         model: its weights that require gradients and belong to `optimizer` are updated.
         optimizer: a projected gradient stays projected only under SGD without weight decay, as published; adaptive
@@ -80,6 +83,7 @@ class PGU:
         ValueError: γ outside (0, 1] or for an unknown name, an unknown rule, soft < 0, no weight in the optimizer.
 
     frozen: name and reason of every parameter that the optimizer holds and this leaves alone.
+    exposed: share of Σ ‖x‖² over the training data that updates can still act on, by name of the projected weight.
 
     Source: arXiv 2312.04095, section 3.
 
@@ -236,6 +240,10 @@ class PGU:
             forget_loss=value,
             seconds=time.perf_counter() - start,
         )
+
+    @property
+    def exposed(self) -> dict[str, float]:
+        return {name: exposed(self.cache.spectra[name], b) for name, b in self.bases.items()}
 
     def run(self, batches: Iterable, validate: Callable[[], tuple[float, float]], **options) -> Run:
         """The published schedule and stop rules: see `projgrad.methods.pgu_run.run` for the options."""

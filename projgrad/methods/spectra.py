@@ -94,6 +94,15 @@ def basis(spectrum: Spectrum, gamma: float, rule: str, soft: float, dtype: torch
     return Basis(M, ranks.tolist(), weights)
 
 
+def exposed(spectrum: Spectrum, kept: Basis) -> float:
+    """Share of Σ ‖x‖² = trace C that an update acts on: Σ λ outside the kept directions; 0 without inputs."""
+    values = spectrum.values.clone()
+    total = float(values.sum())
+    for g, k in enumerate(kept.ranks):
+        values[g, :k] *= 0.0 if kept.soft is None else (1 - kept.soft[g, :k].double()).square()
+    return float(values.sum()) / total if total else 0.0
+
+
 class Projected(NamedTuple):
     """What a projection of gradients did: see the fields of the same names of `PGURecord`."""
 
