@@ -61,7 +61,8 @@ class PGU:
     one another. `save` and `load` keep that between processes, for any γ and rule.
 
     Narrow inputs have no weak directions to spare: of the eight inputs of an adapter's second matrix six or seven are
-    protected, and the others can hold a tenth of all there is. `exposed` tells.
+    protected, and the others can hold a tenth of all there is; `exposed` tells. Adapters without this weakness start
+    with the first matrix at zero and the second at random, and γ = 1 for the second.
 
     Args:
         model: its weights that require gradients and belong to `optimizer` are updated.
