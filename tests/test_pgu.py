@@ -396,6 +396,26 @@ def test_adapters():
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == held
 
 
+@pytest.mark.parametrize("zero", ["first", "second"])
+def test_adapters_are_protected_where_the_first_matrix_starts_at_zero(zero):
+    """Kept inputs lie in 4 of 12 dimensions, up to a thousandth. The second matrix sees three numbers: all matter."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(12, 3, bias=False), nn.Linear(3, 5, bias=False)
+    model = nn.Sequential(first, second).double()
+    nn.init.zeros_((first if zero == "first" else second).weight)
+    scale = torch.tensor([1.0] * 4 + [1e-3] * 8, dtype=F64)
+    kept, gone = scale * torch.randn(60, 12, dtype=F64), torch.randn(8, 12, dtype=F64)
+    gamma = {"default": 0.9985, **({"1.weight": 1.0} if zero == "first" else {})}
+    pgu = PGU(model, sgd(model), gamma).fit([kept, gone]).forget([gone])
+    for _ in range(3):
+        pgu.step(lambda: (model(gone) - 1).square().sum())
+    moved, exposed = (model(kept).norm() / model(gone).norm()).item(), pgu.exposed
+    if zero == "first":
+        assert moved < 1e-2 and exposed["0.weight"] < 1e-5
+    else:
+        assert moved > 0.3 and exposed["1.weight"] > 0.02
+
+
 def test_a_weight_that_is_only_derived_from_is_frozen():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
     pgu = warned(PGU(model, sgd(model)), [torch.randn(9, 4)], r"original1 \(_weight_norm is not a linear layer")
