@@ -14,7 +14,7 @@ from .gpu_readme import gpu
 from .report import RESULTS
 from .steps import SUMMARY, summary
 
-HIDDEN = ("steps", "seconds", "usable")  # columns of the comparison's tables that there is no room for
+HIDDEN = ("steps", "usable")  # columns of the comparison's tables that there is no room for
 ROOT = Path(__file__).parent.parent
 
 
@@ -108,10 +108,11 @@ def steps() -> str:
         rows = list(csv.DictReader(file))
     lines = [
         f"Whole steps in float32 on {rows[0]['threads']} threads, {rows[0]['device']}, torch {rows[0]['torch']}, with "
-        "targets in parentheses. Plain is the same two batches without projection, for K alone one forward and "
-        "backward pass; memory is the peak above the loaded model (the first step inspects the model); vmap is "
-        "`vmap(grad)` and QR, for K alone "
-        "`vmap(grad)` and a product; `python -m bench.steps` measures it on your machine:",
+        "targets in parentheses. Plain: the same two batches without projection, for K (all inner products of retain "
+        "gradients) alone one forward and backward pass. global, per_tensor: `scope`; two passes: "
+        "`keep_output_gradients=False`. Memory: the peak above the loaded model, of the first step, which inspects the "
+        "model, unless it says otherwise. vmap: `torch.func.vmap` of `grad`, then QR or a Gram matrix. "
+        "`python -m bench.steps` measures it on your machine:",
         "",
         "| " + " | ".join(SUMMARY) + " |",
         "|---|" + "---|" * (len(SUMMARY) - 1),

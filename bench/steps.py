@@ -170,20 +170,23 @@ SUMMARY = [
     "model",
     *(f"{unit} / plain, {some}" for unit in ("time", "memory") for some in ("global", "two passes", "per_tensor")),
     "memory / plain after the first step, global",
-    "vmap: time / ours",
-    "vmap: memory / ours",
+    *(f"vmap + {some}: {unit} / ours" for some in ("QR", "Gram") for unit in ("time", "memory")),
 ]
 
 
 def summary(rows: list[dict]) -> list[list[str]]:
-    """One line per case, under SUMMARY; for K alone `global` is K, and vmap is without QR."""
+    """One line per case, under SUMMARY; for K alone `global` is K."""
     lines = []
     for case in CASES:
         found = {row["contender"]: row for row in rows if row["case"] == case.name}
         if found:
             ours = [found.get(name) for name in (case.ours, "projgrad two passes", "projgrad per_tensor")]
             cells = [cell(row, unit) for unit in ("time", "memory") for row in ours]
-            vmap = [cell(found.get(case.explicit), unit, "ours") for unit in ("time", "memory")]
+            vmap = [
+                cell(found.get(f"vmap + {some}"), unit, "ours")
+                for some in ("QR", "Gram")
+                for unit in ("time", "memory")
+            ]
             later = found[case.ours]["later_over_plain"] if found.get(case.ours) else None
             lines.append([found["plain"]["model"], *cells, f"{float(later):.3g}" if later else "", *vmap])
     return lines

@@ -3,7 +3,8 @@
 Every method gets the same search: the same learning rates times three values of the one parameter that it has (one
 where a scenario takes long), the same tuning seeds (never those of the comparison), the same rule. The test samples are
 the same for all seeds and are not read. Writes projgrad/compare/settings/SCENARIO.json with every candidate's numbers;
-trained models are kept in --out.
+trained models are kept in --out. Candidates whose numbers the file holds are not tried again: delete it to repeat a
+search. The searches outside the fast preset had --seeds 100 and the --rates that the file shows, cifar-small --middle.
 
 With --study: the learning rate for every number of retain samples of the n-study, at α = 0.5, where the projection has
 to protect what should stay known.

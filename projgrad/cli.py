@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MOST_SEEDS = 95  # settings were searched on seeds from 100
 DEMOS = {"digits": "digits-labels", "faces": "faces"}
-MISSING = "this command needs the package {}: pip install 'projgrad[demo]', or `make build` in the repository"
+MISSING = "this command needs the package {}: `make build`, or pip install '.[demo]', in the repository"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def _run(argv: Sequence[str] | None) -> int:
     demo = commands.add_parser("demo", help="unlearn on real data and compare with the baselines (a minute or two)")
     demo.add_argument("--data", choices=list(DEMOS), default="digits", help="wrong labels, or a person's face")
     _common(demo, "out")
-    compare = commands.add_parser("compare", help="every method on every scenario; what is finished is not run again")
+    compare = commands.add_parser("compare", help="every tuned method on real data; what is finished is not run again")
     compare.add_argument("--scenario", nargs="+", metavar="NAME", help="some of those that --list shows [all]")
     compare.add_argument("--fast", action="store_true", help="three small scenarios, below ten minutes on two cores")
     compare.add_argument("--methods", nargs="+", metavar="NAME", help="some of those that --list shows [all]")

@@ -61,7 +61,7 @@ def test_what_can_be_compared_is_listed(monkeypatch, capsys):
 def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich.table", None)
     assert cli.main(["doctor"]) == 2
-    assert "pip install 'projgrad[demo]'" in capsys.readouterr().err
+    assert "pip install '.[demo]'" in capsys.readouterr().err
 
 
 def test_interruption_says_where_the_results_are(tmp_path, monkeypatch, capsys):

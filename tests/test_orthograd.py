@@ -288,6 +288,11 @@ def test_a_misread_layer_is_noticed(monkeypatch, keep):
     [
         ({"alpha": 1.5}, r"alpha .* in \[0, 1\]; got 1.5"),
         ({"scope": "layer"}, "scope must be 'global' or 'per_tensor'; got 'layer'"),
+        ({"projector": projgrad.projectors.qr, "rtol": 0.0}, "projector .* cannot be used with rtol"),
+        (
+            {"projector": projgrad.projectors.qr, "damping": 0.1, "scaler": torch.amp.GradScaler("cpu")},
+            "projector .* cannot be used with damping, scaler",
+        ),
     ],
 )
 def test_bad_options(kwargs, message):

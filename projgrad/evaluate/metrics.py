@@ -156,9 +156,13 @@ def scores(
     original: the model before unlearning, for "uis" and "distance"; with its scores instead of the model: no distance.
     retrained: the model trained without the forget set, or its scores, for "tow" and "gap".
 
-    Returns accuracies under "forget", "retain", "validation", "test" and the names of the problem's other parts, then
-    "mia_auc", "tow", "uis", "gap", "distance", what the problem measures itself, and "confidence": histograms of the
-    probability given to the labels of forget and test. The model is scored in eval mode and left in its own.
+    Returns accuracies, shares in [0, 1], under "forget", "retain", "validation", "test" and the names of the problem's
+    other parts, then "mia_auc", "tow", "uis", "gap", "distance", what the problem measures itself, and "confidence":
+    histograms of the probability given to the labels of forget and test. The model is scored in eval mode and left in
+    its own.
+
+    Raises:
+        ValueError: too few samples for `membership_auc`, or an original with other parameters than the model.
 
     Example:
         >>> from projgrad.evaluate import Classification, scores

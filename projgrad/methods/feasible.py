@@ -64,7 +64,7 @@ class FeasibleUpdates:
     probability at most delta. If none passes, nothing moves. One backward pass, without weight gradients, per set.
 
     Both levels hold for samples that are independent, with normal gradients, and for a Δ that does not depend on them.
-    OrthoGrad's does, when it is made from the same batch: give `step` a `check` with other retain samples then.
+    OrthoGrad's Δ depends on them when it is made from the same batch: give `step` a `check` with other retain samples.
     Symmetric heavy tails keep the level (0.044 for Student's t with 3 degrees of freedom, n = 8), harm in few samples
     does not: 0.14 and 0.08 for exponential ⟨g_j, Δ⟩ and n = 8 and 64, 0.21 and 0.13 for log-normal ones (simulated,
     delta = 0.05, at mean 0).

@@ -70,11 +70,13 @@ class OrthoGrad:
             than plain training. Plain autograd checks all of it when the model's graph is new, and one tensor a step.
             False runs a second, ordinary backward pass for the update: more time, and every step checks every tensor.
         scaler: a `torch.amp.GradScaler`: losses are scaled, and its own rule decides on steps with NaN or Inf.
-        projector: function (u, G) -> u_perp instead of projgrad's, such as `projgrad.projectors.qr`. It is given all of
-            G, which takes n times the memory of the parameters: a reference to compare with.
+        projector: function (u (p,), G (n, p)) -> u_perp (p,) instead of projgrad's, such as `projgrad.projectors.qr`;
+            with scope="per_tensor" called once for each tensor. All of G takes n times the memory of the parameters: a
+            reference to compare with, without `damping`, `rtol`, `keep_output_gradients` and `scaler`.
 
     Raises:
-        ValueError: alpha outside [0, 1], an unknown scope, no trainable parameter in the optimizer.
+        ValueError: alpha outside [0, 1], an unknown scope, no trainable parameter in the optimizer, a projector with
+            damping, rtol or a scaler.
 
     Source: arXiv 2503.02312, section 3 and algorithm 1.
 
@@ -107,6 +109,10 @@ class OrthoGrad:
             raise ValueError(f"alpha weighs the mean retain gradient and must be in [0, 1]; got {alpha}")
         if scope not in ("global", "per_tensor"):
             raise ValueError(f"scope must be 'global' or 'per_tensor'; got {scope!r}")
+        given = {"damping": damping, "rtol": rtol is not None, "scaler": scaler}
+        unused = [name for name, value in given.items() if value]
+        if projector is not None and unused:
+            raise ValueError(f"projector replaces the whole projection: it cannot be used with {', '.join(unused)}")
         self.model, self.optimizer, self.alpha, self.scope = model, optimizer, alpha, scope
         self.sign = -1.0 if ascend else 1.0
         self.damping, self.rtol, self.max_norm = damping, rtol, max_norm

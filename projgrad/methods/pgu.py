@@ -60,9 +60,9 @@ class PGU:
     `fit` reads the training data once; a deletion request, `forget`, needs the forget samples only. Requests follow
     one another. `save` and `load` keep that between processes, for any γ and rule.
 
-    Narrow inputs have no weak directions to spare: of the eight inputs of an adapter's second matrix six or seven are
-    protected, and the others can hold a tenth of all there is; `exposed` tells. Adapters without this weakness start
-    with the first matrix at zero and the second at random, and γ = 1 for the second.
+    Narrow inputs have no weak directions to spare. The second matrix B of a LoRA adapter of rank 8 has eight inputs:
+    six or seven directions are protected, and the rest can hold a tenth of Σ ‖x‖² (`exposed`). New adapters have
+    B = 0, so the first step goes through B alone. Start them with A = 0 and a random B instead, and give B γ = 1.
 
     Args:
         model: its weights that require gradients and belong to `optimizer` are updated.

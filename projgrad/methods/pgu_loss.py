@@ -9,6 +9,8 @@ from torch import Tensor
 def unlearning_loss(logits: Tensor, labels: Tensor, offset: float = 0.05, entropy_weight: float = 0.2) -> Tensor:
     """Low where the model gives the labels little probability and is undecided; to be minimised.
 
+    `PGU.step` does that when its closure returns (logits, labels). This value, returned there, would be maximised.
+
     mean_j[ -log(1 - (p_j - offset)) ] - w mean_j H_j,    p_j the probability of label j, H_j the entropy in nats
 
     Formed from logarithms, so that neither p near 1 nor a large logit loses digits.

@@ -81,7 +81,8 @@ class Tape:
         buffers: tensors that do not depend on the samples.
         known: structures found before, by the sites of a forward pass.
 
-    Sample j is index j of the losses (n,); where the samples are inside the model is found from the gradients.
+    Sample j is index j of the losses (n,); where the samples are inside the model is found from the gradients. Every
+    method raises ValueError for losses of another shape, and RuntimeError once `project_` has freed their graph.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], buffers=(), known: dict | None = None) -> None:
