@@ -104,12 +104,14 @@ def known(settings: dict, method: str, setting: Setting) -> dict | None:
     return next((row for row in rows if asdict(setting).items() <= row.items()), None)
 
 
-def keep(settings: dict, method: str, rows: list[dict], study: bool) -> None:
-    """The candidates' numbers and the best of them, in the place of what an earlier search found."""
+def keep(settings: dict, method: str, rows: list[dict], study: bool, finished: bool = True) -> None:
+    """The candidates' numbers and, of a finished search, the best, in the place of what an earlier one found."""
     if not study:
-        settings["candidates"][method], settings["chosen"][method] = rows, chosen(rows)
+        settings["candidates"][method] = rows
+        if finished:
+            settings["chosen"][method] = chosen(rows)
         return
-    for table, new in (("study_candidates", rows), ("study", [chosen(rows)])):
+    for table, new in [("study_candidates", rows), ("study", [chosen(rows)])][: 1 + finished]:
         others = [row for row in settings[table].get(method, []) if row["n"] != rows[0]["n"]]
         settings[table][method] = sorted([*others, *new], key=lambda row: (row["n"], row["lr"]))
 
@@ -136,9 +138,12 @@ def main() -> None:
             bar = progress.add_task(name, total=sum(len(grid) for _, grid in todo))
             prepared = [prepare(name, seed, args.out) for seed in args.seeds]
             for method, grid in todo:
-                rows = []
-                for setting in grid:
-                    rows.append(known(settings, method, setting) or tried(name, prepared, method, setting))
+                rows = [known(settings, method, setting) for setting in grid]
+                for i, setting in enumerate(grid):
+                    if rows[i] is None:
+                        rows[i] = tried(name, prepared, method, setting)
+                        keep(settings, method, [row for row in rows if row], args.study, None not in rows)
+                        write_json(path, settings)
                     progress.advance(bar)
                 keep(settings, method, rows, args.study)
                 write_json(path, settings)

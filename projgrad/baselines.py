@@ -223,4 +223,4 @@ def _grads(loss: Tensor, params: list[nn.Parameter]) -> tuple[Tensor, ...]:
 
 
 def _dot(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:
-    return sum(float((x.double() * y).sum()) for x, y in zip(a, b, strict=True))
+    return float(torch.stack([(x.double() * y).sum() for x, y in zip(a, b, strict=True)]).sum())  # one wait

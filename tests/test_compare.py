@@ -95,6 +95,42 @@ def test_every_method_on_a_gpu(method):
     torch.testing.assert_close(values(on_gpu), expected)
 
 
+def test_a_search_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
+    """Nothing is chosen before all candidates were tried, and none is tried twice."""
+    tune = pytest.importorskip("bench.tune")
+    done, tried = [], tune.tried
+
+    def interrupted(name, prepared, method, setting):
+        if len(done) == 4 and not (tmp_path / "again").exists():
+            raise KeyboardInterrupt
+        done.append(setting)
+        return tried(name, prepared, method, setting)
+
+    monkeypatch.setattr(tune, "SETTINGS", tmp_path)
+    monkeypatch.setattr(tune, "tried", interrupted)
+    search = ["tune", "tiny", "--methods", "neggrad", "--rates", "0.1", "0.2", "--out", str(tmp_path / "models")]
+    monkeypatch.setattr(sys, "argv", search)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main()
+    found = read_json(tmp_path / "tiny.json")
+    assert len(found["candidates"]["neggrad"]) == 4 and found["chosen"] == {}
+    (tmp_path / "again").touch()
+    tune.main()
+    found = read_json(tmp_path / "tiny.json")
+    assert len(done) == len(set(done)) == len(found["candidates"]["neggrad"]) == 6
+    best = max(found["candidates"]["neggrad"], key=lambda row: row["tow"])
+    assert found["chosen"]["neggrad"].items() <= best.items()
+    before = (tmp_path / "tiny.json").read_bytes()
+    tune.main()
+    assert len(done) == 6 and (tmp_path / "tiny.json").read_bytes() == before
+
+
+def test_a_step_whose_memory_cannot_be_measured(tiny):
+    problem = Tiny(0)
+    with pytest.warns(UserWarning, match="memory of a step of orthograd could not be measured"):
+        assert peak_bytes(problem, problem.build(), [("orthograd", replace(SETTING, value=2.0))], 4, print) == [None]
+
+
 def load_state(model, other):
     model.load_state_dict(other.state_dict())
     return model

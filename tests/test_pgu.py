@@ -15,6 +15,7 @@ from projgrad.methods import spectra
 from projgrad.methods.inputs import InputMoments, _pieces
 from projgrad.methods.pgu import PGU
 from projgrad.methods.pgu_loss import unlearning_loss
+from projgrad.tape.check import exact_convolutions
 
 F64 = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore:PGU protects nothing")
@@ -342,6 +343,19 @@ def test_precision_that_torch_cannot_tell(monkeypatch):
     assert fitted(torch.float32)[0].cache.eps == torch.finfo(torch.float32).eps
     monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
     assert fitted(torch.float32)[0].cache.eps == 2.0**-7
+
+
+def test_convolutions_on_a_gpu_are_rounded_unless_told():
+    def eps(x, *layers):
+        with Gpu():
+            model = to_device(nn.Sequential(*copy.deepcopy(layers)).float())
+            return PGU(model, sgd(model)).fit([Pretend(x)]).cache.eps
+
+    exact, x = torch.finfo(torch.float32).eps, torch.randn(5, 2, 6)
+    convolutional = nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2)
+    assert eps(x, nn.Linear(6, 3)) == exact and eps(x, *convolutional) == 2.0**-10
+    with exact_convolutions(True):
+        assert eps(x, *convolutional) == exact
 
 
 @pytest.mark.parametrize("kind", ["self", "cross", "other_widths"])

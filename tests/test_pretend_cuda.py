@@ -7,9 +7,13 @@ import torch
 from pretend import DEVICE, Gpu, Pretend, to_device, values
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import ZOO
 
 import projgrad
+from projgrad.tape.check import exact_convolutions
+
+aten = torch.ops.aten
 
 N, T, VOCABULARY = 6, 5, 11
 pytestmark = pytest.mark.filterwarnings("ignore:no rule covers")
@@ -127,6 +131,54 @@ def test_refinement(mode):
     *both, _ = on_both(perceptron(), x, lambda y, x: y.square().mean(1), 1, **MODES[mode][0])
     assert both[0][1].refinements > 0
     check(*both, 1e-6)
+
+
+class Rounded(TorchDispatchMode):
+    """Convolutions as of cuDNN: where torch lets it, and so by default, the last 13 bits of float32 are dropped."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        at = {aten.convolution.default: 2, aten.convolution_backward.default: 3}.get(func, 0)
+        if torch.backends.cudnn.conv.fp32_precision == "tf32":
+            args = (*((x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in args[:at]), *args[at:])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("n", [2, 4, 16])
+@pytest.mark.parametrize("mode", ["global", "two_passes", "per_tensor"])
+def test_convolutions_in_tf32(mode, n):
+    """No false alarm of the self-check, and orthogonal to the gradients of what the GPU computed."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3),
+    ]
+    model = nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
+    x, y = 2 + torch.randn(n, 3, 12, 12), torch.arange(n) % 5
+    u = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+
+    def record():
+        with projgrad.per_sample(model) as tape:
+            losses = F.cross_entropy(model(x), y, reduction="none")
+        return tape, losses
+
+    with Rounded(), Gpu():
+        to_device(model)
+        x, y = Pretend(x), Pretend(y)
+        for name, p in model.named_parameters():
+            p.grad = Pretend(u[name])
+        tape, losses = record()
+        scope, keep = "per_tensor" if mode == "per_tensor" else "global", mode == "global"
+        done = tape.project_(losses, scope, keep_output_gradients=keep)
+        tape, losses = record()
+        with exact_convolutions(mode == "two_passes"):
+            found = {name: p.grad for name, p in model.named_parameters()}
+            v, K = tape.dot(losses, found).inner, tape.gram(losses).inner
+    length = torch.cat([g.inner.double().flatten() for g in found.values()]).norm()
+    assert (v.abs() / K.diagonal().sqrt() / length).max() <= 1e-6 and done.residual <= 1e-6
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.backends.cudnn.allow_tf32
 
 
 CASES = """linear_3d conv2d conv2d_groups conv_transpose2d layer_norm batch_norm2d embedding_padding_idx

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -37,9 +38,11 @@ def peak_bytes(
             stdout=subprocess.PIPE,
             env=environment,
             start_new_session=True,  # Ctrl-C is the parent's to handle
-            check=True,
         )
         tick(method)
+        if done.returncode:
+            warnings.warn(f"the memory of a step of {method} could not be measured; see its error above", stacklevel=2)
+            return None
         return json.loads(done.stdout)
 
     with ThreadPoolExecutor(2) as pool:

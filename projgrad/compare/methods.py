@@ -160,6 +160,6 @@ TITLES = {"original": "original", "retrained": "retrained", **{name: m.title for
 def batches(part: Part, size: int, generator: torch.Generator) -> Iterator[Part]:
     """Endless random batches without repetition inside one; all of the part where it is smaller."""
     while True:
-        order = torch.randperm(len(part), generator=generator)
+        order = torch.randperm(len(part), generator=generator).to(part.labels.device)
         for rows in order.split(size)[: max(1, len(order) // size)]:
             yield part[rows]

@@ -41,7 +41,7 @@ def train(problem: Problem, parts: Sequence[Part], seed: int, tick: Callable[[],
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs, recipe.lr / 10)
     order = torch.Generator().manual_seed(seed)
     for _ in range(recipe.epochs):
-        for rows in torch.randperm(len(data), generator=order).split(recipe.batch):
+        for rows in torch.randperm(len(data), generator=order).to(data.labels.device).split(recipe.batch):
             optimizer.zero_grad()
             problem.losses(model, data[rows]).mean().backward()
             optimizer.step()

@@ -67,7 +67,7 @@ class InputMoments(TorchFunctionMode):
         self.moments: dict[str, Tensor] = {}
         self.views: dict[str, View] = {}
         self.refused: dict[str, str] = {}
-        self.eps = 0.0
+        self.eps, self.convolved = 0.0, False
 
     def source(self, t: Tensor) -> tuple[str, bool] | None:
         """Which weight this is, and whether transposed."""
@@ -78,6 +78,7 @@ class InputMoments(TorchFunctionMode):
 
     def __torch_function__(self, func, _, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        self.convolved |= name.startswith("conv")
         used = {s[0] for t in _tensors(args, kwargs) if (s := self.source(t)) is not None}
         if not used:
             return func(*args, **kwargs)
@@ -141,7 +142,7 @@ class InputMoments(TorchFunctionMode):
             return
         if name not in self.moments:
             self.moments[name] = torch.zeros((view.groups, i, i), dtype=torch.float64, device=w.device)
-        self.eps = max(self.eps, _eps(x))
+        self.eps = max(self.eps, _eps(x, self.convolved))
         for rows in _pieces(x.detach(), use.features, chunk_bytes(x.device.type)):
             self.moments[name].baddbmm_(rows.mT, rows)
 
@@ -158,8 +159,9 @@ def _keeps(func: Callable, args: tuple) -> bool:
     return name in VIEWS or name == "detach"
 
 
-def _eps(x: Tensor) -> float:
-    """Of the products that this input came from and goes into; cuDNN multiplies float32 with ten bits by default."""
+def _eps(x: Tensor, convolved: bool) -> float:
+    """Of the products that this input came from and goes into, convolutions among them or not; those of cuDNN round
+    float32 to ten bits unless told otherwise."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     eps = torch.finfo(dtype).eps
@@ -169,7 +171,8 @@ def _eps(x: Tensor) -> float:
         reduced = {"highest": eps, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
     except RuntimeError:  # torch cannot tell, since it was set by backend (fp32_precision): the coarsest there is
         reduced = 2.0**-7
-    return max(reduced, 2.0**-10 if device == "cuda" else 0.0)
+    rounded = device == "cuda" and convolved and torch.backends.cudnn.conv.fp32_precision not in ("ieee", "none")
+    return max(reduced, 2.0**-10 if rounded else 0.0)
 
 
 def _pieces(x: Tensor, features: int, budget: int) -> Iterator[Tensor]:
@@ -178,7 +181,7 @@ def _pieces(x: Tensor, features: int, budget: int) -> Iterator[Tensor]:
     most = max(1, budget // max(1, 8 * x.shape[0] * i))
     for piece in _split(x, 1, x.ndim - features, most):
         count = math.prod(piece.shape[1 : x.ndim - features])
-        yield piece.to(torch.float64).reshape(x.shape[0], count, i)
+        yield piece.to(torch.float64, memory_format=torch.contiguous_format).reshape(x.shape[0], count, i)
 
 
 def _split(x: Tensor, dim: int, end: int, most: int) -> Iterator[Tensor]:

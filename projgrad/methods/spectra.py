@@ -13,6 +13,7 @@ from ..ops.basis import basis_project
 from .inputs import View
 
 PIECE = 256 << 20  # bytes of matrices that are decomposed together: many small ones in one call, large ones alone
+MOST = 1 << 14  # matrices in one call: cuSOLVER refuses twice as many
 RULES = ("singular", "energy")
 
 
@@ -48,7 +49,7 @@ def decompose(moments: Mapping[str, Tensor]) -> tuple[dict[str, Spectrum], dict[
         widths.setdefault((C.device, C.shape[2]), []).extend((name, g) for g in range(len(C)))
     values = {name: C.new_empty(C.shape[:2]) for name, C in moments.items()}
     for (_, i), systems in widths.items():
-        count = max(1, PIECE // (8 * i * i))
+        count = max(1, min(MOST, PIECE // (8 * i * i)))
         for start in range(0, len(systems), count):
             piece = systems[start : start + count]
             found, vectors = torch.linalg.eigh(torch.stack([moments[name][g] for name, g in piece]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -78,8 +79,10 @@ class Checks(Questions):
             if measured is None:
                 continue
 
-            def answer(values: list[float], place: int = place, measured: Measured = measured) -> None:
-                error = judge(place, measured.value(values), weights, u2, half, dtype, blame)
+            limit = tolerance_of(half, dtype, measured.numbers.is_cuda)
+
+            def answer(values: list[float], place=place, measured=measured, limit=limit) -> None:
+                error = judge(place, measured.value(values), weights, u2, limit, dtype, blame)
                 self.worst[name] = max(self.worst[name], error)
 
             self.ask(measured.numbers, answer)
@@ -90,14 +93,37 @@ class Checks(Questions):
         """Σ_j g_j of one parameter from plain autograd against its K; `total`: Σ_j ‖g_j‖ over all parameters."""
         weights = weights_of(torch.ones_like(K[0]), K)
         found = torch.zeros_like(total) if grad is None else length(grad).square()
+        limit = tolerance_of(half, dtype, K.is_cuda)
 
         def answer(values: list[float]) -> None:
             *some, square, total = values
             floor = 100 * torch.finfo(dtype).eps * total
-            error = judge(0, square, Weights(*some), 0.0, half, dtype, lambda: f", in {name}", floor)
+            error = judge(0, square, Weights(*some), 0.0, limit, dtype, lambda: f", in {name}", floor)
             self.worst[""] = max(self.worst[""], error)
 
         self.ask(torch.cat([weights, torch.stack([found, total])]), answer)
+
+
+def tolerance_of(half: bool, dtype: torch.dtype, cuda: bool) -> float:
+    """How far rules and autograd may differ; on a GPU torch may round float32 to ten bits, cuDNN does unless told."""
+    if half or dtype == torch.float64:
+        return 5e-2 if half else 1e-9
+    precisions = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    return 1e-2 if cuda and not {*precisions} <= {"ieee", "none"} else 1e-3
+
+
+@contextmanager
+def exact_convolutions(cuda: bool) -> Iterator[None]:
+    """Float32 convolutions of cuDNN as exact as the rules; while this lasts, the older `allow_tf32` cannot be read."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    if cuda:
+        conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if cuda:
+            conv.fp32_precision = before
 
 
 def judge(
@@ -105,7 +131,7 @@ def judge(
     value: float,
     weights: Weights,
     u2: float,
-    half: bool,
+    tolerance: float,
     dtype: torch.dtype,
     blame: Callable[[], str],
     floor: float = 0.0,
@@ -118,7 +144,6 @@ def judge(
         FloatingPointError: what was found is not a number.
         ArithmeticError: rules and autograd disagree.
     """
-    tolerance = 5e-2 if half else 1e-3 if dtype != torch.float64 else 1e-9
     scale = max(weights.scale, floor)
     expected = (weights.length, weights.product, weights.length + 2 * weights.product)[place]
     size = (scale**2, scale * u2**0.5, (scale + u2**0.5) ** 2)[place]
