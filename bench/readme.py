@@ -62,7 +62,7 @@ def compare() -> str:
     lines = ["![Forget and test accuracy of every method](bench/results/overview.png)", ""]
     for name in FAST:
         lines += _scenario(name, results[name])
-    lines += [_study(name, results[name], "bench/results") for name in ("digits-labels", "news-LoRA")]
+    lines += [_study(name, results[name], "bench/results") for name in ("digits-labels", "news-full")]
     return "\n".join(lines)
 
 
