@@ -27,10 +27,17 @@ METRICS = ("forget", "retain", "test", "tow")
 ROUNDING = 0.005  # half a point: one sample of a small part more or less
 
 
+def results_in(folder: Path) -> dict[str, Any]:
+    found = read_json(folder / "compare.json")
+    if found is None:
+        sys.exit(f"{folder} holds no compare.json: give the folder after --out of `projgrad compare`")
+    return found
+
+
 def take(folders: list[Path]) -> None:
     merged = read_json(COMMITTED) or {"scenarios": {}}
     for folder in folders:
-        found = read_json(folder / "compare.json")
+        found = results_in(folder)
         if not found["finished"]:
             sys.exit(f"{folder}: the comparison is not finished; the same command goes on with it")
         for name, scenario in found["scenarios"].items():
@@ -61,7 +68,7 @@ def differences(committed: dict[str, Any], found: dict[str, Any]) -> list[tuple[
 
 
 def check(folder: Path) -> int:
-    committed, found = read_json(COMMITTED), read_json(folder / "compare.json")
+    committed, found = read_json(COMMITTED), results_in(folder)
     table = Table("scenario", "method", "metric", "committed", "spread", "found", title="Outside the committed spread")
     console, count, wrong = Console(), 0, 0
     for name, scenario in found["scenarios"].items():

@@ -346,3 +346,5 @@ def test_committed_results_are_checked_method_by_method(tmp_path, monkeypatch):
         codes[name] = compare_results.check(tmp_path / name)
     write(tmp_path / "less" / "compare.json", neggrad=0.9)
     assert codes == {"same": 0, "rounding": 0, "far": 1} and compare_results.check(tmp_path / "less") == 1
+    with pytest.raises(SystemExit, match=r"nowhere holds no compare\.json: give the folder after --out"):
+        compare_results.check(tmp_path / "nowhere")
