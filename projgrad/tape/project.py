@@ -68,9 +68,9 @@ def project_(
         if not p.grad.is_contiguous():
             p.grad = p.grad.contiguous()
     squares = _ask_squares(tape)
-    tape.structure(losses)
+    structure = tape.structure(losses)
     tape.questions.settle()  # if the structure was known already
-    keep = keep or losses.dtype.itemsize == 2  # weights of 16 bits are too coarse for a second pass
+    keep = keep or structure.coarsest.itemsize == 2  # a second pass with other weights would round too differently
     n = len(losses)
     add = torch.zeros(n, dtype=torch.float64, device=losses.device) if add is None else add.double()
     checks, solver = Checks(), Solver(damping, add)
@@ -191,7 +191,7 @@ def _steps(method: Route, n: int, solver: Solver, rtol: float | None, checks: Ch
 
 def _projection(rank: int, u2: float, after: float, residual: float, refinements: int) -> Projection:
     preserved = after / u2**0.5 if u2 else 1.0
-    return Projection(rank, preserved, residual, refinements, 0.0, (u2, after**2))
+    return Projection(rank, preserved, min(residual, 1.0), refinements, 0.0, (u2, after**2))
 
 
 def _without_underflow(K: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -207,7 +207,7 @@ def _per_tensor(
 ) -> Projection:
     """Every tensor as soon as its last use has come by, in the one backward pass."""
     n, watch = len(losses), next_watched(tape, losses)
-    watched: list[tuple[bool, torch.dtype, Tensor]] = []
+    watched: list[OneTensor] = []
     rows = torch.zeros(n, dtype=torch.float64, device=losses.device)  # ‖g_j‖² over all tensors
 
     def finished(name: str, pieces: list[tuple[Source, Rule]]) -> None:
@@ -216,13 +216,13 @@ def _per_tensor(
         solver.start(name, _steps(method, n, solver, rtol, checks, name))
         rows.add_(method.K.diagonal())
         if name == watch:
-            watched.append((method.half, method.dtype, method.K))
+            watched.append(method)
 
     job = Kept(tape, finished)
     grads = tape._run(losses, job, retain_graph=False, watch=[tape.parameters[watch]] if watch else [])
     solver.finish()
-    for half, dtype, K in watched:
-        checks.check_watched(half, dtype, watch, K, grads[0], rows.clamp_min(0).sqrt().sum())
+    for method in watched:
+        checks.check_watched(method, watch, method.K, grads[0], rows.clamp_min(0).sqrt().sum())
     checks.settle()
     tensors = solver.done
     for name, done in tensors.items():

@@ -15,6 +15,7 @@ from .check import (
     Outcome,
     Weights,
     check_finite,
+    coarser,
     exact_convolutions,
     judge,
     tolerance_of,
@@ -36,6 +37,11 @@ class Route:
     stored: torch.dtype  # of p.grad
     known: float | None = None  # ‖p.grad‖², until it changes
     half = False  # whether 16-bit numbers limit what autograd and the rules can agree on
+
+    @property
+    def compared(self) -> torch.dtype:
+        """The coarsest type in which the two sides of the self-check may differ: that of the products."""
+        return torch.bfloat16 if self.half else self.dtype
 
     def grads(self) -> dict[str, Tensor]:
         """p.grad by name, where there is one."""
@@ -88,6 +94,11 @@ class TwoPasses(Route):
         self.stored = max((p.dtype for p in tape.parameters.values()), key=lambda d: torch.finfo(d).eps)
         self.half = self.stored.itemsize == 2
         self.dtype = torch.float32 if self.half else self.stored
+
+    @property
+    def compared(self) -> torch.dtype:
+        """Or of anything else that a second backward pass rounds in: its weights are other ones."""
+        return coarser(super().compared, self.tape.structure(self.losses).coarsest)
 
     def numel(self) -> int:
         return sum(p.numel() for p in self.tape.parameters.values())
@@ -174,8 +185,8 @@ def next_watched(tape: Tape, losses: Tensor) -> str:
     """The parameter whose turn it is: with one backward pass, plain autograd checks one tensor a step, not all."""
     structure = tape.structure(losses)
     names = [name for name in tape.parameters if name not in structure.loops]
-    structure.turn += 1
-    return names[structure.turn % len(names)] if names else ""
+    structure.compared.turns += 1
+    return names[structure.compared.turns % len(names)] if names else ""
 
 
 class KeptGradients(TwoPasses):
@@ -193,6 +204,8 @@ class KeptGradients(TwoPasses):
         self.half = self.half or any(rule.half for *_, rule in self.pieces)
         self.n = len(losses)
 
+    compared = Route.compared  # there is no second pass
+
     def products(self, wide: bool) -> tuple[Tensor, Tensor]:
         job = Products(self.tape, self.grads(), wide=wide, watch=self.watch)
         for name, source, rule in self.pieces:
@@ -201,7 +214,7 @@ class KeptGradients(TwoPasses):
         for grad in self.grads_of_watch:
             K = job.watched if isinstance(job.watched, Tensor) else torch.zeros_like(job.K)
             total = job.K.diagonal().clamp_min(0).sqrt().sum()
-            self.checks.check_watched(self.half, self.dtype, self.watch, K, grad, total)
+            self.checks.check_watched(self, self.watch, K, grad, total)
         self.grads_of_watch = ()
         return job.K, job.v
 
@@ -273,7 +286,8 @@ class OneTensor(Route):
 
 
 def verify(tape: Tape, losses: Tensor) -> None:
-    """Compare the rules with plain autograd, parameter by parameter, without a trace: ‖Gᵀ w‖² for w_j = ± 1 / ‖g_j‖.
+    """Compare the rules with plain autograd, parameter by parameter, without a trace: ‖Gᵀ w‖² for w_j = ± 1 / ‖g_j‖,
+    rounded to a power of two: the passes then round alike, however coarse the numbers on the way are.
 
     Two backward passes, one of them without weight gradients.
 
@@ -289,11 +303,11 @@ def verify(tape: Tape, losses: Tensor) -> None:
     method.half = method.half or job.half
     rows = K.diagonal().clamp_min(0).sqrt()
     signs = 1 - 2 * (torch.arange(n, device=K.device) * 0x9E3779B1 >> 16 & 1)
-    w = signs * (rows.max() / rows.clamp_min(1e-6 * rows.max())).nan_to_num()
+    w = signs * (rows.max() / rows.clamp_min(1e-6 * rows.max())).nan_to_num(1.0).log2().round().exp2()
     top, scale = read(w.abs().max(), w.abs() @ rows)
     method.apply(w, top, discard=True)
     noise = 100 * torch.finfo(method.dtype).eps * scale
-    limit = tolerance_of(method.half, method.dtype, K.is_cuda)
+    limit = tolerance_of(method.compared, K.is_cuda)
     questions, nothing = Questions(), torch.zeros_like(K)
     for name in tape.parameters:
         weights = weights_of(w, job.K.get(name, nothing))

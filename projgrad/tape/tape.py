@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from .readings import Questions
 from .routes import verify
 from .rules import Rows, Rule, joined
 from .sites import Call, Site, Source
-from .structure import REENTRANT, Structure, announce, fingerprint, inspect
+from .structure import Structure, announce, fingerprint, inspect
 
 KNOWN = 1024  # graphs remembered for each model
 Directions = Mapping[str, Tensor] | Sequence[Tensor]
@@ -289,10 +290,6 @@ class Tape:
             with self._again():
                 inputs = [self.anchor, *watch]
                 return torch.autograd.grad(losses, inputs, weights, retain_graph=retain_graph, allow_unused=True)[1:]
-        except RuntimeError as error:
-            if "use_reentrant" in str(error) or "Checkpointing is not compatible" in str(error):
-                raise ValueError(REENTRANT) from None
-            raise
         finally:
             self._receive = None
 
@@ -305,15 +302,16 @@ class Tape:
             return self._structure[1]
         check_shape(losses)
         self.questions.ask(losses, lambda values: check_values(values) and None)
-        key = (len(losses), tuple(site.key for site in self.sites), fingerprint(self, losses))
+        key = hash((len(losses), tuple(site.key for site in self.sites), fingerprint(self, losses)))
         found = self._known.get(key)
         self.questions.settle()
         if found is None or not found.lasting:
-            verified = found is not None and found.verified  # the rules; where the samples are is found anew
-            found = inspect(self, losses)
-            found.verified = verified
-            announce(found.loops)
-            self._known[key] = found
+            before, found = found, inspect(self, losses)
+            if before is not None:  # the rules were compared; where the samples are was found anew
+                found.compared = before.compared
+            announce({k: v for k, v in found.loops.items() if before is None or k not in before.loops})
+            # Nothing is kept that will not be used again.
+            self._known[key] = found if found.lasting else replace(found, layouts=[])
             while len(self._known) > KNOWN:
                 del self._known[next(iter(self._known))]
         for site, layout in zip(self.sites, found.layouts, strict=True):
@@ -323,10 +321,10 @@ class Tape:
 
     def _verified(self, losses: Tensor) -> None:
         """Compare the rules with plain autograd, unless that was done for the same graph."""
-        structure = self.structure(losses)
-        if not structure.verified:
+        compared = self.structure(losses).compared
+        if not compared.rules:
             verify(self, losses)
-            structure.verified = True
+            compared.rules = True
 
     def _run(
         self,
