@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .layout import Layout
@@ -60,15 +60,24 @@ Where = Sequence["Along | None"]  # for every input; None: not proven
 Carry = Callable[[Op], Where]
 
 
-def locate(losses_node: Node, n: int) -> dict[Site, Along]:
-    """Where the samples lie in the output of every site of the graph for which that is proven."""
+def locate(
+    losses_node: Node, n: int, given: Mapping[Site, Layout] | None = None
+) -> tuple[dict[Site, Along], set[Site]]:
+    """Where the samples lie in the output of every site of the graph for which that is proven, and of those in
+    `given`; and the ones for which the proof needed to be given it."""
     order = _ordered(losses_node)
     found: dict[Site, Along] = {}
+    needed: set[Site] = set()
     known: dict[Node, Along | None] = {losses_node: Along(0)}  # None: nothing is proven
     for node in order:
         at = known.get(node)
-        if _is_tap(node) and at is not None:
-            found[node.site] = at
+        if _is_tap(node):
+            site = node.site
+            if given and at is None and site in given:
+                at = along(given[site], site.shape, n)
+                needed.add(site)
+            if at is not None:
+                found[site] = at
         following = node.next_functions[:1] if _is_tap(node) else node.next_functions  # the others get no gradient
         where: Where = [None] * len(following)
         if at is not None:
@@ -77,7 +86,7 @@ def locate(losses_node: Node, n: int) -> dict[Site, Along]:
         for (f, _), there in zip(following, where, strict=True):
             if f is not None:
                 known[f] = there if known.get(f, there) == there else None
-    return found
+    return found, needed
 
 
 def layout(at: Along, shape: Shape, n: int) -> Layout | None:
@@ -85,6 +94,11 @@ def layout(at: Along, shape: Shape, n: int) -> Layout | None:
     if at.inner * n == shape[at.dim]:
         return Layout(at.dim)
     return Layout(at.dim, inner=True) if at.inner == 1 else None
+
+
+def along(layout: Layout, shape: Shape, n: int) -> Along:
+    """The reverse, for a layout without rows."""
+    return Along(layout.axis, 1 if layout.inner else shape[layout.axis] // n)
 
 
 def _ordered(root: Node) -> list[Node]:

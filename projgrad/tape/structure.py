@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import ownership
 from .layout import Codes, Layout, Signatures, candidates, gather
@@ -37,13 +37,14 @@ class Structure:
     """How to read the sites of a forward pass.
 
     layouts: per site; None: the site is not used. loops: parameters that need a loop over the losses, and why.
-    lasting: whether that is proven for every forward pass with the same graph.
+    anchors: sites, by index, whose layouts prove all others, for every forward pass with the same graph: to be
+        confirmed each time; none where the graph alone is the proof. None: nothing is proven, all is found anew.
     coarsest: the floating-point type with the fewest digits that lies between the losses and the parameters.
     """
 
     layouts: list[Layout | None]
     loops: dict[str, str] = field(default_factory=dict)
-    lasting: bool = True
+    anchors: list[int] | None = field(default_factory=list)
     coarsest: torch.dtype = torch.float64
     compared: Compared = field(default_factory=Compared)
 
@@ -74,6 +75,33 @@ def inspect(tape: Tape, losses: Tensor) -> Structure:
     return structure
 
 
+def confirm(tape: Tape, losses: Tensor, structure: Structure, taps: dict[int, Node]) -> bool:
+    """Whether a known structure holds for this graph: the samples are at its anchors where they were.
+
+    Two backward passes, which end at the anchors.
+    """
+    if structure.anchors is None:
+        return False
+    if not structure.anchors:
+        return True
+    n, sites = len(losses), [tape.sites[index] for index in structure.anchors]
+    codes, signatures = Codes(n, losses, structure.coarsest), Signatures()
+    edges = [GradientEdge(taps[site.index], 0) for site in sites]
+    passes = []
+    for w in codes.weights:
+        with tape._again():
+            grads = torch.autograd.grad(losses, edges, w, retain_graph=True)
+        passes.append(
+            [signatures.of(b, _axes(s, [structure.layouts[s.index]])) for s, b in zip(sites, grads, strict=True)]
+        )
+    for site, *signs in zip(sites, *passes, strict=True):
+        layout = structure.layouts[site.index]
+        owner, mixed = _owners(codes, site, signs, structure.coarsest)
+        if mixed.any() or not _match(owner, _axes(site, [layout]), layout, site, n):
+            return False
+    return True
+
+
 class _Search:
     """The search for the samples at every site of one graph."""
 
@@ -83,15 +111,12 @@ class _Search:
         self.signatures = Signatures()
         self.possible = {s: candidates(s.shape, s.axes, self.n) for s in tape.sites}
         self.proven: dict[Site, Layout] = {}
-        for site, at in ownership.locate(losses.grad_fn, self.n).items():
+        for site, at in ownership.locate(losses.grad_fn, self.n)[0].items():
             layout = ownership.layout(at, site.shape, self.n)
             if layout in self.possible.get(site, []):
                 self.proven[site] = layout
         # Along which dimensions entries are told apart.
-        self.axes = {
-            s: (self.proven[s].axis,) if s in self.proven else sorted({c.axis for c in self.possible[s]} | _leading(s))
-            for s in tape.sites
-        }
+        self.axes = {s: [self.proven[s].axis] if s in self.proven else _axes(s, self.possible[s]) for s in tape.sites}
         self.last: Site | None = None  # of the forward pass
 
     def run(self) -> None:
@@ -108,13 +133,24 @@ class _Search:
                     mixed.append(site)
                 continue
             structure.layouts[site.index] = layout
-            structure.lasting = structure.lasting and self.proven.get(site) == layout
         if mixed:
             self._explain(mixed, passes[0])
         for site in mixed:
             for source in site.sources:
                 for name in source.names:
                     structure.loops[name] = self._mixture(site)
+        structure.anchors = self._anchors()
+
+    def _anchors(self) -> list[int] | None:
+        used = {s: layout for s in self.tape.sites if (layout := self.structure.layouts[s.index]) is not None}
+        if all(self.proven.get(site) == layout for site, layout in used.items()):
+            return []
+        given = {site: layout for site, layout in used.items() if layout.rows is None}
+        found, needed = ownership.locate(self.losses.grad_fn, self.n, given)
+        for site, layout in used.items():
+            if site not in found or ownership.layout(found[site], site.shape, self.n) != layout:
+                return None
+        return sorted(site.index for site in needed)
 
     def _mixture(self, site: Site) -> str:
         reason = f"the {self.n} losses are mixed in the output {tuple(site.shape)} of {site.name}"
@@ -148,19 +184,16 @@ class _Search:
         if not axes:
             return None
         # The factors are a power of two apart, or have another sign: what is proven is only to be confirmed.
-        owner, mixed = self._owners(site, passes, 0.3 if site in self.proven else self._tolerance())
+        owner, mixed = _owners(self.codes, site, passes, self.structure.coarsest, 0.3 if site in self.proven else None)
         if mixed.any():
             return None
-        owner = owner.view([site.shape[d] for d in axes])
         first = [self.proven[site]] if site in self.proven else []
         for layout in [*first, *self.possible[site]]:
             if layout.axis not in axes or (layout.axis in site.shared and not made_before):
                 continue  # the samples would share one parameter's elements out among them
-            expected = layout.owner(site.shape[layout.axis], n, owner.device)
-            expected = expected.view([-1 if d == layout.axis else 1 for d in axes])
-            if ((owner == expected) | (owner < 0)).all():
+            if _match(owner, axes, layout, site, n):
                 return layout
-        return None if site.derived else self._anywhere(site, owner)
+        return None if site.derived else self._anywhere(site, owner.view([site.shape[d] for d in axes]))
 
     def _anywhere(self, site: Site, owner: Tensor) -> Layout | None:
         """Rows in no regular order (experts that pick tokens, sequences packed into one row)."""
@@ -174,24 +207,10 @@ class _Search:
                 return gather(whose, self.n, tuple(site.shape[:count]))
         return None
 
-    def _owners(self, site: Site, passes: list[Tensor], tolerance: float) -> tuple[Tensor, Tensor]:
-        limits = torch.finfo(passes[0].dtype)
-        entries = math.prod(site.shape) / max(1, len(passes[0]))
-        floor = passes[0].new_tensor(limits.tiny / limits.eps, dtype=torch.float64)
-        if self.structure.coarsest == torch.float16:
-            floor = floor + 4 * 2.0**-24 * entries**0.5  # its smallest number
-        elif passes[0].is_cuda and passes[0].numel():  # sums in no fixed order round differently in every pass
-            floor = floor.maximum(passes[0].abs().max() * limits.eps)
-        return self.codes.owners(passes, tolerance, floor)
-
-    def _tolerance(self) -> float:
-        """How far from its factor what belongs to one sample may be: nothing rounds but sums in another order."""
-        return {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}.get(self.structure.coarsest, 0.1)
-
     def _explain(self, mixed: list[Site], first: dict[Site, Tensor]) -> None:
         """Refuse if what was found has a reason that a loop over the losses does not cure."""
         again = self._pass(2 * self.codes.base, self.axes)
-        tolerance = max(1e-3, self._tolerance())
+        tolerance = max(1e-3, _tolerance(self.structure.coarsest))
         changed = {
             s for s, b in first.items() if not (again[s] - 2 * b).norm() <= tolerance * (again[s].norm() + 2 * b.norm())
         }
@@ -206,12 +225,44 @@ class _Search:
         if last in mixed and self.possible[last]:
             everywhere = {last: range(len(last.shape))}
             passes = [self._pass(w, everywhere)[last] for w in self.codes.weights]
-            if self._owners(last, passes, self._tolerance())[1].any():
+            if _owners(self.codes, last, passes, self.structure.coarsest)[1].any():
                 raise ValueError(
                     f"the gradient at the last {last.name} mixes samples: the losses share terms (a mean over the "
                     "batch, a contrastive loss, batch statistics), so there is no gradient of one sample to protect. "
                     "Return one independent loss per sample, sample j along dimension 0"
                 )
+
+
+def _axes(site: Site, layouts: Sequence[Layout]) -> list[int]:
+    """The dimensions along which entries are told apart."""
+    return sorted({layout.axis for layout in layouts} | _leading(site))
+
+
+def _owners(
+    codes: Codes, site: Site, passes: Sequence[Tensor], coarsest: torch.dtype, tolerance: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `Codes.owners`."""
+    limits = torch.finfo(passes[0].dtype)
+    floor = passes[0].new_tensor(limits.tiny / limits.eps, dtype=torch.float64)
+    if coarsest == torch.float16:
+        entries = math.prod(site.shape) / max(1, len(passes[0]))
+        floor = floor + 4 * 2.0**-24 * entries**0.5  # its smallest number
+    elif passes[0].is_cuda and passes[0].numel():  # sums in no fixed order round differently in every pass
+        floor = floor.maximum(passes[0].abs().max() * limits.eps)
+    return codes.owners(passes, _tolerance(coarsest) if tolerance is None else tolerance, floor)
+
+
+def _tolerance(coarsest: torch.dtype) -> float:
+    """How far from its factor what belongs to one sample may be: nothing rounds but sums in another order."""
+    return {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}.get(coarsest, 0.1)
+
+
+def _match(owner: Tensor, axes: Sequence[int], layout: Layout, site: Site, n: int) -> bool:
+    """Whether the owners [indices along `axes`] are those of a layout; what is nobody's may be anybody's."""
+    expected = layout.owner(site.shape[layout.axis], n, owner.device)
+    expected = expected.view([-1 if d == layout.axis else 1 for d in axes])
+    owner = owner.view([site.shape[d] for d in axes])
+    return bool(((owner == expected) | (owner < 0)).all())
 
 
 def _version(grad: Tensor | None) -> int:
@@ -281,14 +332,16 @@ def audit(tape: Tape, losses: Tensor) -> set[str]:
     return found
 
 
-def fingerprint(tape: Tape, losses: Tensor) -> int:
-    """A hash of the whole graph: operations, shapes and axes, how they are connected, which parameters and sites.
+def fingerprint(tape: Tape, losses: Tensor) -> tuple[int, dict[int, Node]]:
+    """A hash of the whole graph: operations, shapes and axes, how they are connected, which parameters and sites; and
+    the taps of the sites, by their indices.
 
     Raises:
         ValueError: no parameter that the tape follows is in it, or reentrant checkpointing.
     """
     accumulators = {get_gradient_edge(p).node: name for name, p in tape.parameters.items()}
     numbers: dict[object, int] = {}
+    taps: dict[int, Node] = {}
     nodes, parts = [losses.grad_fn], []
     while nodes:
         node = nodes.pop()
@@ -299,6 +352,8 @@ def fingerprint(tape: Tape, losses: Tensor) -> int:
             raise ValueError(REENTRANT)
         numbers[node] = len(numbers)
         site = _site(tape, node)
+        if site is not None:
+            taps[site.index] = node
         parts.append(
             (
                 accumulators.get(node) or node.name(),
@@ -310,7 +365,7 @@ def fingerprint(tape: Tape, losses: Tensor) -> int:
         nodes += [following for following, _ in node.next_functions]
     if not any(part[0] in tape.parameters for part in parts if isinstance(part, tuple)):
         raise ValueError("the losses do not depend on any parameter that the tape follows")
-    return hash(tuple(parts))
+    return hash(tuple(parts)), taps
 
 
 def _setting(value: object) -> object:

@@ -22,7 +22,7 @@ from .readings import Questions
 from .routes import verify
 from .rules import Rows, Rule, joined
 from .sites import Call, Site, Source
-from .structure import Structure, announce, fingerprint, inspect
+from .structure import Structure, announce, confirm, fingerprint, inspect
 
 KNOWN = 1024  # graphs remembered for each model
 Directions = Mapping[str, Tensor] | Sequence[Tensor]
@@ -302,16 +302,17 @@ class Tape:
             return self._structure[1]
         check_shape(losses)
         self.questions.ask(losses, lambda values: check_values(values) and None)
-        key = hash((len(losses), tuple(site.key for site in self.sites), fingerprint(self, losses)))
+        graph, taps = fingerprint(self, losses)
+        key = hash((len(losses), tuple(site.key for site in self.sites), graph))
         found = self._known.get(key)
         self.questions.settle()
-        if found is None or not found.lasting:
+        if found is None or not confirm(self, losses, found, taps):
             before, found = found, inspect(self, losses)
             if before is not None:  # the rules were compared; where the samples are was found anew
                 found.compared = before.compared
             announce({k: v for k, v in found.loops.items() if before is None or k not in before.loops})
             # Nothing is kept that will not be used again.
-            self._known[key] = found if found.lasting else replace(found, layouts=[])
+            self._known[key] = found if found.anchors is not None else replace(found, layouts=[])
             while len(self._known) > KNOWN:
                 del self._known[next(iter(self._known))]
         for site, layout in zip(self.sites, found.layouts, strict=True):
