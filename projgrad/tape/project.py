@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,7 @@ def project_(
     rtol: float | None,
     keep: bool,
     add: Tensor | None,
+    rates: Mapping[str, float],
 ) -> Projection:
     if scope not in ("global", "per_tensor"):
         raise ValueError(f"scope must be 'global' or 'per_tensor'; got {scope!r}")
@@ -67,6 +69,7 @@ def project_(
             raise ValueError(f"the gradient of {name} is sparse: build the layer with sparse=False")
         if not p.grad.is_contiguous():
             p.grad = p.grad.contiguous()
+    tape.rates = {} if scope == "per_tensor" else _relative(rates, tape.parameters)
     squares = _ask_squares(tape)
     structure = tape.structure(losses)
     tape.questions.settle()  # if the structure was known already
@@ -83,7 +86,7 @@ def project_(
             if scope == "per_tensor":
                 return _per_tensor(tape, losses, solver, rtol, squares, checks)
             method = KeptGradients(tape, losses, checks) if keep else TwoPasses(tape, losses)
-            method.known = sum(squares.values())
+            method.known = sum(method.rate(name) * square for name, square in squares.items())
             solver.start("", _steps(method, n, solver, rtol, checks))
             solver.finish()
             checks.settle()
@@ -94,6 +97,16 @@ def project_(
             for p in tape.parameters.values():
                 p.grad = None  # half-made: nothing that an optimizer should see
             raise
+
+
+def _relative(rates: Mapping[str, float], parameters: Collection[str]) -> dict[str, float]:
+    """Rates over the largest; none if all are the same."""
+    for name, rate in rates.items():
+        if name not in parameters or not (rate >= 0 and math.isfinite(rate)):
+            raise ValueError(f"rates must be finite, not negative, and of followed parameters; got {name!r}: {rate}")
+    largest = max((rates.get(name, 1.0) for name in parameters), default=0.0)
+    found = {name: rates.get(name, 1.0) / largest for name in parameters} if largest else {}
+    return {} if len(set(found.values())) <= 1 else found
 
 
 def _ask_squares(tape: Tape) -> dict[str, float]:

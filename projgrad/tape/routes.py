@@ -47,6 +47,10 @@ class Route:
         """p.grad by name, where there is one."""
         raise NotImplementedError
 
+    def rate(self, name: str) -> float:
+        """The weight of a parameter in all inner products."""
+        return 1.0
+
     def numel(self) -> int:
         """Dimensions of the space in which the per-sample gradients lie."""
         raise NotImplementedError
@@ -59,8 +63,11 @@ class Route:
 
     def sizes(self) -> Tensor:
         """Lengths of all p.grad as they are now, on the device."""
-        grads = list(self.grads().values())
-        return lengths(grads) if grads else torch.zeros(0, dtype=torch.float64)
+        grads = self.grads()
+        if not grads:
+            return torch.zeros(0, dtype=torch.float64)
+        found, rates = lengths(list(grads.values())), [self.rate(name) ** 0.5 for name in grads]
+        return found if all(rate == 1 for rate in rates) else found * found.new_tensor(rates)
 
     def growth(self, before: float) -> Measured:
         return Measured(self.sizes(), lambda sizes: _squared(sizes) - before)
@@ -89,8 +96,9 @@ class Route:
 class TwoPasses(Route):
     """Products in a backward pass without weight gradients, the correction from plain autograd in another one."""
 
-    def __init__(self, tape: Tape, losses: Tensor) -> None:
+    def __init__(self, tape: Tape, losses: Tensor, rates: bool = True) -> None:
         self.tape, self.losses = tape, losses
+        self.rates = tape.rates if rates else {}
         self.stored = max((p.dtype for p in tape.parameters.values()), key=lambda d: torch.finfo(d).eps)
         self.half = self.stored.itemsize == 2
         self.dtype = torch.float32 if self.half else self.stored
@@ -102,6 +110,9 @@ class TwoPasses(Route):
 
     def numel(self) -> int:
         return sum(p.numel() for p in self.tape.parameters.values())
+
+    def rate(self, name: str) -> float:
+        return self.rates.get(name, 1.0)
 
     def grads(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self.tape.parameters.items() if p.grad is not None}
@@ -150,8 +161,8 @@ class TwoPasses(Route):
         def note(g: Tensor) -> Tensor | None:
             if scale != 1.0:
                 g = g * scale
-            gg = length(g).square()
-            self.found[name] = gg, gg.new_zeros(()) if p.grad is None or discard else inner(p.grad, g)
+            gg, rate = length(g).square(), self.rate(name)
+            self.found[name] = rate * gg, gg.new_zeros(()) if p.grad is None or discard else rate * inner(p.grad, g)
             return g.new_zeros(()).expand_as(g) if discard and p.grad is not None else g
 
         return note
@@ -165,7 +176,7 @@ class TwoPasses(Route):
             self.tape._run(self.losses, job)
             errors = {}
             for name, pieces in job.pieces.items():
-                K = sum(rule.gram(None)[0] for _, rule in pieces)
+                K = self.rate(name) * sum(rule.gram(None)[0] for _, rule in pieces)
                 errors[name] = abs(float(w @ K @ w - (found[name][0] if name in found else 0.0)))
             errors |= {name: float(gg) for name, (gg, _) in found.items() if name not in errors}
             return f", most of all in {max(errors, key=errors.__getitem__)}" if errors else ""
@@ -294,7 +305,7 @@ def verify(tape: Tape, losses: Tensor) -> None:
     Raises:
         ArithmeticError: they disagree.
     """
-    n, method = len(losses), TwoPasses(tape, losses)
+    n, method = len(losses), TwoPasses(tape, losses, rates=False)
     job = PerParameter(tape)
     with exact_convolutions(losses.is_cuda):
         tape._run(losses, job)

@@ -108,6 +108,7 @@ class Tape:
         self.recomputing = False
         self.outer: dict[str, Outer] = {}  # factors of p.grad, as `accumulate_` found them
         self.flat = False  # whether such factors would have been of use
+        self.rates: dict[str, float] = {}  # weights of the parameters in a projection, where they differ
         self.questions = Questions()  # of the forward pass, answered when the structure is wanted
         self._receive: Callable | None = None
         self._known = {} if known is None else known
@@ -221,6 +222,7 @@ class Tape:
         *,
         keep_output_gradients: bool = True,
         add: Tensor | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> Projection:
         """p.grad <- p.grad - Gᵀ c with G (p.grad - Gᵀ c) = 0, in place; no other buffer of the parameters' size.
 
@@ -233,13 +235,16 @@ class Tape:
                 from that; the graph is freed. False makes it in a second backward pass, by plain autograd, which so
                 checks every tensor each time, not only when the graph is new, and keeps the graph.
             add: (n,), w: also add Σ_j w_j g_j, in the same pass.
+            rates: by what every parameter's gradient will be multiplied, by name, where that differs (learning rates
+                of parameter groups). With scope="global" the multiplied result is then orthogonal, Σ_p rate_p G_p
+                (p.grad - G_pᵀ c) = 0, and lengths in the record weigh every parameter by its rate.
 
         Raises:
             ValueError: an unknown scope; see also `per_sample`.
             FloatingPointError: NaN or Inf in p.grad, a loss or a per-sample gradient; p.grad are left or set to None.
             ArithmeticError: the result contradicts plain autograd: a rule misread the model. p.grad are set to None.
         """
-        return project_(self, losses, scope, damping, rtol, keep_output_gradients, add)
+        return project_(self, losses, scope, damping, rtol, keep_output_gradients, add, rates or {})
 
     def explain(self, losses: Tensor) -> Explanation:
         """What each parameter costs: its uses, rule, route, predicted bytes and flops, and bytes really in use.
