@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from ._options import whole
 from .ops.flat import gram
 from .reference import cosines
 from .tape.losses import check_losses
@@ -31,7 +32,7 @@ class ExplicitGradients:
         chunk_size: samples differentiated at once; None: all.
 
     Raises:
-        ValueError: the losses are not one per sample.
+        ValueError: the losses are not one per sample, or chunk_size < 1.
         FloatingPointError: a loss is NaN or Inf.
     """
 
@@ -42,7 +43,8 @@ class ExplicitGradients:
         params: dict[str, Tensor],
         chunk_size: int | None = None,
     ) -> None:
-        self.model, self.params, self.chunk_size = model, params, chunk_size
+        self.model, self.params = model, params
+        self.chunk_size = None if chunk_size is None else whole("chunk_size", chunk_size, 1)
         calls: list[tuple] = []
         handle = model.register_forward_hook(lambda _, args, kw, out: calls.append((args, kw, out)), with_kwargs=True)
         try:
