@@ -77,22 +77,34 @@ class NegGradPlus:
         """One update. What was in `.grad` before is dropped. An error leaves the model and the optimizer as they were,
         with every `.grad` set to None."""
         start = time.perf_counter()
-        with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures:
+        with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures, torch.enable_grad():
             losses = self._update(forget, retain, closures)
         return BaselineRecord(*losses, time.perf_counter() - start)
 
     def _update(self, forget: Closure, retain: Closure, closures: Closures) -> tuple[float | None, float | None]:
         u = _loss(forget, closures, "forget") if self.alpha < 1 else None
+        params = closures.params
+        early = u is not None and self.alpha > 0 and closures.changed["forget"]
+        if early:  # the graph would not outlive a retain() that normalises weights in its forward pass too
+            torch.autograd.backward(self.sign * (1 - self.alpha) * u, inputs=list(params.values()))
+
+        def forgotten(names: list[str]) -> Sequence[Tensor | None]:
+            some = [params[name] for name in names]
+            return [p.grad for p in some] if early else _grads(u, some, keep=True)
+
         r = _loss(retain, closures, "retain") if self.alpha > 0 else None
         if u is not None and r is not None:
-            closures.compare(r, lambda names: _grads(u, [closures.params[name] for name in names], keep=True))
-        weighted = [w * loss for w, loss in ((self.alpha, r), (self.sign * (1 - self.alpha), u)) if loss is not None]
+            closures.compare(r, forgotten)
         seen = _seen(u, "forget"), _seen(r, "retain")
-        self._descend(sum(weighted))
+        parts = (self.alpha, r), (self.sign * (1 - self.alpha), None if early else u)
+        grads = self._grads(sum(w * loss for w, loss in parts if loss is not None))
+        if early:
+            grads = tuple(_total(p.grad, g) for p, g in zip(params.values(), grads, strict=True))
+        self._apply(grads)
         return seen
 
-    def _descend(self, loss: Tensor) -> None:
-        self._apply(torch.autograd.grad(loss, self._params(), allow_unused=True))
+    def _grads(self, loss: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(loss, self._params(), allow_unused=True)
 
     def _params(self) -> list[nn.Parameter]:
         return list(owned(self.model, self.optimizer).values())
@@ -207,10 +219,10 @@ class SCRUB(NegGradPlus):
             if self.done < self.max_steps:
                 u = _loss(forget, closures, "forget")
                 up = _seen(u, "forget")
-                self._descend(-u)
+                self._apply(self._grads(-u))
             r = _loss(retain, closures, "retain")
             down = _seen(r, "retain")
-            self._descend(r)
+            self._apply(self._grads(r))
         except BaseException:
             with torch.no_grad():
                 for p, b in zip(params, before, strict=False):
@@ -239,6 +251,10 @@ def _seen(loss: Tensor | None, name: str) -> float | None:
 
 def _grads(loss: Tensor, params: Sequence[nn.Parameter], keep: bool = False) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, params, retain_graph=keep, materialize_grads=True, allow_unused=True)
+
+
+def _total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _dot(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:

@@ -68,7 +68,7 @@ class Closures:
             return
         if "backward through the graph a second time" in str(error):
             raise ValueError(
-                "a closure returned a loss whose graph was used before, by an earlier step or by the other closure: the "
+                "a closure returned a loss whose graph was used before, by an earlier step or the other closure: the "
                 "forward pass has to be made inside each closure, anew in every step"
             ) from error
         changed = {name for some in self.changed.values() for name in some}
