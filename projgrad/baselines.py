@@ -188,6 +188,8 @@ class SalUn(NegGradPlus):
         self.masks = [part.view_as(g) for part, g in zip(parts, sizes, strict=True)]
 
     def _apply(self, grads: tuple[Tensor | None, ...]) -> None:
+        if [m.shape for m in self.masks] != [p.shape for p in self._params()]:
+            raise ValueError("there are other parameters than when the saliency was found: make a new SalUn")
         masked = zip(grads, self.masks, strict=True)
         super()._apply(tuple(None if g is None else g * m for g, m in masked))
 
