@@ -92,10 +92,10 @@ def cleared(optimizer, set_to_none, closure):
     return loss
 
 
-def measured(optimizer, loss):
+def measured(optimizer, loss, set_to_none=True):
     """A loss whose gradient was looked at: backward() with nothing left of it."""
     loss.mean().backward(retain_graph=True)
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none)
     return loss
 
 
@@ -103,6 +103,7 @@ HABITS = {
     "zero_grad": (lambda p, o: cleared(o, True, p.forget), lambda p, o: cleared(o, True, p.retain)),
     "zeros": (lambda p, o: cleared(o, False, p.forget), lambda p, o: cleared(o, False, p.retain)),
     "backward_then_zero_grad": (lambda p, o: measured(o, p.forget()), lambda p, o: measured(o, p.retain())),
+    "backward_then_zeros": (lambda p, o: measured(o, p.forget(), False), lambda p, o: measured(o, p.retain(), False)),
     "model.zero_grad": (lambda p, o: p.model.zero_grad() or p.forget(), lambda p, o: p.model.zero_grad() or p.retain()),
 }
 
@@ -233,6 +234,18 @@ def test_changed_weights_are_refused(name, change, which, depth):
     loss = getattr(problem, which)
     with pytest.raises(ValueError, match=rf"{which}\(\) changed 0\.(weight|bias) in place.*different weights"):
         problem.after(name, **{which: lambda o: CHANGES[change](problem, o, loss)})
+    assert all(p.grad is None for p in problem.model.parameters())
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_weights_changed_by_both_closures(name):
+    """The loss of each is that of its own weights; the other one's are not the same."""
+    problem = Problem()
+    forget, retain = (
+        lambda o, loss=loss: CHANGES["scaled"](problem, o, loss) for loss in (problem.forget, problem.retain)
+    )
+    with pytest.raises(ValueError, match=r"retain\(\) changed 0\.weight in place.*different weights"):
+        problem.after(name, forget, retain)
     assert all(p.grad is None for p in problem.model.parameters())
 
 

@@ -57,6 +57,10 @@ def _two_processes(rank, file):
     forget, _ = closures(model)
     with pytest.raises(ValueError, match="DistributedDataParallel over 2 processes"):
         SalUn(model, sgd(model), forget)
+    through = closures(model)  # the method is given what is inside, the closures the wrapper
+    for pair in (through, (closures(model.module)[0], through[1])):
+        with pytest.raises(ValueError, match=r"what (forget|retain)\(\) runs is a DistributedDataParallel over 2"):
+            projgrad.OrthoGrad(model.module, sgd(model.module)).step(*pair)
     forget, retain = closures(model.module)
     projgrad.OrthoGrad(model.module, sgd(model.module)).step(forget, retain)  # one process does the work
     for p in model.parameters():

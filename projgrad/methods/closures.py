@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .._options import kind
-from .common import check_alone, clear, owned
+from .common import check_alone, check_replicas, clear, distributed, owned
 
-_running: dict[int, str] = {}  # the closure that runs now, by id of every parameter that its step updates
+_running: list[tuple[Closures, str]] = []  # the closures that run now, from the outermost on
 
 
 class Closures:
@@ -41,13 +43,16 @@ class Closures:
                     f"`lambda: cross_entropy(model(x), y)`; got {kind(closure)}"
                 )
         self.params, self.optimizer = owned(model, optimizer), optimizer
-        names = {id(p): name for name, p in self.params.items()}
         every = [p for group in optimizer.param_groups for p in group["params"]]
-        self.watched = {names.get(id(p), f"parameter {k} of the optimizer"): p for k, p in enumerate(every)}
-        for name, p in self.watched.items():
-            if id(p) in _running:
+        mine = set(map(id, self.params.values()))
+        others = {f"parameter {k} of the optimizer": p for k, p in enumerate(every) if id(p) not in mine}
+        self.watched = self.params | others
+        self._ids = {id(p): name for name, p in self.watched.items()}
+        for other, closure in _running:
+            shared = [name for key, name in self._ids.items() if key in other._ids]
+            if shared:
                 raise RuntimeError(
-                    f"step was called inside {_running[id(p)]}() of another step, which updates {name} too: a closure "
+                    f"step was called inside {closure}() of another step, which updates {shared[0]} too: a closure "
                     "returns losses and no more. Take one step after the other"
                 )
         if torch.is_inference_mode_enabled():
@@ -82,20 +87,24 @@ class Closures:
         Raises:
             ValueError: it left a gradient behind, or froze a parameter.
         """
-        held = [p.grad for p in self.watched.values()]
+        held = [(p, p.grad) for p in self.watched.values()]
+        held = [(p, grad) for p, grad in held if grad is not None]
+        for p, _ in held:
+            p.grad = None
         versions = [p._version for p in self.params.values()]
-        clear(self.optimizer)
-        mine = dict.fromkeys(map(id, self.watched.values()), name)
-        _running.update(mine)
+        running = self, name
+        _running.append(running)
         self._inside = True
         self._start = _sequence_nr()
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), self._alone(name) if distributed() else nullcontext():
                 yield
         finally:
-            for key in mine:
-                _running.pop(key, None)
-        left = [some for some, p in self.watched.items() if p.grad is not None and _any(p.grad)]
+            _running.remove(running)
+        found = [some for some, p in self.watched.items() if p.grad is not None]
+        left = [some for some in found if _any(self.watched[some].grad)]
+        for some in found:  # zeros
+            self.watched[some].grad = None
         if left:
             raise ValueError(
                 f"{name}() left a gradient in {left[0]}.grad: a closure returns losses, which the step differentiates. "
@@ -105,7 +114,7 @@ class Closures:
         frozen = [some for some, p in self.params.items() if not p.requires_grad]
         if frozen:
             raise ValueError(f"{name}() set requires_grad of {frozen[0]} to False: freeze parameters between steps")
-        for p, grad in zip(self.watched.values(), held, strict=True):
+        for p, grad in held:
             p.grad = grad
         later = bool(self.changed)
         self.changed[name] = {
@@ -114,6 +123,20 @@ class Closures:
             if p._version != version
         }
         self._inside = False
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Refuses a forward pass through a wrapper that shares gradients of these parameters with other processes."""
+
+        def look(module: nn.Module, _) -> None:
+            if isinstance(module, DistributedDataParallel) and any(id(p) in self._ids for p in module.parameters()):
+                check_replicas(module, f"what {name}() runs")
+
+        hook = register_module_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def compare(self, losses: Tensor, forgotten: Callable[[list[str]], Sequence[Tensor | None]]) -> None:
         """Whether both closures saw the same weights: those that a forward pass normalises come out alike in both.

@@ -66,16 +66,11 @@ def check_alone(model: nn.Module, params: dict[str, nn.Parameter], optimizer: Op
             raise ValueError(
                 f"{name} is a DTensor: sharded parameters (FSDP2, tensor parallelism) are not supported yet"
             )
-    for name, module in model.named_modules() if dist.is_available() and dist.is_initialized() else ():
-        where = name or "the model"
+    for name, module in model.named_modules() if distributed() else ():
         if type(module).__name__ == "FullyShardedDataParallel":
+            where = name or "the model"
             raise ValueError(f"{where} is a FullyShardedDataParallel: sharded parameters are not supported yet")
-        if isinstance(module, DistributedDataParallel) and (size := dist.get_world_size(module.process_group)) > 1:
-            raise ValueError(
-                f"{where} is a DistributedDataParallel over {size} processes, which is not supported yet: it would not "
-                "average what is projected, and every process would end with another model. Take the steps in one "
-                "process, with the model that it wraps (`model.module`), and broadcast the weights afterwards"
-            )
+        check_replicas(module, name or "the model")
     kinds = {c.__name__ for c in (*type(optimizer).__mro__, *type(model).__mro__)}
     if any("DeepSpeed" in name for name in kinds):
         raise ValueError("DeepSpeed steps inside its own backward(): it is not supported")
@@ -90,6 +85,19 @@ def check_alone(model: nn.Module, params: dict[str, nn.Parameter], optimizer: Op
                 "accelerate's optimizer would scale the gradient by itself: use the optimizer inside "
                 "(`optimizer.optimizer`) and, where there is one, `scaler=accelerator.scaler`"
             )
+
+
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def check_replicas(module: nn.Module, where: str) -> None:
+    if isinstance(module, DistributedDataParallel) and (size := dist.get_world_size(module.process_group)) > 1:
+        raise ValueError(
+            f"{where} is a DistributedDataParallel over {size} processes, which is not supported yet: it would not "
+            "average what is projected, and every process would end with another model. Take the steps in one process, "
+            "with the model that it wraps (`model.module`), in the closures too, and broadcast the weights afterwards"
+        )
 
 
 def scalar(closure: Callable[[], Tensor], name: str = "forget") -> Tensor:
