@@ -26,7 +26,8 @@ class StepRecord:
         custom projector.
     preserved_norm: ‖u_perp‖ / ‖u‖ over all parameters: near 1 the projection did nothing, near 0 nothing is left to
         forget with.
-    residual: max_j |cos(g_j, u_perp)|, the largest over tensors with scope="per_tensor".
+    residual: max_j |cos(g_j, u_perp)|, the largest over tensors with scope="per_tensor"; of what is written to `.grad`,
+        not of what the optimizer makes of it.
     refinements: times the result was projected again because the first answer left more than rounding.
     discrepancy: of the self-check: how far the per-sample gradients and plain autograd are apart, relative.
     forget_loss, retain_loss: before the step; the retain loss is the mean over samples.
