@@ -316,11 +316,13 @@ def test_shapes_of_retain_losses(name, change, message):
 def test_what_is_no_closure(name):
     model, optimizer = model_and_optimizer()
     method, (forget, retain) = MAKERS[name](model, optimizer), closures(model)
+    method.step(forget, retain)  # and `.grad` may hold what it left
     for bad, kind in ((forget(), "a Tensor"), (model, "a Sequential"), (None, "a NoneType")):
         with pytest.raises(TypeError, match=rf"forget must be a function.*`lambda: .*got {kind}"):
             method.step(bad, retain)
         with pytest.raises(TypeError, match=rf"retain must be a function.*`lambda: .*got {kind}"):
             method.step(forget, bad)
+        assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_saliency_that_is_no_closure():

@@ -18,7 +18,8 @@ _running: list[tuple[Closures, str]] = []  # the closures that run now, from the
 
 
 class Closures:
-    """The closures of one step. As a context: an error inside leaves every `.grad` that the optimizer sees None.
+    """The closures of one step, which starts with every `.grad` that the optimizer sees set to None; an error inside the
+    context, or here, leaves them so.
 
     While a closure runs no parameter has a `.grad`; what the step holds there is put back afterwards. So `zero_grad()`
     in a closure does no harm, and what is found there after it is what the closure left behind.
@@ -36,6 +37,7 @@ class Closures:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, **given: object) -> None:
+        clear(optimizer)
         for name, closure in given.items():
             if not callable(closure) or isinstance(closure, nn.Module):
                 raise TypeError(
@@ -62,7 +64,6 @@ class Closures:
         self._inside = False
 
     def __enter__(self) -> Closures:
-        clear(self.optimizer)
         return self
 
     def __exit__(self, _, error: BaseException | None, __) -> None:

@@ -161,9 +161,9 @@ class FeasibleUpdates:
             ArithmeticError: the per-sample gradients contradict plain autograd.
         """
         start = time.perf_counter()
-        check_batch_norm(self.model)
         used, samples = ("retain", retain) if check is None else ("check", check)
         with Closures(self.model, self.optimizer, **{"forget": forget, used: samples}) as closures:
+            check_batch_norm(self.model)
             params = closures.params
             forget_loss, u = self._forget(forget, closures)
             with closures.watch(used), per_sample(self.model, params) as tape:

@@ -160,9 +160,9 @@ class OrthoGrad:
             ArithmeticError: the projection contradicts plain autograd.
         """
         start = time.perf_counter()
-        check_batch_norm(self.model)
         skipped, done = False, None
         with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures:
+            check_batch_norm(self.model)
             try:
                 loss = self._forget(forget, closures)
                 forget_loss, retain_loss, done = self._retain(loss, retain, closures)
