@@ -5,14 +5,17 @@ retain losses a scalar or one per sample (their mean is used). They own no mathe
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import _options
+from .methods.closures import Closures
 from .methods.common import check_finite, clear, owned, scalar
+from .tape.losses import instead
 
 Closure = Callable[[], Tensor]
 
@@ -40,7 +43,9 @@ class NegGradPlus:
         max_norm: clip the norm of the whole update, or None.
 
     Raises:
-        ValueError: alpha outside [0, 1], no trainable parameter in the optimizer, a loss that is not one scalar.
+        TypeError: a wrong type of model, optimizer, option or closure.
+        ValueError: an option out of its range, no trainable parameter in the optimizer, a loss that is not one scalar,
+            a closure that leaves gradients behind or changes the weights that the other one used.
         FloatingPointError (step): NaN or Inf in a loss or the update; nothing was changed.
 
     Source: Kurmanji et al., "Towards Unbounded Machine Unlearning", arXiv 2302.09880, section 5 (NegGrad+).
@@ -63,28 +68,43 @@ class NegGradPlus:
         ascend: bool = True,
         max_norm: float | None = None,
     ) -> None:
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha weighs the mean retain gradient and must be in [0, 1]; got {alpha}")
         owned(model, optimizer)
-        self.model, self.optimizer, self.alpha, self.max_norm = model, optimizer, alpha, max_norm
-        self.sign = -1.0 if ascend else 1.0
+        self.model, self.optimizer, self.max_norm = model, optimizer, _options.clip(max_norm)
+        self.alpha = _options.number("alpha weighs the mean retain gradient and", alpha, "[0, 1]")
+        self.sign = -1.0 if _options.flag("ascend", ascend) else 1.0
 
     def step(self, forget: Closure, retain: Closure) -> BaselineRecord:
-        """One update; an error leaves the model and the optimizer as they were."""
+        """One update. What was in `.grad` before is dropped. An error leaves the model and the optimizer as they were,
+        with every `.grad` set to None."""
         start = time.perf_counter()
-        losses = self._update(forget, retain)
+        with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures, torch.enable_grad():
+            losses = self._update(forget, retain, closures)
         return BaselineRecord(*losses, time.perf_counter() - start)
 
-    def _update(self, forget: Closure, retain: Closure) -> tuple[float | None, float | None]:
-        u = scalar(forget) if self.alpha < 1 else None
-        r = _mean(retain) if self.alpha > 0 else None
-        weighted = [w * loss for w, loss in ((self.alpha, r), (self.sign * (1 - self.alpha), u)) if loss is not None]
+    def _update(self, forget: Closure, retain: Closure, closures: Closures) -> tuple[float | None, float | None]:
+        u = _loss(forget, closures, "forget") if self.alpha < 1 else None
+        params = closures.params
+        early = u is not None and self.alpha > 0 and closures.changed["forget"]
+        if early:  # the graph would not outlive a retain() that normalises weights in its forward pass too
+            torch.autograd.backward(self.sign * (1 - self.alpha) * u, inputs=list(params.values()))
+
+        def forgotten(names: list[str]) -> Sequence[Tensor | None]:
+            some = [params[name] for name in names]
+            return [p.grad for p in some] if early else _grads(u, some, keep=True)
+
+        r = _loss(retain, closures, "retain") if self.alpha > 0 else None
+        if u is not None and r is not None:
+            closures.compare(r, forgotten)
         seen = _seen(u, "forget"), _seen(r, "retain")
-        self._descend(sum(weighted))
+        parts = (self.alpha, r), (self.sign * (1 - self.alpha), None if early else u)
+        grads = self._grads(sum(w * loss for w, loss in parts if loss is not None))
+        if early:
+            grads = tuple(_total(p.grad, g) for p, g in zip(params.values(), grads, strict=True))
+        self._apply(grads)
         return seen
 
-    def _descend(self, loss: Tensor) -> None:
-        self._apply(torch.autograd.grad(loss, self._params(), allow_unused=True))
+    def _grads(self, loss: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(loss, self._params(), allow_unused=True)
 
     def _params(self) -> list[nn.Parameter]:
         return list(owned(self.model, self.optimizer).values())
@@ -116,11 +136,13 @@ class PCGrad(NegGradPlus):
     the same way, without its adjustment of magnitudes here.
     """
 
-    def _update(self, forget: Closure, retain: Closure) -> tuple[float, float]:
+    def _update(self, forget: Closure, retain: Closure, closures: Closures) -> tuple[float, float]:
         params = self._params()
-        u = scalar(forget)
+        u = _loss(forget, closures, "forget")
         d = _grads(self.sign * u, params)
-        r_loss = _mean(retain)
+        r_loss = _loss(retain, closures, "retain")
+        by_name = dict(zip(closures.params, d, strict=True))
+        closures.compare(r_loss, lambda names: [by_name[name] for name in names])
         r = _grads(r_loss, params)
         seen = _seen(u, "forget"), _seen(r_loss, "retain")
         conflict = min(_dot(d, r), 0.0)
@@ -156,9 +178,9 @@ class SalUn(NegGradPlus):
         max_norm: float | None = None,
     ) -> None:
         super().__init__(model, optimizer, alpha, ascend=False, max_norm=max_norm)
-        if not 0 < share <= 1:
-            raise ValueError(f"share of the parameters to update must be in (0, 1]; got {share}")
-        sizes = [g.abs() for g in _grads(scalar(saliency, "saliency"), self._params())]
+        share = _options.number("share of the parameters to update", share, "(0, 1]")
+        with Closures(model, optimizer, saliency=saliency) as closures:
+            sizes = [g.abs() for g in _grads(_loss(saliency, closures, "saliency"), self._params())]
         flat = torch.cat([g.flatten() for g in sizes])
         kept = torch.zeros_like(flat, dtype=torch.bool)
         kept[flat.topk(max(1, round(share * len(flat)))).indices] = True
@@ -166,6 +188,8 @@ class SalUn(NegGradPlus):
         self.masks = [part.view_as(g) for part, g in zip(parts, sizes, strict=True)]
 
     def _apply(self, grads: tuple[Tensor | None, ...]) -> None:
+        if [m.shape for m in self.masks] != [p.shape for p in self._params()]:
+            raise ValueError("there are other parameters than when the saliency was found: make a new SalUn")
         masked = zip(grads, self.masks, strict=True)
         super()._apply(tuple(None if g is None else g * m for g, m in masked))
 
@@ -188,19 +212,19 @@ class SCRUB(NegGradPlus):
         self, model: nn.Module, optimizer: Optimizer, max_steps: int, *, max_norm: float | None = None
     ) -> None:
         super().__init__(model, optimizer, max_norm=max_norm)
-        self.max_steps, self.done = max_steps, 0
+        self.max_steps, self.done = _options.whole("max_steps", max_steps, 0), 0
 
-    def _update(self, forget: Closure, retain: Closure) -> tuple[float | None, float]:
+    def _update(self, forget: Closure, retain: Closure, closures: Closures) -> tuple[float | None, float]:
         up, params = None, self._params()
         before = [p.detach().clone() for p in params] if self.done < self.max_steps else []
         try:
             if self.done < self.max_steps:
-                u = scalar(forget)
+                u = _loss(forget, closures, "forget")
                 up = _seen(u, "forget")
-                self._descend(-u)
-            r = _mean(retain)
+                self._apply(self._grads(-u))
+            r = _loss(retain, closures, "retain")
             down = _seen(r, "retain")
-            self._descend(r)
+            self._apply(self._grads(r))
         except BaseException:
             with torch.no_grad():
                 for p, b in zip(params, before, strict=False):
@@ -210,16 +234,29 @@ class SCRUB(NegGradPlus):
         return up, down
 
 
-def _mean(retain: Closure) -> Tensor:
-    return scalar(lambda: retain().mean(), "retain")
+def _loss(closure: Closure, closures: Closures, name: str) -> Tensor:
+    """The scalar loss of a closure; of retain losses the mean."""
+
+    def mean() -> Tensor:
+        losses = closure()
+        if not isinstance(losses, Tensor):
+            raise ValueError(f"retain() must return losses, of shape () or (n,); got {instead(losses, 'losses')}")
+        return losses.mean()
+
+    with closures.watch(name):
+        return scalar(mean if name == "retain" else closure, name)
 
 
 def _seen(loss: Tensor | None, name: str) -> float | None:
     return None if loss is None else check_finite(float(loss.detach()), name)
 
 
-def _grads(loss: Tensor, params: list[nn.Parameter]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, params, materialize_grads=True, allow_unused=True)
+def _grads(loss: Tensor, params: Sequence[nn.Parameter], keep: bool = False) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, params, retain_graph=keep, materialize_grads=True, allow_unused=True)
+
+
+def _total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _dot(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:

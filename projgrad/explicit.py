@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from ._options import whole
 from .ops.flat import gram
 from .reference import cosines
 from .tape.losses import check_losses
@@ -31,7 +32,7 @@ class ExplicitGradients:
         chunk_size: samples differentiated at once; None: all.
 
     Raises:
-        ValueError: the losses are not one per sample.
+        ValueError: the losses are not one per sample, or chunk_size < 1.
         FloatingPointError: a loss is NaN or Inf.
     """
 
@@ -42,16 +43,19 @@ class ExplicitGradients:
         params: dict[str, Tensor],
         chunk_size: int | None = None,
     ) -> None:
-        self.model, self.params, self.chunk_size = model, params, chunk_size
+        self.model, self.params = model, params
+        self.chunk_size = None if chunk_size is None else whole("chunk_size", chunk_size, 1)
         calls: list[tuple] = []
         handle = model.register_forward_hook(lambda _, args, kw, out: calls.append((args, kw, out)), with_kwargs=True)
+        versions = [p._version for p in params.values()]
         try:
             with torch.enable_grad():
                 self.losses = closure()
         finally:
             handle.remove()
         check_losses(self.losses)
-        self._split = self._find_split(*calls[0]) if len(calls) == 1 else None
+        still = versions == [p._version for p in params.values()]  # else vmap would change them too, below the graph
+        self._split = self._find_split(*calls[0]) if len(calls) == 1 and still else None
 
     @property
     def n(self) -> int:
@@ -147,16 +151,18 @@ class ExplicitGradients:
 
     def _loss_chunks(self, names: Sequence[str]) -> Iterator[tuple[int, Sequence[Tensor]]]:
         inputs = [self.params[name] for name in names]
-        gradient = functools.partial(torch.autograd.grad, retain_graph=True, materialize_grads=True)
+        gradient = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
         unit = torch.eye(self.n, dtype=self.losses.dtype, device=self.losses.device)
         step = self.chunk_size or self.n
         for start in range(0, self.n, step):
             chunk = unit[start : start + step]
             try:
-                yield start, gradient(self.losses, inputs, chunk, is_grads_batched=True)
+                grads = gradient(self.losses, inputs, chunk, is_grads_batched=True)
             except RuntimeError:  # an operation without a batching rule
-                grads = [gradient(self.losses, inputs, one) for one in chunk]
-                yield start, [torch.stack(some) for some in zip(*grads, strict=True)]
+                each = [gradient(self.losses, inputs, one) for one in chunk]
+                grads = [None if some[0] is None else torch.stack(some) for some in zip(*each, strict=True)]
+            pairs = zip(grads, inputs, strict=True)
+            yield start, [p.new_zeros(len(chunk), *p.shape) if g is None else g for g, p in pairs]
 
 
 def _hooked(module: nn.Module) -> bool:

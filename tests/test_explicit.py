@@ -273,3 +273,27 @@ def test_half_precision_parameters():
     samples = ExplicitGradients(model, lambda: F.cross_entropy(head(), y, reduction="none"), params)
     G = samples.rows(list(params))
     assert G.dtype == torch.float32 and G.isfinite().all()
+
+
+def test_a_parameter_that_the_losses_do_not_use():
+    """Its rows are zero, also where the losses are differentiated one by one."""
+    model = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 2)])
+    x = torch.randn(4, 5)
+    samples = ExplicitGradients(model, lambda: model[0](x).square().sum(1), dict(model.named_parameters()))
+    assert samples.rows(["1.weight"]).eq(0).all() and samples.rows(["0.bias", "1.bias"]).shape == (4, 5)
+
+
+class Clamped(nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.clamp_(-0.1, 0.1)
+        return super().forward(x).tanh()
+
+
+def test_a_forward_pass_that_changes_weights():
+    """vmap would run it again, below the graph of the losses."""
+    model = nn.Sequential(Clamped(5, 3), Clamped(3, 2), nn.Dropout(0.1))  # vmap cannot draw numbers: it runs in part
+    x = torch.randn(4, 5)
+    samples = ExplicitGradients(model, lambda: model(x).square().sum(1), dict(model.named_parameters()))
+    expected = [torch.autograd.grad(loss, model[0].weight, retain_graph=True)[0] for loss in samples.losses]
+    torch.testing.assert_close(samples.rows(["0.weight"]).view(4, 3, 5), torch.stack(expected))

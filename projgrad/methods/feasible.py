@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .. import _options
 from ..tape.losses import check_losses
 from ..tape.tape import per_sample
-from .common import check_batch_norm, check_finite, clear, owned, scalar
+from .closures import Closures
+from .common import check_batch_norm, check_finite, check_types, clear, owned, scalar
 from .masks import Aggregate, Coordinate, Tensors, check_all
 
 Closure = Callable[[], Tensor]
@@ -85,6 +87,7 @@ class FeasibleUpdates:
         ascend: True: the forget loss is an ordinary loss and is maximised; must agree with that of the method.
 
     Raises:
+        TypeError: a wrong type of model, optimizer or option.
         ValueError: delta or test not as above, a method for another model or of the other sense, no trainable
             parameter in the optimizer.
 
@@ -108,13 +111,15 @@ class FeasibleUpdates:
         test: str = "coordinate",
         ascend: bool = True,
     ) -> None:
-        if not 0 < delta <= 0.5:
-            raise ValueError(f"delta is the level of a one-sided test and must be in (0, 0.5]; got {delta}")
-        if test not in ("coordinate", "aggregate"):
-            raise ValueError(f"test must be 'coordinate' or 'aggregate'; got {test!r}")
-        self.model, self.delta, self.test, self.sign = model, float(delta), test, -1.0 if ascend else 1.0
-        self.method = None if isinstance(optimizer, torch.optim.Optimizer) else optimizer
-        if self.method is not None:
+        delta = _options.number("delta is the level of a one-sided test and", delta, "(0, 0.5]")
+        _options.one_of("test", test, ("coordinate", "aggregate"))
+        ascend = _options.flag("ascend", ascend)
+        self.model, self.delta, self.test, self.sign = model, delta, test, -1.0 if ascend else 1.0
+        plain = isinstance(optimizer, type) or hasattr(optimizer, "param_groups") or hasattr(model, "param_groups")
+        self.method = None if plain else optimizer
+        if plain:
+            check_types(model, optimizer)
+        else:
             self._check_method(ascend)
         self.optimizer: torch.optim.Optimizer = optimizer if self.method is None else self.method.optimizer
         owned(model, self.optimizer)
@@ -137,7 +142,7 @@ class FeasibleUpdates:
 
     def step(self, forget: Closure, retain: Closure, check: Closure | None = None) -> FeasibleRecord:
         """One update. An error leaves the parameters as they were, with every `.grad` set to None, and the optimizer
-        too unless its own step, or something after it, is at fault.
+        too unless its own step, or something after it, is at fault. What was in `.grad` before the step is dropped.
 
         Args:
             forget: returns the scalar forget loss.
@@ -147,24 +152,32 @@ class FeasibleUpdates:
                 level to hold where the change is made from those of `retain`.
 
         Raises:
-            ValueError: a loss of the wrong shape, too few samples, batch norm in training mode.
+            TypeError: something other than a closure.
+            ValueError: a loss of the wrong shape, too few samples, batch norm in training mode; a closure that leaves
+                gradients behind, changes the weights that the other one used or returns losses of a forward pass made
+                before; sharded parameters, more than one process.
+            RuntimeError: called inside a closure of another step on the same parameters.
             FloatingPointError: NaN or Inf in a loss, a gradient or the proposed change.
             ArithmeticError: the per-sample gradients contradict plain autograd.
         """
         start = time.perf_counter()
-        check_batch_norm(self.model)
-        params = owned(self.model, self.optimizer)
-        clear(self.optimizer)
-        forget_loss, u = self._forget(forget, params)
-        with per_sample(self.model, params) as tape, torch.enable_grad():
-            losses = (retain if check is None else check)()
-        check_losses(losses)
-        test = (Coordinate if self.test == "coordinate" else Aggregate)(tape, losses, u, self.delta)
-        retain_loss = float(losses.detach().double().mean())
-        done, change = self._propose(params, u, forget, retain)
-        masked, sums = test.choose(change)
-        for name, p in params.items():
-            p.detach().add_(masked[name])
+        used, samples = ("retain", retain) if check is None else ("check", check)
+        with Closures(self.model, self.optimizer, **{"forget": forget, used: samples}) as closures:
+            check_batch_norm(self.model)
+            params = closures.params
+            forget_loss, u = self._forget(forget, closures)
+            with closures.watch(used), per_sample(self.model, params) as tape:
+                losses = samples()
+            check_losses(losses)
+            closures.compare(losses, lambda names: [u[name] for name in names])
+            if not tape.sites:
+                closures.check_made_inside(losses, samples, used)
+            test = (Coordinate if self.test == "coordinate" else Aggregate)(tape, losses, u, self.delta)
+            retain_loss = float(losses.detach().double().mean())
+            done, change = self._propose(params, u, forget, retain)
+            masked, sums = test.choose(change)
+            for name, p in params.items():
+                p.detach().add_(masked[name])
         moved, kept, before, after, forgotten = sums
         return FeasibleRecord(
             kept=kept / moved if moved else 1.0,
@@ -179,9 +192,10 @@ class FeasibleUpdates:
             method=done,
         )
 
-    def _forget(self, forget: Closure, params: dict[str, nn.Parameter]) -> tuple[float, dict[str, Tensor | None]]:
+    def _forget(self, forget: Closure, closures: Closures) -> tuple[float, dict[str, Tensor | None]]:
         """The forget loss and u; None for what it does not depend on."""
-        with torch.enable_grad():
+        params = closures.params
+        with closures.watch("forget"):
             loss = scalar(forget)
         value = check_finite(float(loss.detach()))
         grads = torch.autograd.grad(loss, list(params.values()), torch.full_like(loss, self.sign), allow_unused=True)

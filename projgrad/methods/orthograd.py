@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .. import _options
 from ..explicit import project_explicit
 from ..tape.jobs import Outer
 from ..tape.losses import check_shape, check_values
 from ..tape.project import Projection
 from ..tape.tape import per_sample
+from .closures import Closures
 from .common import check_batch_norm, check_finite, clear, owned, scalar
 
 
@@ -24,7 +26,8 @@ class StepRecord:
         custom projector.
     preserved_norm: ‖u_perp‖ / ‖u‖ over all parameters: near 1 the projection did nothing, near 0 nothing is left to
         forget with.
-    residual: max_j |cos(g_j, u_perp)|, the largest over tensors with scope="per_tensor".
+    residual: max_j |cos(g_j, u_perp)|, the largest over tensors with scope="per_tensor"; of what is written to `.grad`,
+        not of what the optimizer makes of it.
     refinements: times the result was projected again because the first answer left more than rounding.
     discrepancy: of the self-check: how far the per-sample gradients and plain autograd are apart, relative.
     forget_loss, retain_loss: before the step; the retain loss is the mean over samples.
@@ -55,8 +58,8 @@ class OrthoGrad:
 
     Args:
         model: its parameters that require gradients and belong to `optimizer` are updated.
-        optimizer: any torch optimizer. The applied update is orthogonal only for SGD without momentum or weight decay;
-            adaptive ones rescale it coordinate by coordinate.
+        optimizer: any torch optimizer, built after the last change of the model's layers. The applied update is
+            orthogonal only for SGD without momentum or weight decay; adaptive ones rescale it coordinate by coordinate.
         alpha: weight of the mean retain gradient, in [0, 1]; 0 is pure projected ascent.
         scope: "global" projects the concatenated gradient once. "per_tensor" projects every tensor on its own, as the
             published code does: it implies global orthogonality but removes up to n dimensions from *each* tensor, so
@@ -64,19 +67,21 @@ class OrthoGrad:
         ascend: True: the forget loss is an ordinary loss and is maximised. False: it is a forget objective to minimise
             (random labels, distillation to a neutral target).
         damping, rtol: see `projgrad.project_out`.
-        max_norm: clip the norm of the whole update, or None.
+        max_norm: clip the norm of the whole update, or None; infinity clips nothing.
         keep_output_gradients: with scope="global": make the update from the gradients at all layers' outputs, kept
             from the one backward pass over the retain batch; the graph is freed meanwhile, so that takes no more memory
             than plain training. Plain autograd checks all of it when the model's graph is new, and one tensor a step.
             False runs a second, ordinary backward pass for the update: more time, and every step checks every tensor.
-        scaler: a `torch.amp.GradScaler`: losses are scaled, and its own rule decides on steps with NaN or Inf.
+        scaler: a `torch.amp.GradScaler`: losses are scaled, and its own rule decides on steps with NaN or Inf. One
+            that is not enabled counts as None.
         projector: function (u (p,), G (n, p)) -> u_perp (p,) instead of projgrad's, such as `projgrad.projectors.qr`;
             with scope="per_tensor" called once for each tensor. All of G takes n times the memory of the parameters: a
             reference to compare with, without `damping`, `rtol`, `keep_output_gradients` and `scaler`.
 
     Raises:
-        ValueError: alpha outside [0, 1], an unknown scope, no trainable parameter in the optimizer, a projector with
-            damping, rtol or a scaler.
+        TypeError: a wrong type of model, optimizer or option.
+        ValueError: an option out of its range (alpha in [0, 1], damping ≥ 0 and finite, rtol in [0, 1), max_norm > 0),
+            an unknown scope, no trainable parameter in the optimizer, a projector with damping, rtol or a scaler.
 
     Source: arXiv 2503.02312, section 3 and algorithm 1.
 
@@ -105,25 +110,39 @@ class OrthoGrad:
         scaler: torch.amp.GradScaler | None = None,
         projector: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha weighs the mean retain gradient and must be in [0, 1]; got {alpha}")
-        if scope not in ("global", "per_tensor"):
-            raise ValueError(f"scope must be 'global' or 'per_tensor'; got {scope!r}")
+        owned(model, optimizer)
+        alpha = _options.number("alpha weighs the mean retain gradient and", alpha, "[0, 1]")
+        _options.one_of("scope", scope, ("global", "per_tensor"))
+        damping, rtol = _options.solver("", damping, rtol)
+        keep_output_gradients = _options.flag("keep_output_gradients", keep_output_gradients)
+        if scaler is not None and not hasattr(scaler, "unscale_"):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler; got {_options.kind(scaler)}")
+        if projector is not None and not callable(projector):
+            raise TypeError(f"projector must be a function of u and G; got {_options.kind(projector)}")
+        scaler = scaler if scaler is None or scaler.is_enabled() else None
         given = {"damping": damping, "rtol": rtol is not None, "scaler": scaler}
         unused = [name for name, value in given.items() if value]
         if projector is not None and unused:
             raise ValueError(f"projector replaces the whole projection: it cannot be used with {', '.join(unused)}")
         self.model, self.optimizer, self.alpha, self.scope = model, optimizer, alpha, scope
-        self.sign = -1.0 if ascend else 1.0
-        self.damping, self.rtol, self.max_norm = damping, rtol, max_norm
+        self.sign = -1.0 if _options.flag("ascend", ascend) else 1.0
+        self.damping, self.rtol, self.max_norm = damping, rtol, _options.clip(max_norm)
         self.keep_output_gradients, self.scaler, self.projector = keep_output_gradients, scaler, projector
         self._flat = False  # whether the factors of the forget gradient save work, as the step before found
         self._outer: dict[str, Outer] = {}
-        owned(model, optimizer)
 
     def step(self, forget: Callable[[], Tensor], retain: Callable[[], Tensor]) -> StepRecord:
         """One update. An error before the optimizer steps leaves the model and the optimizer as they were, with every
-        `.grad` set to None.
+        `.grad` set to None; what a closure itself changes stays changed.
+
+        What was accumulated in `.grad` before is dropped. Each closure makes its forward pass itself, in every step
+        anew, and returns losses: it may call `zero_grad()`, but must leave no gradients behind (attack inputs with
+        `torch.autograd.grad`) and change no weights, unless the forward pass does so in both closures alike. Changes
+        through `.data` cannot be seen.
+
+        `.grad` holds the update afterwards, so another `optimizer.step()` would apply it again. That is what happens
+        inside `training_step` of a transformers `Trainer`, which steps by itself: take the steps in a loop of your own,
+        or call `optimizer.zero_grad()` after each.
 
         Args:
             forget: returns the scalar forget loss.
@@ -131,35 +150,31 @@ class OrthoGrad:
                 must depend on nothing that the other samples hold.
 
         Raises:
+            TypeError: something other than a closure.
             ValueError: a loss of the wrong shape, batch norm in training mode (per-sample gradients do not exist),
-                retain losses that share terms between samples.
+                retain losses that share terms between samples; a closure that leaves gradients behind, changes the
+                weights that the other one used or returns losses of a forward pass made before; sharded parameters,
+                DistributedDataParallel over more than one process, DeepSpeed.
+            RuntimeError: called inside a closure of another step on the same parameters.
             FloatingPointError: NaN or Inf in a loss or a gradient.
             ArithmeticError: the projection contradicts plain autograd.
         """
         start = time.perf_counter()
-        check_batch_norm(self.model)
-        params = owned(self.model, self.optimizer)
-        clear(self.optimizer)
         skipped, done = False, None
-        try:
-            loss = self._forget(forget, params)
-            forget_loss, retain_loss, done = self._retain(loss, retain, params)
-        except FloatingPointError:
-            clear(self.optimizer)
-            if self.scaler is None:
-                raise
-            p = next(iter(params.values()))  # an infinite gradient makes the scaler skip this step and scale less
-            p.grad = torch.full_like(p, float("inf"))
-            forget_loss = retain_loss = float("nan")
-            skipped = True
-        except BaseException:
-            clear(self.optimizer)
-            raise
-        try:
-            self._apply(params)
-        except BaseException:
-            clear(self.optimizer)
-            raise
+        with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures:
+            check_batch_norm(self.model)
+            try:
+                loss = self._forget(forget, closures)
+                forget_loss, retain_loss, done = self._retain(loss, retain, closures)
+            except FloatingPointError:
+                if self.scaler is None:
+                    raise
+                clear(self.optimizer)
+                p = next(iter(closures.params.values()))  # infinite: the scaler skips this step and scales less
+                p.grad = torch.full_like(p, float("inf"))
+                forget_loss = retain_loss = float("nan")
+                skipped = True
+            self._apply(closures.params)
         return StepRecord(
             rank=None if done is None or self.projector else done.rank,
             preserved_norm=done.preserved_norm if done else float("nan"),
@@ -173,31 +188,48 @@ class OrthoGrad:
             tensors=done.tensors if done else {},
         )
 
-    def _forget(self, forget: Callable[[], Tensor], params: dict[str, nn.Parameter]) -> Tensor:
+    def _forget(self, forget: Callable[[], Tensor], closures: Closures) -> Tensor:
         """p.grad = ± (1 - α) u; the loss, not looked at yet: the device may still be busy with it."""
-        tape = per_sample(self.model, params) if self._flat else None
-        with torch.enable_grad(), tape or nullcontext():
+        tape = per_sample(self.model, closures.params) if self._flat else None
+        with closures.watch("forget"), tape or nullcontext():
             loss = scalar(forget)
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
         weight = self.sign * (1 - self.alpha)
         if tape is None:
-            torch.autograd.backward(scaled, torch.full_like(scaled, weight), inputs=list(params.values()))
+            torch.autograd.backward(scaled, torch.full_like(scaled, weight), inputs=list(closures.params.values()))
         else:
             self._outer = tape.accumulate_(scaled, weight)
         return loss.detach()
 
     def _retain(
-        self, loss: Tensor, retain: Callable[[], Tensor], params: dict[str, nn.Parameter]
+        self, loss: Tensor, retain: Callable[[], Tensor], closures: Closures
     ) -> tuple[float, float, Projection]:
         """p.grad = ± (1 - α) u_perp + α mean_j(g_j); both losses, and what was done."""
+        params = closures.params
+
+        def forgotten(names: list[str]) -> list[Tensor | None]:
+            return [params[name].grad for name in names]
+
         if self.projector is not None:
+
+            def watched() -> Tensor:
+                with closures.watch("retain"):
+                    losses = retain()
+                check_shape(losses)
+                closures.compare(losses, forgotten)
+                closures.check_made_inside(losses, retain)
+                return losses
+
             check_finite(float(loss))
             per_tensor = self.scope == "per_tensor"
-            done = project_explicit(self.model, retain, params, self.projector, per_tensor=per_tensor, add=self.alpha)
+            done = project_explicit(self.model, watched, params, self.projector, per_tensor=per_tensor, add=self.alpha)
             return float(loss), *done
-        with per_sample(self.model, params) as tape, torch.enable_grad():
+        with closures.watch("retain"), per_sample(self.model, params) as tape:
             losses = retain()
         check_shape(losses)
+        closures.compare(losses, forgotten)
+        if not tape.sites:
+            closures.check_made_inside(losses, retain)
         seen: list[float] = []  # the forget loss and those of the retain samples
         tape.questions.ask(loss, lambda values: seen.append(check_finite(values[0])))
         tape.questions.ask(losses, lambda values: seen.extend(check_values(values)))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .. import reference
+from .. import _options, reference
 from ..layer import library
 from ..student import limits
 from .flat import DTYPES, _check_reverse_mode, _vmap_loop
@@ -77,7 +77,7 @@ def feasible(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, *, de
 
     Raises:
         ValueError: shapes that do not match, two devices, n < 2, delta outside (0, 0.5].
-        TypeError: a dtype that is not supported, or two where one is expected.
+        TypeError: a dtype that is not supported, or two where one is expected; n is no integer or delta no number.
 
     Source: the idea of masking is that of arXiv 2511.02435, of which only the abstract was available; the test is ours.
 
@@ -88,6 +88,7 @@ def feasible(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, *, de
         [1.0, 0.0, 0.0]
     """
     tensors = {"d": d, "u": u, "total": total, "squares": squares}
+    _options.tensors("feasible", **tensors)
     for name, x in tensors.items():
         if x.shape != d.shape:
             raise ValueError(f"feasible: {name} must have the shape of d; got {tuple(x.shape)} and d {tuple(d.shape)}")
@@ -102,9 +103,9 @@ def feasible(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, *, de
             "feasible: u must have the dtype of d and squares that of total; "
             + "got " + ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
         )  # fmt: skip
+    n = _options.whole("feasible: n", n, 0)
     if n < 2:
         raise ValueError(f"feasible: a standard deviation needs n ≥ 2 retain samples; got {n}")
-    if not 0 < delta <= 0.5:
-        raise ValueError(f"feasible: delta is the level of a one-sided test and must be in (0, 0.5]; got {delta}")
+    delta = _options.number("feasible: delta is the level of a one-sided test and", delta, "(0, 0.5]")
     _check_reverse_mode("feasible", d, u, total, squares)
-    return _feasible(*(x.reshape(-1) for x in tensors.values()), n, float(delta))[0].reshape(d.shape)
+    return _feasible(*(x.reshape(-1) for x in tensors.values()), n, delta)[0].reshape(d.shape)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import custom_op
 
-from .. import reference
+from .. import _options, reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -196,6 +196,7 @@ for _op in (_gram, _subtract, _project_out):
 
 
 def _check_flat(op: str, u: Tensor | None, G: Tensor) -> None:
+    _options.tensors(op, G=G, **({} if u is None else {"u": u}))
     if G.ndim != 2:
         raise ValueError(f"{op}: G must be (n, p), one gradient per row; got shape {tuple(G.shape)}")
     if G.dtype not in DTYPES:
@@ -217,13 +218,6 @@ def _check_reverse_mode(op: str, *tensors: Tensor) -> None:
     """Custom operators have no forward-mode rule, and torch takes a missing one for zero: refuse instead."""
     if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError(f"{op}: forward-mode derivatives (jvp, jacfwd) are not supported: use reverse mode")
-
-
-def _check_solver(op: str, damping: float, rtol: float | None) -> None:
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"{op}: damping must be finite and at least 0 (it is added to a unit diagonal); got {damping}")
-    if rtol is not None and not 0 <= rtol < 1:
-        raise ValueError(f"{op}: rtol must be in [0, 1) (it is relative to a unit diagonal); got {rtol}")
 
 
 def gram(G: Tensor, u: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -277,8 +271,8 @@ def gram_solve(K: Tensor, b: Tensor, *, damping: float = 0.0, rtol: float | None
         (at fixed rank).
 
     Raises:
-        ValueError: shapes that do not match, two devices, damping < 0, rtol outside [0, 1).
-        TypeError: a dtype other than float32 or float64, or two dtypes.
+        ValueError: shapes that do not match, two devices, damping outside [0, inf), rtol outside [0, 1).
+        TypeError: a dtype other than float32 or float64, or two dtypes; damping or rtol is not a number.
 
     Source: Higham, Accuracy and Stability of Numerical Algorithms, section 10.3 (complete pivoting); the equilibration
     is van der Sluis' (1969).
@@ -288,6 +282,7 @@ def gram_solve(K: Tensor, b: Tensor, *, damping: float = 0.0, rtol: float | None
         >>> projgrad.gram_solve(K, torch.tensor([2.0, 2.0])).tolist()
         [2.0, 0.0]
     """
+    _options.tensors("gram_solve", K=K, b=b)
     if K.ndim < 2 or K.shape[-1] != K.shape[-2]:
         raise ValueError(f"gram_solve: K must be (..., n, n); got shape {tuple(K.shape)}")
     vector = b.ndim == K.ndim - 1
@@ -302,12 +297,12 @@ def gram_solve(K: Tensor, b: Tensor, *, damping: float = 0.0, rtol: float | None
         raise TypeError(f"gram_solve: K and b must have one dtype; got K {K.dtype} and b {b.dtype}")
     if b.device != K.device:
         raise ValueError(f"gram_solve: K and b must be on one device; got K on {K.device} and b on {b.device}")
-    _check_solver("gram_solve", damping, rtol)
+    damping, rtol = _options.solver("gram_solve: ", damping, rtol)
     _check_reverse_mode("gram_solve", K, b)
     n, batch = K.shape[-1], K.shape[:-2]
     columns = b[..., None] if vector else b
     count = batch.numel()
-    x, *_ = _gram_solve(K.reshape(count, n, n), columns.reshape(count, n, columns.shape[-1]), float(damping), rtol)
+    x, *_ = _gram_solve(K.reshape(count, n, n), columns.reshape(count, n, columns.shape[-1]), damping, rtol)
     return x.reshape(b.shape)
 
 
@@ -336,8 +331,8 @@ def project_out(
         and G in reverse mode, at fixed rank.
 
     Raises:
-        ValueError: shapes that do not match, two devices, damping < 0, rtol outside [0, 1).
-        TypeError: a dtype that is not supported, or two dtypes.
+        ValueError: shapes that do not match, two devices, damping outside [0, inf), rtol outside [0, 1).
+        TypeError: a dtype that is not supported, or two dtypes; damping or rtol is not a number.
 
     Source: OrthoGrad, arXiv 2503.02312, section 3.
 
@@ -345,9 +340,10 @@ def project_out(
         >>> projgrad.project_out(torch.tensor([3.0, 4.0]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])).tolist()
         [0.0, 4.0]
     """
+    _options.tensors("project_out", u=u)
     _check_flat("project_out", u, G)
-    _check_solver("project_out", damping, rtol)
-    out, c, rank, worst, squares = _project_out(u if u.ndim == 2 else u[None], G, float(damping), rtol)
+    damping, rtol = _options.solver("project_out: ", damping, rtol)
+    out, c, rank, worst, squares = _project_out(u if u.ndim == 2 else u[None], G, damping, rtol)
     norms = squares.detach().sqrt()
     preserved = torch.where(norms[0] > 0, norms[1] / norms[0], 1)
     if u.ndim == 1:

@@ -1,6 +1,7 @@
 """What losses of n samples must be like."""
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -12,10 +13,12 @@ def check_losses(losses: Tensor) -> None:
 
 def check_shape(losses: Tensor) -> None:
     if not isinstance(losses, Tensor) or losses.ndim != 1:
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"one loss per sample is needed, shape (n,); got {got}: use reduction='none'")
+        got = _reshaped(losses) if isinstance(losses, Tensor) else instead(losses, "losses")
+        raise ValueError(f"one loss per sample is needed, shape (n,); got {got}")
     if not len(losses):
         raise ValueError("there are no losses: without samples there is nothing to be orthogonal to")
+    if losses.is_complex():
+        raise ValueError(f"losses must be real; got {losses.dtype}")
     if not losses.requires_grad:
         raise ValueError("the losses do not depend on any parameter that the tape follows")
 
@@ -25,3 +28,29 @@ def check_values(losses: list[float]) -> list[float]:
     if bad:
         raise FloatingPointError(f"NaN or Inf in the losses of samples {bad[:8]}; nothing was changed")
     return losses
+
+
+def instead(found: object, wanted: str) -> str:
+    """What is no tensor, named, and what to return in its place: a "loss", or "losses" of samples."""
+    if hasattr(found, "logits") or (isinstance(found, Mapping) and "logits" in found):
+        take = "take its `.loss`, or a cross entropy of its `.logits`"
+        if wanted == "losses":
+            take = "take its `.logits`, and of them one cross entropy per sample (its `.loss` is a mean over the batch)"
+    elif isinstance(found, (int, float)):
+        take = "return the tensor itself; .item() and float() cut it off from the parameters"
+    elif found is None:
+        take = "does the closure return anything?"
+    else:
+        take = f"return the tensor of the {wanted} alone"
+    return f"{type(found).__name__}: {take}"
+
+
+def _reshaped(losses: Tensor) -> str:
+    """The shape that losses have, and how they get one dimension, that of the samples."""
+    shape = tuple(losses.shape)
+    if not shape:
+        return f"{shape}: use reduction='none'"
+    if losses.ndim == 2 and shape[1] == 1:
+        return f"{shape}: use losses.squeeze(1)"
+    mean = "losses.mean(1)" if losses.ndim == 2 else "losses.flatten(1).mean(1)"
+    return f"{shape}: make one number of each sample, such as {mean}, with the samples along dimension 0"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _options, reference
 from .check import Checks, Weights, check_finite
 from .jobs import Kept
 from .readings import lengths, read
@@ -58,10 +58,8 @@ def project_(
     add: Tensor | None,
     rates: Mapping[str, float],
 ) -> Projection:
-    if scope not in ("global", "per_tensor"):
-        raise ValueError(f"scope must be 'global' or 'per_tensor'; got {scope!r}")
-    if damping < 0 or (rtol is not None and rtol < 0):
-        raise ValueError(f"damping and rtol must not be negative; got damping={damping}, rtol={rtol}")
+    _options.one_of("scope", scope, ("global", "per_tensor"))
+    damping, rtol = _options.solver("", damping, rtol)
     for name, p in tape.parameters.items():
         if p.grad is None:
             continue
