@@ -65,19 +65,21 @@ def locate(
 ) -> tuple[dict[Site, Along], set[Site]]:
     """Where the samples lie in the output of every site of the graph for which that is proven, and of those in
     `given`; and the ones for which the proof needed to be given it."""
-    order = _ordered(losses_node)
-    found: dict[Site, Along] = {}
+    known, needed = carried(losses_node, n, given)
+    return {node.site: at for node, at in known.items() if at is not None and _is_tap(node)}, needed
+
+
+def carried(
+    losses_node: Node, n: int, given: Mapping[Site, Layout] | None = None
+) -> tuple[dict[Node, Along | None], set[Site]]:
+    """The same for every node of the graph; None: nothing is proven."""
     needed: set[Site] = set()
-    known: dict[Node, Along | None] = {losses_node: Along(0)}  # None: nothing is proven
-    for node in order:
-        at = known.get(node)
-        if _is_tap(node):
-            site = node.site
-            if given and at is None and site in given:
-                at = along(given[site], site.shape, n)
-                needed.add(site)
-            if at is not None:
-                found[site] = at
+    known: dict[Node, Along | None] = {losses_node: Along(0)}
+    for node in _ordered(losses_node):
+        at = known.get(node)  # saved for a tap alone: no gradient comes
+        if at is None and given and _is_tap(node) and node.site in given:
+            at = known[node] = along(given[node.site], node.site.shape, n)
+            needed.add(node.site)
         following = node.next_functions[:1] if _is_tap(node) else node.next_functions  # the others get no gradient
         where: Where = [None] * len(following)
         if at is not None:
@@ -86,7 +88,7 @@ def locate(
         for (f, _), there in zip(following, where, strict=True):
             if f is not None:
                 known[f] = there if known.get(f, there) == there else None
-    return found, needed
+    return known, needed
 
 
 def layout(at: Along, shape: Shape, n: int) -> Layout | None:
@@ -337,7 +339,7 @@ CARRIED: dict[str, Carry] = {
             "Logaddexp2 Logit MaskedFill Maximum Minimum Mish MseLoss Mul NanToNum NativeDropout Neg Polygamma Pow "
             "PreluKernel Reciprocal Relu Remainder Round Rsqrt RreluWithNoise Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh "
             "SmoothL1Loss SoftMarginLoss Softplus Softshrink Sqrt Sub Tan Tanh Threshold ToCopy Tril Triu Trunc Where "
-            "Xlog1Py Xlogy"
+            "SpecialXlog1Py Xlogy"
         ),
         _aligned,
     ),
