@@ -1,9 +1,10 @@
 """Rows of a CSV file, written as soon as each is known, with where and on what they were measured."""
 
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from projgrad._atomic import replacing
 
 from .report import environment
 
@@ -35,12 +36,10 @@ class Rows:
     def add(self, row: dict) -> None:
         text = {name: _text(row.get(name)) for name in self.columns} | self.about
         self.rows[self._key(text)] = text
-        temporary = self.path.with_suffix(".part")
-        with temporary.open("w", newline="") as file:
+        with replacing(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*self.columns, *self.about], lineterminator="\n", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(self.rows.values())
-        os.replace(temporary, self.path)  # whole at any time
         print(line(text), flush=True)
 
 

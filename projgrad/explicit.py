@@ -8,7 +8,7 @@ every loss is differentiated on its own: exact too, n times slower.
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -202,8 +202,11 @@ def project_explicit(
     projector: Callable[[Tensor, Tensor], Tensor],
     per_tensor: bool,
     add: float,
+    rates: Mapping[str, float],
 ) -> tuple[float, Projection]:
     """p.grad <- projector(p.grad, G) + add * mean_j(g_j); the mean loss, and what was done.
+
+    rates: see `Tape.project_`; a projector then gets both multiplied by their roots.
 
     Raises:
         FloatingPointError: NaN or Inf in a gradient.
@@ -217,13 +220,21 @@ def project_explicit(
     for names in [[name] for name in used] if per_tensor else [used]:
         u = [torch.zeros_like(params[name]) if params[name].grad is None else params[name].grad for name in names]
         G, flat = samples.rows(names), torch.cat([g.flatten() for g in u])
-        out = projector(flat.to(G.dtype), G)
+        flat, roots = flat.to(G.dtype), None
+        if rates and not per_tensor:
+            roots = torch.cat(
+                [g.new_full((g.numel(),), rates.get(name, 1.0) ** 0.5) for g, name in zip(u, names, strict=True)]
+            )
+            given, flat, G = flat, flat * roots, G * roots
+        out = projector(flat, G)
         K, r = gram(G, out[None])
         squares = torch.stack([flat.double().square().sum(), out.double().square().sum()])[:, None]
         if not (squares.isfinite().all() and K.isfinite().all()):
             raise FloatingPointError(f"NaN or Inf in the gradients of {', '.join(names)[:80]}; nothing was changed")
         worst = max(worst, float(cosines(K, r, squares, torch.zeros_like(r)).max()))
         before, after = before + float(squares[0]), after + float(squares[1])
+        if roots is not None:  # what a rate of zero keeps in place is not projected
+            out = torch.where(roots > 0, out / roots, given)
         for name, part in zip(names, out.split([params[name].numel() for name in names]), strict=True):
             grad = part.view_as(params[name]).to(params[name].dtype)
             params[name].grad = grad if means[name] is None else grad + means[name]

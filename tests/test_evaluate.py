@@ -86,7 +86,10 @@ def test_attack_takes_certainty():
     [
         ({"forget": []}, "forget should be"),
         ({"test": [0.5]}, "test has 1 samples"),
-        ({"retain": [0.5, math.nan]}, "retain has values"),
+        ({"retain": [0.5, math.nan]}, "retain has NaN for 1 of 2 samples"),
+        ({"retain": 0.5}, "retain should be one probability per sample"),
+        ({"seed": -1}, "seed should be an integer from 0; got -1"),
+        ({"seed": 0.5}, "seed should be an integer from 0; got 0.5"),
         ({"forget": [1.5]}, "forget has values"),
         ({"test": [[0.5], [0.5]]}, "test should be"),
     ],

@@ -1,5 +1,7 @@
 """What every public op promises besides its value: derivatives, opcheck, compilation, vmap, and errors that help."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from cases import make
@@ -164,3 +166,41 @@ G23, u3, K22, b2 = torch.ones(2, 3), torch.ones(3), torch.eye(2), torch.ones(2)
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+OURS = ("gram_solve", "feasible")  # and with the extension:
+OURS += ("gram", "linear_gram", "linear_gram_across", "project_out") if find_spec("projgrad._C") else ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OURS)
+def test_same_bits_for_any_number_of_threads(name, dtype, threads):
+    """Where the README says so; products of torch may be others."""
+    for n, t, i, o, p in (
+        (2, 1, 33, 65, 100),
+        (5, 7, 129, 65, 5001),
+        (33, 16, 500, 301, 70003),
+        (64, 2, 64, 128, 5001),
+    ):
+        G, u = torch.randn(n, p).to(dtype), torch.randn(p).to(dtype)
+        a, b, K = torch.randn(n, t, i).to(dtype), torch.randn(n, t, o).to(dtype), projgrad.gram(G)
+        call = {
+            "gram": lambda G=G, u=u: projgrad.gram(G, u),
+            "gram_solve": lambda K=K: (projgrad.gram_solve(K, K[0]),),
+            "feasible": lambda u=u, n=n: (projgrad.feasible(u, -u, n * u, 2 * n * u.square(), n),),
+            "linear_gram": lambda a=a, b=b: (projgrad.linear_gram(a, b),),
+            "linear_gram_across": lambda a=a, b=b: (projgrad.linear_gram(a, b, a[:3], b[:3]),),
+            "project_out": lambda G=G, u=u: (projgrad.project_out(u, G),),
+        }[name]
+        found = []
+        for count in (1, 2, 3, 8):
+            threads(count)
+            found.append(call())
+        assert all(map(torch.equal, found[0] * 3, sum(found[1:], ())))

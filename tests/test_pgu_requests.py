@@ -1,19 +1,13 @@
-"""PGU: deletion requests, files, the schedule, refusals."""
+"""PGU: deletion requests, the schedule, refusals."""
 
 import copy
 import math
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 from published_pgu import angle, correlated, fitted, parameters, perceptron, sgd
 from torch import nn
 
-from projgrad.methods import spectra
 from projgrad.methods.pgu import PGU
 from projgrad.methods.pgu_loss import unlearning_loss
 
@@ -120,125 +114,6 @@ def test_what_was_not_fitted_is_refused():
     with pytest.raises(ValueError, match="something besides the projected weights has changed"):
         pgu.forget([x[:2]])
     assert pgu.cache is cache
-
-
-# Files
-
-
-def test_file(tmp_path):
-    pgu, x, y = fitted()
-    original = copy.deepcopy(pgu.model)
-    pgu.forget([x[:5]])
-    pgu.step(lambda: (pgu.model(x[:5]), y[:5]))
-    pgu.save(tmp_path / "cache")
-    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
-    (tmp_path / "plain").touch()
-    assert (tmp_path / "cache").stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read it as well
-    for model in (original, pgu.model):  # as fitted, and as saved
-        again = PGU.load(tmp_path / "cache", model, sgd(model), 0.5, "energy", data=[x[5:9], x[9:]])
-        assert again.rule == "energy" and again.cache.n == 35 and again.frozen.keys() == pgu.frozen.keys()
-        for name, (U, values) in pgu.cache.spectra.items():
-            assert torch.equal(U, again.cache.spectra[name].vectors)
-            assert again.bases[name].rank == int(spectra.rank(values[0], 0.5, "energy"))
-        again.forget([x[5:7]])
-    with pytest.raises(ValueError, match="sample 0 is not among the 33"):
-        again.forget([x[:1]])
-    pgu.step(lambda: (pgu.model(x[:5]), y[:5]))
-    for model in (pgu.model, perceptron(), perceptron(torch.float32)):
-        with pytest.raises(ValueError, match="belongs to another model"):
-            PGU.load(tmp_path / "cache", model, sgd(model))
-    with pytest.raises(ValueError, match="other data: 1 of its 35 samples are not in `data`, 2 of `data`"):
-        PGU.load(tmp_path / "cache", original, sgd(original), data=[x[:2], x[6:]])
-
-
-def test_a_file_that_is_no_cache(tmp_path):
-    from safetensors.torch import save_file
-
-    pgu, _, _ = fitted()
-    pgu.save(tmp_path / "cache")
-    whole = (tmp_path / "cache").read_bytes()
-    (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
-    save_file({"x": torch.ones(2)}, tmp_path / "other")
-    for name, message in (("cut", "is not a complete cache"), ("other", "is not a cache of PGU in format 1")):
-        with pytest.raises(ValueError, match=message):
-            PGU.load(tmp_path / name, pgu.model, pgu.optimizer)
-
-
-def test_a_link_stays_a_link(tmp_path):
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "cache").symlink_to(tmp_path / "disk" / "cache")
-    pgu, _, _ = fitted()
-    pgu.save(tmp_path / "cache")
-    assert (tmp_path / "cache").is_symlink() and not (tmp_path / "disk" / "cache").is_symlink()
-    assert sorted(os.listdir(tmp_path / "disk")) == ["cache"]
-
-
-def test_a_failed_save_leaves_the_last_file(tmp_path, monkeypatch):
-    pgu, x, _ = fitted()
-    pgu.save(tmp_path / "cache")
-    before = (tmp_path / "cache").read_bytes()
-    pgu.forget([x[:3]])
-
-    def full(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        pgu.save(tmp_path / "cache")
-    assert (tmp_path / "cache").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-def test_killed_while_saving(tmp_path):
-    """Wherever the process dies, the file is one that was complete."""
-    script = textwrap.dedent("""
-        import os, sys
-        os.environ["OMP_WAIT_POLICY"] = "passive"
-        import torch
-        from projgrad.methods.pgu import PGU
-        torch.manual_seed(0)
-        model, x = torch.nn.Linear(300, 2), torch.randn(64, 300)
-        pgu = PGU(model, torch.optim.SGD(model.parameters(), lr=0.1)).fit([x])
-        caches = [pgu.cache, pgu.forget([x[:20]]).cache]
-        torch.save((model.state_dict(), x), sys.argv[1] + ".model")
-        parent = os.getpid()
-        while sys.stdin.readline():  # one process for every line
-            child = os.fork()
-            while child == 0 and os.getppid() == parent:
-                caches.reverse()
-                pgu.cache = caches[0]
-                pgu.save(sys.argv[1])
-            if child == 0:
-                os._exit(0)
-            print(child, flush=True)
-            os.waitpid(child, 0)
-            print("dead", flush=True)
-    """)
-    path, model, halfway = tmp_path / "cache", nn.Linear(300, 2), 0
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    parent = subprocess.Popen([sys.executable, "-c", script, path], **pipes)
-    try:
-        for _ in range(6):
-            parent.stdin.write("next\n")
-            parent.stdin.flush()
-            child = int(parent.stdout.readline())
-            while not path.exists() or not list(tmp_path.glob(".cache.*.tmp")):
-                assert parent.poll() is None
-            os.kill(child, signal.SIGKILL)
-            assert parent.stdout.readline() == "dead\n"
-            state, x = torch.load(f"{path}.model")
-            model.load_state_dict(state)
-            n = PGU.load(path, model, sgd(model)).cache.n
-            again = PGU.load(path, model, sgd(model), data=[x[64 - n :]])
-            assert again.forget([x[30:40]]).cache.n == n - 10 and n in (64, 44)
-            left = list(tmp_path.glob(".cache.*.tmp"))
-            halfway += len(left)
-            for file in left:
-                file.unlink()
-    finally:
-        parent.kill()
-        parent.communicate()
-    assert halfway
 
 
 # The schedule

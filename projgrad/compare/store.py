@@ -1,19 +1,19 @@
 """Files that are complete or absent: JSON and models, written atomically."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .._atomic import replacing
+
 
 def write_json(path: Path, content: Any) -> None:
     """A reader, or an interruption, finds the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any | None:
@@ -24,9 +24,8 @@ def save_model(path: Path, model: nn.Module) -> None:
     from safetensors.torch import save_model
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_model(model, str(partial))
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_model(model, str(partial))
 
 
 def load_model(path: Path, model: nn.Module) -> nn.Module:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..scenarios.problem import Problem
+from ..scenarios.problem import Part, Problem
+from .summary import number
 
 BINS = 20  # of a confidence histogram
 PARTS = ("forget", "retain", "test")
@@ -48,6 +51,8 @@ def gap(scores: Mapping[str, float], retrained: Mapping[str, float], parts: Sequ
         >>> gap({"forget": 0.5, "retain": 1.0, "test": 0.75}, {"forget": 0.0, "retain": 1.0, "test": 0.5})
         0.25
     """
+    if not parts:
+        raise ValueError("gap: parts should name one part or more; got none")
     return float(np.mean([abs(a - b) for a, b in _pairs(scores, retrained, parts)]))
 
 
@@ -98,9 +103,11 @@ def membership_auc(forget: Any, test: Any, retain: Any, seed: int = 0) -> float:
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
 
+    forget, test, retain = (_logits(name, p) for name, p in (("forget", forget), ("test", test), ("retain", retain)))
     if len(test) < 2:
         raise ValueError(f"test has {len(test)} samples: the attack needs one to calibrate on and one to be scored on")
-    forget, test, retain = (_logits(name, p) for name, p in (("forget", forget), ("test", test), ("retain", retain)))
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed should be an integer from 0; got {seed!r}")
     order = np.random.default_rng(seed).permutation(len(test))
     calibration, held_out = test[order[::2]], test[order[1::2]]
 
@@ -117,7 +124,7 @@ def distance(model: nn.Module, original: nn.Module | Mapping[str, Tensor]) -> fl
     """How far unlearning moved the trainable parameters: ‖θ - θ_original‖₂ over those that require gradients.
 
     original: the model before unlearning, or its parameters by name.
-    Raises ValueError where the original lacks a parameter or has it in another shape.
+    Raises ValueError where the original lacks a parameter or has it in another shape, or one holds NaN or Inf.
 
     Example:
         >>> from projgrad.evaluate import distance
@@ -127,6 +134,8 @@ def distance(model: nn.Module, original: nn.Module | Mapping[str, Tensor]) -> fl
         2.44949
     """
     before = dict(original.named_parameters()) if isinstance(original, nn.Module) else original
+    if not isinstance(before, Mapping):
+        raise ValueError(f"original should be a model or its parameters by name; got {type(original).__name__}")
     total = 0.0
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -135,7 +144,10 @@ def distance(model: nn.Module, original: nn.Module | Mapping[str, Tensor]) -> fl
             raise ValueError(f"the original has no parameter {name!r}: compare a model with the one it was copied from")
         if before[name].shape != p.shape:
             raise ValueError(f"{name!r} is {tuple(p.shape)}, in the original {tuple(before[name].shape)}")
-        total += (p.double() - before[name].to(p.device).double()).square().sum().item()
+        moved = (p.double() - before[name].to(p.device).double()).square().sum().item()
+        if not math.isfinite(moved):
+            raise ValueError(f"{name!r} holds NaN or Inf, in the model or in the original: it has no distance")
+        total += moved
     return total**0.5
 
 
@@ -162,7 +174,8 @@ def scores(
     its own.
 
     Raises:
-        ValueError: too few samples for `membership_auc`, or an original with other parameters than the model.
+        ValueError: too few samples for `membership_auc`, an original with other parameters than the model, or a model
+            whose output is of another shape, has fewer classes than the labels, or is NaN; it begins with the part.
 
     Example:
         >>> from projgrad.evaluate import Classification, scores
@@ -174,8 +187,10 @@ def scores(
     """
     parts = {name: getattr(problem, name) for name in ("forget", "retain", "validation", "test")} | problem.others
     with _eval_mode(model):
-        values = {name: None if part is None else problem.accuracy(model, part) for name, part in parts.items()}
-        confidence = {name: problem.confidence(model, parts[name]) for name in PARTS}
+        values = {
+            name: None if part is None else _scored(name, problem.accuracy, model, part) for name, part in parts.items()
+        }
+        confidence = {name: _scored(name, problem.confidence, model, parts[name]) for name in PARTS}
         measured = problem.measure(model)
     before, goal = _accuracies(problem, original, ("test",)), _accuracies(problem, retrained, PARTS)
     return {
@@ -194,7 +209,15 @@ def _accuracies(problem: Problem, model: Any, names: Sequence[str]) -> Mapping[s
     if not isinstance(model, nn.Module):
         return model
     with _eval_mode(model):
-        return {name: problem.accuracy(model, getattr(problem, name)) for name in names}
+        return {name: _scored(name, problem.accuracy, model, getattr(problem, name)) for name in names}
+
+
+def _scored(name: str, score: Callable, model: nn.Module, part: Part) -> Any:
+    """An error says which part it is about."""
+    try:
+        return score(model, part)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 @contextmanager
@@ -215,11 +238,14 @@ def _pairs(
 
 
 def _accuracy(scores: Mapping[str, float], part: str) -> float:
+    if not isinstance(scores, Mapping):
+        raise ValueError(f"scores should be accuracies by part, as `scores` returns them; got {type(scores).__name__}")
     value = scores.get(part)
     if value is None:
         raise ValueError(f"no accuracy under {part!r}: there are {', '.join(scores)}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"accuracies are shares between 0 and 1, {part!r} is {value}")
+    value = number(value)
+    if value is None or not 0 <= value <= 1:
+        raise ValueError(f"accuracies are shares between 0 and 1, {part!r} is {scores[part]!r}")
     return value
 
 
@@ -227,6 +253,10 @@ def _probabilities(name: str, values: Any) -> np.ndarray:
     p = torch.as_tensor(values).detach().double().cpu().numpy()
     if p.ndim != 1 or not len(p):
         raise ValueError(f"{name} should be one probability per sample and at least one, its shape is {p.shape}")
+    if np.isnan(p).any():
+        raise ValueError(
+            f"{name} has NaN for {int(np.isnan(p).sum())} of {len(p)} samples: the model's output is NaN there"
+        )
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"{name} has values that are no probabilities, between {p.min()} and {p.max()}")
     return p

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .._atomic import replacing
 from .look import svg
 from .pictures import PICTURES, overview
 from .summary import CONFIDENCE, NAMES, differences, is_ours, known, spread, summarize, verdict
@@ -46,9 +46,8 @@ def write_report(results: Mapping[str, Any], titles: Mapping[str, str], path: Pa
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)  # a reader, or an interruption, finds the old file or the new one
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ def summarize(scenario: Mapping[str, Any]) -> dict[str, dict[str, Stats]]:
 
     Metrics are those of the runs' scores and steps, seconds, step_seconds, peak_bytes; what is None in a run does not
     count, std is the sample standard deviation, None for one seed.
+    Raises ValueError where a number is NaN or Inf, or a scenario or a run lacks something.
 
     Example:
         >>> from projgrad.evaluate import summarize
@@ -43,12 +45,15 @@ def summarize(scenario: Mapping[str, Any]) -> dict[str, dict[str, Stats]]:
         >>> summarize({"runs": runs})["finetune"]["test"]["mean"]
         1.0
     """
-    return {method: _row(runs) for method, runs in _grouped(scenario["runs"], "method").items()}
+    return {method: _row(runs) for method, runs in _grouped(_runs(scenario), "method").items()}
 
 
 def summarize_study(scenario: Mapping[str, Any]) -> dict[str, dict[int, dict[str, Stats]]]:
-    """{method: {n: {metric: {"mean", "std", "count"}}}}, n rising: the runs with other numbers of retain samples."""
-    methods = _grouped(scenario.get("study") or (), "method")
+    """{method: {n: {metric: {"mean", "std", "count"}}}}, n rising: the runs with other numbers of retain samples.
+
+    Raises ValueError as `summarize` does.
+    """
+    methods = _grouped(_runs({"runs": (), **scenario}, "study", "n"), "method")
     return {
         method: {n: _row(some) for n, some in sorted(_grouped(runs, "n").items())} for method, runs in methods.items()
     }
@@ -56,6 +61,8 @@ def summarize_study(scenario: Mapping[str, Any]) -> dict[str, dict[int, dict[str
 
 def paired(scenario: Mapping[str, Any], first: str, second: str, metric: str = "tow") -> Difference | None:
     """first - second in a metric, seed by seed: d̄ ± t(0.975, seeds - 1) · sd(d) / √seeds; None without a common seed.
+
+    Raises ValueError as `summarize` does.
 
     Example:
         >>> from projgrad.evaluate import paired
@@ -69,8 +76,8 @@ def paired(scenario: Mapping[str, Any], first: str, second: str, metric: str = "
         False
     """
     seeds = {
-        method: {run["seed"]: run["scores"][metric] for run in runs if run["scores"].get(metric) is not None}
-        for method, runs in _grouped(scenario["runs"], "method").items()
+        method: {run["seed"]: value for run in runs if (value := _value(run, metric, run["scores"])) is not None}
+        for method, runs in _grouped(_runs(scenario, "runs", "seed"), "method").items()
     }
     ours, theirs = seeds.get(first, {}), seeds.get(second, {})
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
@@ -178,11 +185,41 @@ def _grouped(runs: Iterable[dict], key: str) -> dict[Any, list[dict]]:
     return groups
 
 
+def _runs(scenario: Mapping[str, Any], key: str = "runs", *wanted: str) -> Iterable[Mapping[str, Any]]:
+    """A scenario's runs, checked to have what they are grouped and averaged by."""
+    if not isinstance(scenario, Mapping) or "runs" not in scenario:
+        raise ValueError(f'a scenario should be a dictionary with its runs under "runs"; got {type(scenario).__name__}')
+    runs = scenario.get(key) or ()
+    for run in runs:
+        missing = [name for name in ("method", "scores", *wanted) if name not in run]
+        if missing:
+            raise ValueError(f"a run should have {' and '.join(missing)}; it has {', '.join(run)}")
+    return runs
+
+
+def number(value: Any) -> float | int | None:
+    """A number of Python, numpy or a tensor without dimensions; None for anything else."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    return value if isinstance(value, Real) else None
+
+
+def _value(run: Mapping[str, Any], metric: str, values: Mapping[str, Any]) -> float | int | None:
+    """A metric of a run; None where it is unknown, or no number such as a histogram."""
+    value = number(values.get(metric))
+    if value is not None and not math.isfinite(value):
+        raise ValueError(
+            f"{metric} of {run['method']}, seed {run.get('seed')}, is {value}, and so would be its mean. Write None "
+            "for what is not known"
+        )
+    return value
+
+
 def _row(runs: list[dict]) -> dict[str, Stats]:
     row: dict[str, Stats] = {}
-    merged = [{**run["scores"], **{key: run.get(key) for key in COSTS}} for run in runs]
-    for metric in dict.fromkeys(key for values in merged for key in values):
-        values = [some[metric] for some in merged if isinstance(some.get(metric), (int, float))]
+    merged = [(run, {**run["scores"], **{key: run.get(key) for key in COSTS}}) for run in runs]
+    for metric in dict.fromkeys(key for _, values in merged for key in values):
+        values = [value for run, some in merged if (value := _value(run, metric, some)) is not None]
         if values:
             std = stdev(values) if len(values) > 1 else None
             row[metric] = {"mean": fmean(values), "std": std, "count": len(values)}

@@ -94,7 +94,7 @@ def mul(input: Tensor, other: Tensor, *, tape: Tape) -> Tensor:
 
     def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
         g, x = layout.split(b, n), saved[0]
-        spread = x.ndim >= b.ndim - layout.axis and x.shape[layout.axis - b.ndim] == b.shape[layout.axis]
+        spread = layout.reaches(x, b)
         if spread and x.ndim == b.ndim:
             parts = [
                 fold(g[some] * layout.split(part, some.stop - some.start), shape)
@@ -140,8 +140,7 @@ def local(function: Callable, args: tuple, kwargs: dict, aligned: bool, tape: Ta
         for i, t in given.items():
             if i in followed:
                 continue
-            axis = layout.axis - b.ndim
-            if -t.ndim <= axis and t.shape[axis] == b.shape[layout.axis] and (aligned or t.ndim == b.ndim):
+            if (aligned or t.ndim == b.ndim) and layout.reaches(t, b):
                 batched.append(i)
             else:
                 fixed[i] = t

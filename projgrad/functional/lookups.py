@@ -16,6 +16,8 @@ from ..tape.rules import Rule
 if TYPE_CHECKING:
     from ..tape.tape import Tape
 
+SCALED = "{}(scale_grad_by_freq=True) scales one sample's gradient by what the others hold"
+
 
 def embedding(
     input: Tensor,
@@ -34,7 +36,7 @@ def embedding(
         ValueError: `scale_grad_by_freq`, whose gradient of one sample depends on the others; `sparse`.
     """
     if scale_grad_by_freq:
-        raise ValueError("embedding(scale_grad_by_freq=True) scales one sample's gradient by what the others hold")
+        raise ValueError(SCALED.format("embedding"))
     call = tape.call("embedding", input, weight)
     if sparse and call.follows(weight):
         raise ValueError("embedding(sparse=True) has gradients that cannot be projected: use sparse=False")
@@ -48,14 +50,10 @@ def lookup(call, y: Tensor, ids: Tensor, weight: Tensor, padding: int | None = N
 
     def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
         ids = saved[0].to(b.device)  # a table on a GPU may be indexed from the CPU
-        read, rows = ids % weight_rows, layout.rows
+        read = ids % weight_rows
         if padding is not None:
             read = read.masked_fill(ids == padding, -1)
-        if rows is not None:  # what the samples do not read is read by nobody
-            read = torch.cat([read, read.new_full((1, *read.shape[1:]), -1)])[rows]
-        else:
-            read = layout.split(read, n)
-        g = layout.split(b, n)
+        read, g = layout.split(read, n, fill=-1), layout.split(b, n)
         return [Lookup(read.flatten(1), g.flatten(1, g.ndim - len(weight_shape)), weight_shape)]
 
     weight_rows, weight_shape = len(weight), weight.shape
@@ -63,9 +61,15 @@ def lookup(call, y: Tensor, ids: Tensor, weight: Tensor, padding: int | None = N
 
 
 def embedding_bag(weight: Tensor, input: Tensor, offsets: Tensor, *args, tape: Tape) -> tuple[Tensor, ...]:
-    """`torch.embedding_bag` with mode sum or mean."""
+    """`torch.embedding_bag` with mode sum or mean.
+
+    Raises:
+        ValueError: `scale_grad_by_freq`, as for `embedding`.
+    """
     names = ("scale_grad_by_freq", "mode", "sparse", "per_sample_weights", "include_last_offset", "padding_idx")
     given = dict(zip(names, args, strict=False))
+    if given.get("scale_grad_by_freq"):
+        raise ValueError(SCALED.format("embedding_bag"))
     mode, scale = given.get("mode", 0), given.get("per_sample_weights")
     call = tape.call("embedding_bag", weight, input, offsets, scale)
     y, bag, sizes, largest = torch.embedding_bag(weight, input, offsets, *args)
@@ -74,9 +78,7 @@ def embedding_bag(weight: Tensor, input: Tensor, offsets: Tensor, *args, tape: T
 
     def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
         ids, starts, *factor = saved
-        owner = torch.full((bags,), -1, device=b.device)
-        index = layout.split(torch.arange(bags, device=b.device), n).flatten(1)  # [n, k]
-        owner[index] = torch.arange(n, device=b.device)[:, None]
+        owner = layout.owner(bags, n, b.device)
         token = torch.arange(len(ids), device=b.device)
         bag = torch.searchsorted(starts[:bags].contiguous(), token, right=True) - 1
         keep = ids != padding if padding is not None and padding >= 0 else torch.ones_like(ids, dtype=torch.bool)
@@ -91,5 +93,5 @@ def embedding_bag(weight: Tensor, input: Tensor, offsets: Tensor, *args, tape: T
         return [Lookup(padded[where.rows], where.split(g, n), shape)]
 
     saved = [input, offsets, *([scale] if scale is not None else [])]
-    claimed = [weight] if mode in (0, 1) and not given.get("scale_grad_by_freq") else []
+    claimed = [weight] if mode in (0, 1) else []
     return call.tap(y, make, claimed, (0,) if claimed else (), saved), bag, sizes, largest

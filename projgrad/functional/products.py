@@ -58,7 +58,7 @@ def contract(y: Tensor, x: Tensor, sx: str, weight: Tensor, sw: str, sy: str, ca
         if claimed and call.follows(weight) and sy[layout.axis] in groups:
             rules.append(None)  # a parameter spread over the samples before: nothing more comes from here
         elif claimed and call.follows(weight):
-            where = Layout(positions.index(sy[layout.axis]), layout.inner, layout.rows)
+            where = layout._replace(axis=positions.index(sy[layout.axis]))
             p = b.permute([sy.index(s) for s in positions + groups + left])
             q = saved[0].permute([sx.index(s) for s in positions + groups + right])
             count = math.prod(shape[s] for s in groups)

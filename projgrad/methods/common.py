@@ -41,6 +41,18 @@ def owned(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     return found
 
 
+def learning_rates(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> dict[str, float]:
+    """That of every parameter, by name; none if all parameter groups have the same."""
+    groups = [group for group in optimizer.param_groups if "lr" in group]
+    if len(groups) < 2 or len({id(group["lr"]) for group in groups}) == 1:
+        return {}
+    rates = [float(group["lr"]) for group in groups]
+    if len(set(rates)) == 1:
+        return {}
+    of = {id(p): rate for group, rate in zip(groups, rates, strict=True) for p in group["params"]}
+    return {name: of[id(p)] for name, p in params.items() if id(p) in of}
+
+
 def check_types(model: object, optimizer: object) -> None:
     if isinstance(optimizer, nn.Module) and hasattr(model, "param_groups"):
         raise TypeError("model and optimizer are swapped: the model comes first")

@@ -15,9 +15,12 @@ from torch.overrides import TorchFunctionMode
 from ..cost import chunk_bytes
 from ..functional.convolutions import geometry
 from ..tape.mode import VIEWS, _opened, _tensors, is_in_place
+from .uses import Uses
 
 EMBEDDINGS = frozenset({"embedding", "embedding_bag"})
 PROPERTIES = frozenset({"T", "mT", "data"})  # the same weight again
+UNSEEN = "in a scripted or compiled module, another thread, a function of its own, or a gradient"
+NUMBERS = frozenset({"numpy", "tolist", "__array__", "__dlpack__"})  # what follows is not seen
 
 
 class View(NamedTuple):
@@ -49,6 +52,7 @@ class InputMoments(TorchFunctionMode):
 
     A weight is known by identity, so functional code, adapters and tied weights are seen; several uses add up. Its
     transposition is followed, and blocks of its rows (packed attention), whose inputs are added to those of the whole.
+    The forward pass makes a graph, from which `close` knows whether there are uses that no function showed.
 
     Args:
         weights: the weights to watch, by name, all with two or more dimensions.
@@ -56,7 +60,7 @@ class InputMoments(TorchFunctionMode):
     moments: (g, i, i) float64, by name. views: how each of these weights is read.
     refused: why other weights have none: an operation that is no linear map of rows by the weight, as stored or
         transposed.
-    eps: of the coarsest arithmetic that made an input.
+    eps: of the coarsest arithmetic that made an input. arithmetic: by name, in what its inputs were computed.
     """
 
     def __init__(self, weights: dict[str, nn.Parameter]) -> None:
@@ -67,7 +71,9 @@ class InputMoments(TorchFunctionMode):
         self.moments: dict[str, Tensor] = {}
         self.views: dict[str, View] = {}
         self.refused: dict[str, str] = {}
+        self.arithmetic: dict[str, set[str]] = {}
         self.eps, self.convolved = 0.0, False
+        self.uses = Uses(weights)
 
     def source(self, t: Tensor) -> tuple[str, bool] | None:
         """Which weight this is, and whether transposed."""
@@ -79,30 +85,53 @@ class InputMoments(TorchFunctionMode):
     def __torch_function__(self, func, _, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         self.convolved |= name.startswith("conv")
-        used = {s[0] for t in _tensors(args, kwargs) if (s := self.source(t)) is not None}
-        if not used:
-            return func(*args, **kwargs)
-        if name in EMBEDDINGS:
+        given = list(_tensors(args, kwargs))
+        used = {s[0] for t in given if (s := self.source(t)) is not None}
+        self.uses.reach(given)
+        inputs = [t.grad_fn for t in given if self.source(t) is None and t.grad_fn is not None]  # before it is in place
+        if used and name in EMBEDDINGS:
             return self._refuse(used, "embedding", func(*args, **kwargs))
-        use = self._use(name, args, kwargs)
+        use = self._use(name, args, kwargs) if used else None
         if use is not None:
             self._add(use, name)
             for other in used - {self.source(use.weight)[0]}:
                 self._refuse({other}, f"it enters {name} other than as the weight")
-            return func(*args, **kwargs)
-        if isinstance(func, types.FunctionType):  # written in Python, such as attention: look inside
+        elif used and isinstance(func, types.FunctionType):  # written in Python, such as attention: look inside
             with self:
                 return _opened(func)(*args, **kwargs)
         out = func(*args, **kwargs)
         found = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
-        if is_in_place(name) or not all(self._follow(t, func, args) for t in found):  # x[:2] = w returns nothing
+        self.uses.reach(found)
+        if not used:
+            return out
+        if use is None and (
+            is_in_place(name)  # x[:2] = w returns nothing
+            or name in NUMBERS
+            or not all(self._follow(t, func, args) for t in found)
+        ):
             self._refuse(used, f"{name} is not a linear layer's use of it")
+        if use is not None or found:
+            self.uses.made_by(inputs, found, used, use is None)
         return out
+
+    def close(self, result: object) -> bool:
+        """Ends a forward pass with what it returned; refuses weights with uses that were not seen.
+
+        Returns whether they could be looked for: the uses made a graph, or there are none.
+        """
+        self.aliases.clear()
+        missed, used = self.uses.unseen(result)
+        looked = used or not self.uses.hidden
+        self.uses.clear()
+        for name, node in missed.items():
+            self._refuse({name}, f"{node} uses it with inputs that cannot be seen: {UNSEEN}")
+        return looked
 
     def _use(self, name: str, args: tuple, kwargs: dict) -> Use | None:
         read = READERS.get(name)
         try:
-            use = read(self.source, *args, **kwargs) if read else None
+            with torch.no_grad():
+                use = read(self.source, *args, **kwargs) if read else None
         except TypeError:  # a call signature that the reader does not have
             return None
         if use is None or use.x.is_complex() or self.source(use.weight) is None or self.source(use.x) is not None:
@@ -134,6 +163,9 @@ class InputMoments(TorchFunctionMode):
         name, turned = self.source(use.weight)
         if name in self.refused:
             return
+        if torch._C._are_functorch_transforms_active():
+            self._refuse({name}, f"{operation} uses it inside a transformation of torch.func, such as vmap or grad")
+            return
         view = View(use.view.groups, use.view.transposed != turned)
         w, x = self.weights[name], use.x
         i = view.matrix(w).shape[2]
@@ -143,6 +175,7 @@ class InputMoments(TorchFunctionMode):
         if name not in self.moments:
             self.moments[name] = torch.zeros((view.groups, i, i), dtype=torch.float64, device=w.device)
         self.eps = max(self.eps, _eps(x, self.convolved))
+        self.arithmetic.setdefault(name, set()).add(_arithmetic(x))
         for rows in _pieces(x.detach(), use.features, chunk_bytes(x.device.type)):
             self.moments[name].baddbmm_(rows.mT, rows)
 
@@ -159,18 +192,39 @@ def _keeps(func: Callable, args: tuple) -> bool:
     return name in VIEWS or name == "detach"
 
 
+def _product_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which autocast leaves as it is
+    return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
+def _float32_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch cannot tell, since it was set by backend (fp32_precision)
+        return "unknown"
+
+
+def _arithmetic(x: Tensor) -> str:
+    """What the user chose for the products of a layer with this input. What cuDNN makes of float32 is not part of it:
+    samples may be fitted on a GPU and deleted on a CPU, within the bounds of rounding."""
+    dtype, given = (str(d).removeprefix("torch.") for d in (_product_dtype(x), x.dtype))
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        given += f" under autocast to {dtype}"
+    if dtype == "float32" and (precision := _float32_precision()) != "highest":
+        given += f" with float32_matmul_precision {precision}"
+    return given
+
+
 def _eps(x: Tensor, convolved: bool) -> float:
     """Of the products that this input came from and goes into, convolutions among them or not; those of cuDNN round
     float32 to ten bits unless told otherwise."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    device, dtype = x.device.type, _product_dtype(x)
     eps = torch.finfo(dtype).eps
     if dtype != torch.float32:
         return eps
-    try:
-        reduced = {"highest": eps, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
-    except RuntimeError:  # torch cannot tell, since it was set by backend (fp32_precision): the coarsest there is
-        reduced = 2.0**-7
+    # Of "unknown" the coarsest there is.
+    reduced = {"highest": eps, "high": 2.0**-10}.get(_float32_precision(), 2.0**-7)
     rounded = device == "cuda" and convolved and torch.backends.cudnn.conv.fp32_precision not in ("ieee", "none")
     return max(reduced, 2.0**-10 if rounded else 0.0)
 

@@ -1,5 +1,6 @@
 """OrthoGrad: ascend on the forget loss, orthogonally to the gradient of every retain sample."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from ..tape.losses import check_shape, check_values
 from ..tape.project import Projection
 from ..tape.tape import per_sample
 from .closures import Closures
-from .common import check_batch_norm, check_finite, clear, owned, scalar
+from .common import check_batch_norm, check_finite, clear, learning_rates, owned, scalar
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class OrthoGrad:
         model: its parameters that require gradients and belong to `optimizer` are updated.
         optimizer: any torch optimizer, built after the last change of the model's layers. The applied update is
             orthogonal only for SGD without momentum or weight decay; adaptive ones rescale it coordinate by coordinate.
+            Where parameter groups have different learning rates, scope="global" makes the update orthogonal after
+            them, lr ∘ u_perp: inner products, and the lengths in the record, weigh every parameter by its rate.
         alpha: weight of the mean retain gradient, in [0, 1]; 0 is pure projected ascent.
         scope: "global" projects the concatenated gradient once. "per_tensor" projects every tensor on its own, as the
             published code does: it implies global orthogonality but removes up to n dimensions from *each* tensor, so
@@ -222,7 +225,8 @@ class OrthoGrad:
 
             check_finite(float(loss))
             per_tensor = self.scope == "per_tensor"
-            done = project_explicit(self.model, watched, params, self.projector, per_tensor=per_tensor, add=self.alpha)
+            rates = learning_rates(self.optimizer, params)
+            done = project_explicit(self.model, watched, params, self.projector, per_tensor, self.alpha, rates)
             return float(loss), *done
         with closures.watch("retain"), per_sample(self.model, params) as tape:
             losses = retain()
@@ -235,9 +239,11 @@ class OrthoGrad:
         tape.questions.ask(losses, lambda values: seen.extend(check_values(values)))
         if all(p.grad is None for p in params.values()):
             raise ValueError("forget() returned a loss that depends on no parameter that the optimizer holds")
-        if self.scaler is not None:
-            losses = self.scaler.scale(losses)
-        add = torch.full((len(losses),), self.alpha / len(losses), dtype=torch.float64, device=losses.device)
+        n, share = len(losses), 1.0
+        if self.scaler is not None:  # as small as in their mean, which is what its scale has been found for
+            share = 2.0 ** -math.ceil(math.log2(n))
+            losses = self.scaler.scale(losses) * share
+        add = torch.full((n,), self.alpha / n / share, dtype=torch.float64, device=losses.device)
         tape.outer, self._outer = self._outer, {}
         done = tape.project_(
             losses,
@@ -246,6 +252,7 @@ class OrthoGrad:
             self.rtol,
             keep_output_gradients=self.keep_output_gradients,
             add=add if self.alpha else None,
+            rates=learning_rates(self.optimizer, params),
         )
         self._flat = tape.flat
         return seen[0], sum(seen[1:]) / len(seen[1:]), done

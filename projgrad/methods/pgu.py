@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .common import check_batch_norm, check_finite, clear, owned, scalar
 from .pgu_batches import read, samples_of
-from .pgu_cache import Cache, fingerprint
+from .pgu_cache import Cache, changed, fingerprint, parameters_of
 from .pgu_loss import unlearning_loss
 from .pgu_run import Run, run
 from .spectra import RULES, Basis, Projected, basis, decompose, exposed, project_
@@ -130,6 +130,7 @@ class PGU:
         if not (soft >= 0 and math.isfinite(soft)):
             raise ValueError(f"PGU: soft must be at least 0; got {soft}")
         self.cache: Cache | None = None
+        self.held: dict[str, tuple] = {}
         self.bases: dict[str, Basis] = {}
         self.frozen: dict[str, str] = {}
 
@@ -138,11 +139,12 @@ class PGU:
 
         Every position counts, padding too. Neither gradients nor labels are used. Memory: a float64 matrix (i, i) for
         every layer, a second one in `forget`. The model must compute each sample alike: no batch norm in training mode,
-        no dropout.
+        no dropout. The graph of the forward pass, without its activations, tells whether all uses of a weight were
+        seen. One that was not, as in a scripted module or another thread, freezes the weight, with a warning.
 
         Raises:
-            ValueError: no samples, batch norm in training mode, a forward pass that draws random numbers, no weight of
-                a linear layer.
+            ValueError: no samples, batch norm in training mode, a forward pass that draws random numbers or makes no
+                graph, no weight of a linear layer.
             FloatingPointError: NaN or Inf in a layer's inputs.
         """
         weights = self._weights()
@@ -154,7 +156,9 @@ class PGU:
         spectra, _ = decompose(moments.moments)
         views = {name: moments.views[name] for name in spectra}
         fitted = {name: weights[name].detach().clone() for name in spectra}
-        cache = Cache(spectra, views, fitted, fingerprint(self.model), n, samples, moments.eps, refused)
+        arithmetic = {name: sorted(moments.arithmetic[name]) for name in spectra}
+        model = fingerprint(self.model)
+        cache = Cache(spectra, views, fitted, model, n, samples, moments.eps, arithmetic, refused)
         self._adopt(cache)
         odd = [f"{name} ({why})" for name, why in refused.items() if why != "embedding"]
         if odd:
@@ -167,8 +171,9 @@ class PGU:
         An error leaves everything as it was.
 
         Raises:
-            ValueError: nothing fitted, no samples, a sample that was not fitted or is forgotten already, more samples
-                than are left, an eigenvalue negative beyond rounding, or one that is not 0 without any sample left.
+            ValueError: nothing fitted, another model, other arithmetic (autocast, float32 precision) than in fit(), no
+                samples, a sample that was not fitted or is forgotten already, more samples than are left, an eigenvalue
+                negative beyond rounding, or one that is not 0 without any sample left.
         """
         cache = self._cache("forget")
         weights = {name: self.model.get_parameter(name) for name in cache.spectra}
@@ -183,7 +188,7 @@ class PGU:
         """Every `.grad` that the optimizer holds for the model: projected in place, or None where frozen.
 
         Raises:
-            ValueError: nothing fitted, or no gradient to project.
+            ValueError: nothing fitted, a parameter that was replaced, cast or moved since then, or no gradient.
             FloatingPointError: NaN or Inf in a gradient; nothing was changed.
         """
         cache = self._cache("project_")
@@ -206,7 +211,8 @@ class PGU:
                 whose sign is flipped unless ascend=False.
 
         Raises:
-            ValueError: nothing fitted, every weight frozen, batch norm in training mode, a loss of the wrong shape.
+            ValueError: nothing fitted, a parameter that was replaced, cast or moved since then, every weight frozen,
+                batch norm in training mode, a loss of the wrong shape.
             FloatingPointError: NaN or Inf in the loss or a gradient.
         """
         start = time.perf_counter()
@@ -254,7 +260,7 @@ class PGU:
         """Write what was fitted, less what was forgotten, to a safetensors file; it holds no γ.
 
         The file is complete or is not there: a process that dies meanwhile leaves the one that was there before, and
-        perhaps files `.NAME.*.tmp` or `.tmp*` beside it.
+        perhaps files `.NAME.*.tmp` or `.tmp*` beside it. It carries a checksum, by which `load` knows damage.
         """
         self._cache("save").save(path, fingerprint(self.model))
 
@@ -276,7 +282,8 @@ class PGU:
             args, options: those of `PGU`.
 
         Raises:
-            ValueError: no complete cache, another model, other data.
+            FileNotFoundError: no such file.
+            ValueError: another file, one with any bit changed or of an earlier version, another model, other data.
         """
         pgu = cls(model, optimizer, *args, **options)
         cache = Cache.load(path, model)
@@ -298,6 +305,13 @@ class PGU:
     def _cache(self, method: str) -> Cache:
         if self.cache is None:
             raise ValueError(f"{method}: nothing is fitted; call fit() with the training data, or PGU.load()")
+        now = parameters_of(self.model)
+        for name in {**self.held, **now}:
+            if (why := changed(self.held.get(name), now.get(name))) is not None:
+                raise ValueError(
+                    f"{method}: {name} {why}, so that what is protected is not of this model. Put the model back as it "
+                    "was, or call fit() again"
+                )
         return self.cache
 
     def _adopt(self, cache: Cache) -> None:
@@ -316,7 +330,7 @@ class PGU:
                     bases[name] = basis(cache.spectra[name], gamma, self.rule, self.soft, dtype)
                 except ArithmeticError as error:
                     raise ArithmeticError(f"PGU: {name}: {error}") from None
-        self.cache, self.bases, self.frozen = cache, bases, frozen
+        self.cache, self.bases, self.frozen, self.held = cache, bases, frozen, parameters_of(self.model)
         empty = [name for name, b in bases.items() if not b.rank and cache.spectra[name].values.any()]
         if empty:
             warnings.warn(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from .common import check_batch_norm
 from .inputs import InputMoments
@@ -63,7 +64,12 @@ def read(
         FloatingPointError: NaN or Inf in a layer's inputs.
     """
     check_batch_norm(model)
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{method}: call it outside torch.inference_mode(): the graph of the forward pass is looked at"
+        )
     moments, n, samples = InputMoments(weights), 0, Counter()
+    keep = False  # activations
     check = check and (cache is None or cache.samples is not None)
     for batch in batches:
         count, hashes = samples_of(batch, forward, check, method)
@@ -77,15 +83,42 @@ def read(
         n += count
         if cache is not None and n > cache.n:
             raise ValueError(f"{method}: {n} samples or more, but only {cache.n} are left of those that were fitted")
-        with torch.no_grad(), _repeatable(model), moments:
-            (forward or run_model)(model, batch)
-        moments.aliases.clear()
+        with _repeatable(model):
+            try:
+                looked = _run(moments, model, batch, forward, keep)
+            except Exception:
+                if n > count or keep:
+                    raise
+                # It may run a backward pass of its own, such as for forces, which needs its activations.
+                moments, keep = InputMoments(weights), True
+                looked = _run(moments, model, batch, forward, keep)
+        if not looked:
+            raise ValueError(
+                f"{method}: the forward pass makes no graph for autograd, so that a use of a weight could be missed: "
+                "leave no_grad(), inference_mode() and detach() out of the model and of forward=. Activations are not "
+                "kept"
+            )
     if not n:
         raise ValueError(f"{method}: the batches hold no samples")
     for name, C in moments.moments.items():
         if not C.diagonal(dim1=1, dim2=2).isfinite().all():
             raise FloatingPointError(f"{method}: the inputs of {name} hold NaN or Inf, or their squares overflow")
     return moments, n, samples if check else None
+
+
+def _run(moments: InputMoments, model: nn.Module, batch: object, forward: Forward | None, keep: bool) -> bool:
+    """One forward pass with a graph, of which the activations are dropped at once; returns what `close` does."""
+    kept = nullcontext() if keep else saved_tensors_hooks(lambda _: None, _dropped)
+    with torch.enable_grad(), kept, moments:
+        result = (forward or run_model)(model, batch)
+    return moments.close(result)
+
+
+def _dropped(_: None) -> Tensor:
+    raise RuntimeError(
+        "the forward pass runs a backward pass of its own, but that of the first batch did not, so that activations "
+        "are not kept: begin with a batch that does"
+    )
 
 
 @contextmanager

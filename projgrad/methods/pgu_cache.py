@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import math
 import os
-import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from . import pgu_file
 from .inputs import InputMoments, View
 from .spectra import Spectrum, decompose
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,7 @@ class Cache:
 
     spectra, views: by name of the weight. fitted: these weights as the inputs were taken with.
     fingerprint: of the model at that time. n: samples. samples: a hash of each, or None where they are not checked.
-    eps: of the coarsest arithmetic that the inputs came from.
+    eps: of the coarsest arithmetic that the inputs came from. arithmetic: what each weight's inputs were computed in.
     refused: weights without a spectrum, and why.
     noise: by name, how far rounding may have moved an eigenvalue in the requests so far.
     """
@@ -41,19 +37,17 @@ class Cache:
     n: int
     samples: Counter[int] | None
     eps: float
+    arithmetic: dict[str, list[str]]
     refused: dict[str, str]
     noise: dict[str, float] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike, current: str) -> None:
-        """Written beside `path`, then moved there in one step. current: fingerprint of the model as it is now."""
-        from safetensors.torch import save_file
-
-        target = Path(path).resolve()  # a link stays one
-        header = {
-            "format": FORMAT,
+        """To a file that is complete or not there. current: fingerprint of the model as it is now."""
+        about = {
             "models": [self.fingerprint, current],
             "n": self.n,
             "eps": self.eps,
+            "arithmetic": self.arithmetic,
             "refused": self.refused,
             "noise": self.noise,
             "views": {name: [view.groups, view.transposed] for name, view in self.views.items()},
@@ -63,38 +57,17 @@ class Cache:
             tensors |= {f"vectors/{name}": spectrum.vectors, f"values/{name}": spectrum.values}
         if self.samples is not None:
             tensors["samples"] = torch.tensor(sorted(self.samples.elements()), dtype=torch.int64)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            temporary.touch(exist_ok=False)
-            mode = temporary.stat().st_mode  # by the umask; safetensors' own is for its owner alone
-            hosts = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-            save_file(hosts, temporary, {"pgu": json.dumps(header)})
-            temporary.chmod(mode)
-            _to_disk(temporary)
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _to_disk(target.parent)
+        pgu_file.write(path, about, tensors)
 
     @staticmethod
     def load(path: str | os.PathLike, model: nn.Module) -> Cache:
         """Tensors go where the model's parameters are.
 
         Raises:
-            ValueError: the file is no complete cache of this format, or belongs to another model.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no cache of this format, is not as it was written, or belongs to another model.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("pgu", "{}"))
-                names = file.keys()
-                tensors = {key: file.get_tensor(key) for key in names}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a complete cache: {error}") from None
-        if header.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a cache of PGU in format {FORMAT}; got format {header.get('format')}")
+        header, tensors = pgu_file.read(path)
         if fingerprint(model) not in header["models"]:
             raise ValueError(
                 f"{path} belongs to another model: names, shapes, dtypes or numbers differ from the model as it was "
@@ -114,6 +87,7 @@ class Cache:
             n=header["n"],
             samples=None if samples is None else Counter(samples.tolist()),
             eps=header["eps"],
+            arithmetic=header["arithmetic"],
             refused=header["refused"],
             noise=header["noise"],
         )
@@ -123,8 +97,11 @@ class Cache:
         """The model with the weights that the inputs were taken with; afterwards with its own again."""
         params = {name: model.get_parameter(name) for name in self.fitted}
         own = {name: p.detach().clone() for name, p in params.items()}
+        frozen = [p for p in params.values() if not p.requires_grad]
         try:
             _write(params, self.fitted)
+            for p in frozen:
+                p.requires_grad_(True)  # so that its uses are in the graph, as they were in fit()
             if fingerprint(model) != self.fingerprint:
                 raise ValueError(
                     "forget: something besides the projected weights has changed since fit(), so the inputs of the "
@@ -132,6 +109,8 @@ class Cache:
                 )
             yield
         finally:
+            for p in frozen:
+                p.requires_grad_(False)
             _write(params, own)
 
     def without(self, moments: InputMoments, n: int, samples: Counter[int] | None) -> Cache:
@@ -146,6 +125,13 @@ class Cache:
             if name in moments.refused or moments.views.get(name, self.views[name]) != self.views[name]:
                 why = moments.refused.get(name, "inputs are multiplied with it in another way")
                 raise ValueError(f"forget: {name} is used otherwise than when it was fitted: {why}")
+            other = moments.arithmetic.get(name, set()) - set(self.arithmetic[name])
+            if other:
+                raise ValueError(
+                    f"forget: {name} gets its inputs in {_listed(other)}, and got them in "
+                    f"{_listed(self.arithmetic[name])} in fit(): what would be subtracted is not what was added. Call "
+                    "forget() under the same autocast and precision settings as fit(), or fit() again under these"
+                )
             taken = moments.moments[name] if name in moments.moments else torch.zeros_like(U)
             # A row x with a relative error η, of √i roundings for each layer up to it, is off by 2 η ‖x‖² in C; two
             # decompositions and the product add i roundings of float64 each. What earlier requests left behind remains.
@@ -175,21 +161,14 @@ class Cache:
         return replace(self, spectra=spectra, n=self.n - n, samples=left, noise=bounds)
 
 
+def _listed(kinds: Iterable[str]) -> str:
+    return " and ".join(sorted(kinds))
+
+
 @torch.no_grad()
 def _write(params: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
     for name, p in params.items():
         p.copy_(values[name])
-
-
-def _to_disk(path: str | os.PathLike) -> None:
-    """A file's contents, or the names in a folder, survive the machine's end."""
-    if os.path.isdir(path) and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _bytes(t: Tensor) -> memoryview:
@@ -206,6 +185,27 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {host.dtype} {tuple(host.shape)};".encode())
         digest.update(_bytes(host))
     return digest.hexdigest()
+
+
+Held = tuple[nn.Parameter, torch.dtype, torch.Size, torch.device]
+
+
+def parameters_of(model: nn.Module) -> dict[str, Held]:
+    """Which they are, and what a cast or a move would change in place."""
+    return {name: (p, p.dtype, p.shape, p.device) for name, p in model.named_parameters()}
+
+
+def changed(before: Held | None, now: Held | None) -> str | None:
+    """What happened to a parameter since fit() or load(), if anything did; its numbers do not count."""
+    if before is None:
+        return "is new in the model"
+    if now is None:
+        return "is no longer in the model"
+    for old, new in zip(before[1:], now[1:], strict=True):
+        if old != new:
+            old, new = (tuple(x) if isinstance(x, torch.Size) else x for x in (old, new))
+            return f"was {old} when it was fitted and is {new} now"
+    return None if before[0] is now[0] else "is another parameter than the one that was fitted"
 
 
 def tensors_of(batch: object) -> list[Tensor]:

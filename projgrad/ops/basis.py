@@ -10,6 +10,7 @@ from .. import _options
 from ..cost import chunk_bytes
 from ..layer import _multiplied
 from .flat import DTYPES, _check_reverse_mode
+from .transforms import call, register
 
 # The schema. Inside it D is always [l, o, i] and M [l, i, k]. The default kernel is made of products.
 
@@ -56,20 +57,19 @@ def _basis_project_backward(ctx, dout):
     if ctx.needs_input_grad[1]:
         d, m, e = D.double(), M.double(), dout.double()
         dM = -(d.mT @ (e @ m) + e.mT @ (d @ m)).to(M.dtype)
-    return _basis_project(dout, M), dM
+    return call(_basis_project, dout, M), dM
 
 
-_basis_project.register_autograd(_basis_project_backward, setup_context=_basis_project_setup)
-
-
-@_basis_project.register_vmap
-def _(info, in_dims, D, M):
+def _basis_project_vmap(info, in_dims, D, M):
     size = info.batch_size
     if in_dims[1] is None:  # one basis for all: more rows of D
         D = D.movedim(in_dims[0], 1)  # [l, size, o, i]
-        return _basis_project(D.flatten(1, 2), M).unflatten(1, D.shape[1:3]), 1
+        return call(_basis_project, D.flatten(1, 2), M).unflatten(1, D.shape[1:3]), 1
     D, M = (x.expand(size, *x.shape) if d is None else x.movedim(d, 0) for x, d in zip((D, M), in_dims, strict=True))
-    return _basis_project(D.flatten(0, 1), M.flatten(0, 1)).unflatten(0, D.shape[:2]), 0
+    return call(_basis_project, D.flatten(0, 1), M.flatten(0, 1)).unflatten(0, D.shape[:2]), 0
+
+
+register(_basis_project, _basis_project_setup, _basis_project_backward, _basis_project_vmap)
 
 
 def basis_project(D: Tensor, M: Tensor) -> Tensor:
@@ -113,6 +113,6 @@ def basis_project(D: Tensor, M: Tensor) -> Tensor:
     i, k = M.shape[-2:]
     if M.ndim == 2:
         count = D.shape[:-1].numel()
-        return _basis_project(D.reshape(1, count, i), M[None]).reshape(D.shape)
+        return call(_basis_project, D.reshape(1, count, i), M[None]).reshape(D.shape)
     l = M.shape[:-2].numel()
-    return _basis_project(D.reshape(l, D.shape[-2], i), M.reshape(l, i, k)).reshape(D.shape)
+    return call(_basis_project, D.reshape(l, D.shape[-2], i), M.reshape(l, i, k)).reshape(D.shape)

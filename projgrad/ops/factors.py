@@ -20,7 +20,8 @@ from ..layer import (
     _multiplied,
     _rounded,
 )
-from .flat import DTYPES, _check_reverse_mode, _product, _vmap_loop
+from .flat import DTYPES, _check_reverse_mode, _product
+from .transforms import call, one_by_one, register
 
 # The schemas. Inside them a is always [n, t, i], b [n, t, o], u [m, o, i] and c [m, n]. What a device computes in its
 # own way are the leaves of `layer.py`.
@@ -117,7 +118,7 @@ def _linear_dot_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _linear_dot_backward(ctx, dv):
     a, b, u = ctx.saved_tensors
-    return *_weighted(a, b, dv, u), _linear_combine_op(a, b, dv.mT).to(u.dtype)
+    return *_weighted(a, b, dv, u), call(_linear_combine_op, a, b, dv.mT).to(u.dtype)
 
 
 def _linear_combine_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -126,7 +127,7 @@ def _linear_combine_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _linear_combine_backward(ctx, dout):
     a, b, c = ctx.saved_tensors
-    return *_weighted(a, b, c.mT, dout), _linear_dot_op(a, b, dout).mT.to(c.dtype)
+    return *_weighted(a, b, c.mT, dout), call(_linear_dot_op, a, b, dout).mT.to(c.dtype)
 
 
 def _linear_moments_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -138,28 +139,12 @@ def _linear_moments_backward(ctx, dtotal, dsquares):
     return _through(dtotal.double() + 2 * dsquares.double() * _explicit(a, b), a, b)
 
 
-_linear_gram_op.register_autograd(_linear_gram_backward, setup_context=_linear_gram_setup)
-_linear_dot_op.register_autograd(_linear_dot_backward, setup_context=_linear_dot_setup)
-_linear_combine_op.register_autograd(_linear_combine_backward, setup_context=_linear_combine_setup)
-_linear_moments_op.register_autograd(_linear_moments_backward, setup_context=_linear_moments_setup)
-
-
 # vmap: every layer once per element.
 
-
-def _vmap_one(op: Any) -> Any:
-    rule = _vmap_loop(lambda *args: (op(*args),))
-
-    def single(info, in_dims, *args):
-        (out,), (dim,) = rule(info, in_dims, *args)
-        return out, dim
-
-    return single
-
-
-for _op in (_linear_gram_op, _linear_dot_op, _linear_combine_op):
-    _op.register_vmap(_vmap_one(_op))
-_linear_moments_op.register_vmap(_vmap_loop(_linear_moments_op))
+register(_linear_gram_op, _linear_gram_setup, _linear_gram_backward, one_by_one(_linear_gram_op))
+register(_linear_dot_op, _linear_dot_setup, _linear_dot_backward, one_by_one(_linear_dot_op))
+register(_linear_combine_op, _linear_combine_setup, _linear_combine_backward, one_by_one(_linear_combine_op))
+register(_linear_moments_op, _linear_moments_setup, _linear_moments_backward, one_by_one(_linear_moments_op))
 
 
 # The public functions.
@@ -221,7 +206,7 @@ def linear_gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | Non
     """
     a, b = _tokens("linear_gram", a, b)
     if a2 is None and b2 is None:
-        return _linear_gram_op(a, b, None, None)
+        return call(_linear_gram_op, a, b, None, None)
     if a2 is None or b2 is None:
         raise ValueError("linear_gram: a2 and b2 belong together; got only one of them")
     a2, b2 = _tokens("linear_gram", a2, b2, "a2", "b2")
@@ -237,7 +222,7 @@ def linear_gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | Non
         )
     if a2.device != a.device:
         raise ValueError(f"linear_gram: a2 must be on the device of a; got a on {a.device} and a2 on {a2.device}")
-    return _linear_gram_op(a, b, a2, b2)
+    return call(_linear_gram_op, a, b, a2, b2)
 
 
 def linear_dot(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
@@ -270,7 +255,7 @@ def linear_dot(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
             f"got u {tuple(u.shape)}, a {tuple(a.shape)} and b {tuple(b.shape)}"
         )
     _check_other("linear_dot", "u", u, a)
-    return _linear_dot_op(a, b, u).mT if u.ndim == 3 else _linear_dot_op(a, b, u[None])[:, 0]
+    return call(_linear_dot_op, a, b, u).mT if u.ndim == 3 else call(_linear_dot_op, a, b, u[None])[:, 0]
 
 
 def linear_combine(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -303,7 +288,7 @@ def linear_combine(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
             f"linear_combine: c must be (n,) or (m, n) with the n of a; got c {tuple(c.shape)} and a {tuple(a.shape)}"
         )
     _check_other("linear_combine", "c", c, a)
-    return _linear_combine_op(a, b, c) if c.ndim == 2 else _linear_combine_op(a, b, c[None])[0]
+    return call(_linear_combine_op, a, b, c) if c.ndim == 2 else call(_linear_combine_op, a, b, c[None])[0]
 
 
 def linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,4 +313,4 @@ def linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         >>> [x.tolist() for x in projgrad.linear_moments(a, b)]
         [[[1.0, 5.0]], [[1.0, 13.0]]]
     """
-    return _linear_moments_op(*_tokens("linear_moments", a, b))
+    return call(_linear_moments_op, *_tokens("linear_moments", a, b))

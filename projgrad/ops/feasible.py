@@ -9,7 +9,8 @@ from torch.library import custom_op
 from .. import _options, reference
 from ..layer import library
 from ..student import limits
-from .flat import DTYPES, _check_reverse_mode, _vmap_loop
+from .flat import DTYPES, _check_reverse_mode
+from .transforms import call, one_by_one, register
 
 # The schemas. Inside them all tensors are flat [p]; the sums [6] of `reference.feasible` come with the result. The
 # second is what a device computes in its own way.
@@ -45,8 +46,7 @@ def _feasible_backward(ctx, dout, _):
     return torch.where(out != 0, dout, 0), None, None, None, None, None
 
 
-_feasible.register_autograd(_feasible_backward, setup_context=_feasible_setup)
-_feasible.register_vmap(_vmap_loop(_feasible))
+register(_feasible, _feasible_setup, _feasible_backward, one_by_one(_feasible))
 
 
 def feasible(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, *, delta: float = 0.05) -> Tensor:
@@ -108,4 +108,5 @@ def feasible(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, *, de
         raise ValueError(f"feasible: a standard deviation needs n ≥ 2 retain samples; got {n}")
     delta = _options.within("feasible: delta is the level of a one-sided test and", delta, "(0, 0.5]")
     _check_reverse_mode("feasible", d, u, total, squares)
-    return _feasible(*(x.reshape(-1) for x in tensors.values()), n, delta)[0].reshape(d.shape)
+    flat = [x.reshape(x.numel()) for x in tensors.values()]
+    return call(_feasible, *flat, n, delta)[0].reshape(d.shape)

@@ -1,6 +1,5 @@
 """The ops on an explicit gradient matrix G [n, p]: schema, docstring, shape rule and gradient; nothing else."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +8,7 @@ from torch.autograd import forward_ad
 from torch.library import custom_op
 
 from .. import _options, reference
+from .transforms import call, one_by_one, refuse_forward_mode, register
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -124,7 +124,7 @@ def _gram_solve_backward(ctx, dx, *_):
     if dx is None:
         return None, None, None, None
     K, x = ctx.saved_tensors
-    db, *_ = _gram_solve(K, dx, ctx.damping, ctx.rtol)
+    db, *_ = call(_gram_solve, K, dx, ctx.damping, ctx.rtol)
     dK = -(db @ x.mT)
     dK = (dK + dK.mT) / 2 - ctx.damping * torch.diag_embed((db * x).sum(-1))
     return dK, db, None, None
@@ -145,10 +145,10 @@ def _project_out_backward(ctx, dout, dc, *_):
     u, G, out, c = ctx.saved_tensors
     du, f = torch.zeros_like(u), torch.zeros_like(c)
     if dout is not None:
-        du, f, *_ = _project_out(dout, G, ctx.damping, ctx.rtol)
+        du, f, *_ = call(_project_out, dout, G, ctx.damping, ctx.rtol)
     if dc is not None:
-        K, _ = _gram(G, u[:0], True)
-        e = _gram_solve(K[None], dc[None], ctx.damping, ctx.rtol)[0][0]
+        K, _ = call(_gram, G, u[:0], True)
+        e = call(_gram_solve, K[None], dc[None], ctx.damping, ctx.rtol)[0][0]
         du, f = du + _product(e.mT, G), f - e
     dG = None
     if ctx.needs_input_grad[1]:
@@ -158,38 +158,24 @@ def _project_out_backward(ctx, dout, dc, *_):
     return du, dG, None, None
 
 
-_gram.register_autograd(_gram_backward, setup_context=_gram_setup)
-_subtract.register_autograd(_subtract_backward)
-_gram_solve.register_autograd(_gram_solve_backward, setup_context=_gram_solve_setup)
-_project_out.register_autograd(_project_out_backward, setup_context=_project_out_setup)
-
-
 # vmap: gram_solve is batched already; the others, which read all of G, run once per element.
 
 
-def _vmap_loop(op: Callable) -> Callable:
-    def rule(info, in_dims, *args):
-        def element(i: int) -> list:
-            return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
-
-        results = [op(*element(i)) for i in range(info.batch_size)]
-        return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
-
-    return rule
-
-
-@_gram_solve.register_vmap
-def _(info, in_dims, K, b, damping, rtol):
+def _gram_solve_vmap(info, in_dims, K, b, damping, rtol):
     def fold(t: Tensor, d: int | None) -> Tensor:
         t = t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
         return t.flatten(0, 1)
 
-    results = _gram_solve(fold(K, in_dims[0]), fold(b, in_dims[1]), damping, rtol)
-    return tuple(t.unflatten(0, (info.batch_size, -1)) for t in results), (0, 0, 0)
+    systems = K.shape[0 if in_dims[0] != 0 else 1]
+    results = call(_gram_solve, fold(K, in_dims[0]), fold(b, in_dims[1]), damping, rtol)
+    return tuple(t.unflatten(0, (info.batch_size, systems)) for t in results), (0, 0, 0)
 
 
-for _op in (_gram, _subtract, _project_out):
-    _op.register_vmap(_vmap_loop(_op))
+register(_gram, _gram_setup, _gram_backward, one_by_one(_gram))
+register(_gram_solve, _gram_solve_setup, _gram_solve_backward, _gram_solve_vmap)
+register(_project_out, _project_out_setup, _project_out_backward, one_by_one(_project_out))
+_subtract.register_autograd(_subtract_backward)
+_subtract.register_vmap(one_by_one(_subtract))
 
 
 # The public functions.
@@ -217,7 +203,7 @@ def _check_flat(op: str, u: Tensor | None, G: Tensor) -> None:
 def _check_reverse_mode(op: str, *tensors: Tensor) -> None:
     """Custom operators have no forward-mode rule, and torch takes a missing one for zero: refuse instead."""
     if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError(f"{op}: forward-mode derivatives (jvp, jacfwd) are not supported: use reverse mode")
+        refuse_forward_mode(op)
 
 
 def gram(G: Tensor, u: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -245,8 +231,8 @@ def gram(G: Tensor, u: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """
     _check_flat("gram", u, G)
     if u is None:
-        return _gram(G, G[:0], False)[0]
-    K, v = _gram(G, u if u.ndim == 2 else u[None], False)
+        return call(_gram, G, G[:0], False)[0]
+    K, v = call(_gram, G, u if u.ndim == 2 else u[None], False)
     return K, (v if u.ndim == 2 else v[:, 0])
 
 
@@ -302,7 +288,8 @@ def gram_solve(K: Tensor, b: Tensor, *, damping: float = 0.0, rtol: float | None
     n, batch = K.shape[-1], K.shape[:-2]
     columns = b[..., None] if vector else b
     count = batch.numel()
-    x, *_ = _gram_solve(K.reshape(count, n, n), columns.reshape(count, n, columns.shape[-1]), damping, rtol)
+    systems = K.reshape(count, n, n), columns.reshape(count, n, columns.shape[-1])
+    x, *_ = call(_gram_solve, *systems, damping, rtol)
     return x.reshape(b.shape)
 
 
@@ -343,7 +330,7 @@ def project_out(
     _options.check_tensors("project_out", u=u)
     _check_flat("project_out", u, G)
     damping, rtol = _options.check_solver("project_out: ", damping, rtol)
-    out, c, rank, worst, squares = _project_out(u if u.ndim == 2 else u[None], G, damping, rtol)
+    out, c, rank, worst, squares = call(_project_out, u if u.ndim == 2 else u[None], G, damping, rtol)
     norms = squares.detach().sqrt()
     preserved = torch.where(norms[0] > 0, norms[1] / norms[0], 1)
     if u.ndim == 1:

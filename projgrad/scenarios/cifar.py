@@ -1,9 +1,7 @@
 """PGU's published setting: AllCNN on CIFAR-10, some samples of class 0 to be forgotten."""
 
 import json
-import os
 import tarfile
-import tempfile
 import zlib
 from functools import cache
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._atomic import replacing
 from .packages import folder_of, npm_archive
 from .problem import Part, Problem, Training
 from .splits import split
@@ -126,14 +125,8 @@ def _arrays(archive: Path) -> dict[str, np.ndarray]:
     """What the package holds, decoded once into a file beside it."""
     decoded = archive.with_suffix(".npz")
     if not decoded.exists():
-        with tempfile.NamedTemporaryFile(dir=archive.parent, suffix=".part", delete=False) as part:
-            try:
-                np.savez(part, **_read(archive))
-                part.flush()
-                os.replace(part.name, decoded)  # complete or absent, even after a kill
-            except BaseException:
-                os.unlink(part.name)
-                raise
+        with replacing(decoded) as partial, partial.open("wb") as file:
+            np.savez(file, **_read(archive))
     with np.load(decoded) as data:
         return dict(data)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import re
-import tempfile
 import wave
 import zipfile
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .._atomic import replacing
 from .packages import data_folder, folder_of
 from .problem import Part, Problem, pieces
 from .whisper import read_whisper, transcribe
@@ -209,9 +208,8 @@ def transcripts(model: Path, features: Tensor, key: str) -> Tensor:
         for found in transcribe(whisper, some, PREFIX, END, TOKENS).tolist():
             rows.append(found + [-100] * (TOKENS - len(found)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-        json.dump(rows, file)
-    os.replace(file.name, path)  # whole or not at all, whoever else writes it
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(rows))
     return torch.tensor(rows)
 
 

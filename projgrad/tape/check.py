@@ -74,12 +74,12 @@ class Checks(Questions):
         blame: Callable[[], str] = str,
     ) -> None:
         """The self-check of adding Gᵀ w: K and v come from the rules, the correction from plain autograd."""
-        half, dtype = method.half, method.dtype
+        dtype = method.dtype
         for place, measured in enumerate(found):
             if measured is None:
                 continue
 
-            limit = tolerance_of(half, dtype, measured.numbers.is_cuda)
+            limit = tolerance_of(method.compared, measured.numbers.is_cuda)
 
             def answer(values: list[float], place=place, measured=measured, limit=limit) -> None:
                 error = judge(place, measured.value(values), weights, u2, limit, dtype, blame)
@@ -87,13 +87,12 @@ class Checks(Questions):
 
             self.ask(measured.numbers, answer)
 
-    def check_watched(
-        self, half: bool, dtype: torch.dtype, name: str, K: Tensor, grad: Tensor | None, total: Tensor
-    ) -> None:
+    def check_watched(self, method: Route, name: str, K: Tensor, grad: Tensor | None, total: Tensor) -> None:
         """Σ_j g_j of one parameter from plain autograd against its K; `total`: Σ_j ‖g_j‖ over all parameters."""
+        dtype = method.dtype
         weights = weights_of(torch.ones_like(K[0]), K)
         found = torch.zeros_like(total) if grad is None else length(grad).square()
-        limit = tolerance_of(half, dtype, K.is_cuda)
+        limit = tolerance_of(method.compared, K.is_cuda)
 
         def answer(values: list[float]) -> None:
             *some, square, total = values
@@ -104,10 +103,16 @@ class Checks(Questions):
         self.ask(torch.cat([weights, torch.stack([found, total])]), answer)
 
 
-def tolerance_of(half: bool, dtype: torch.dtype, cuda: bool) -> float:
-    """How far rules and autograd may differ; on a GPU torch may round float32 to ten bits, cuDNN does unless told."""
-    if half or dtype == torch.float64:
-        return 5e-2 if half else 1e-9
+def coarser(*dtypes: torch.dtype) -> torch.dtype:
+    """The one with the fewest digits."""
+    return max(dtypes, key=lambda d: torch.finfo(d).eps)
+
+
+def tolerance_of(dtype: torch.dtype, cuda: bool) -> float:
+    """How far two ways to the same number may be apart, if `dtype` is the coarsest that lies on one of them and not on
+    the other; on a GPU torch may round float32 to ten bits, cuDNN does unless told."""
+    if dtype != torch.float32:
+        return 1e-9 if dtype == torch.float64 else 5e-2
     precisions = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     return 1e-2 if cuda and not {*precisions} <= {"ieee", "none"} else 1e-3
 

@@ -44,7 +44,7 @@ class Job:
 
 
 class Products(Job):
-    """K = G Gᵀ and v = G u, summed over parameters."""
+    """K = G Gᵀ and v = G u, summed over parameters, each by its rate."""
 
     def __init__(
         self, tape: Tape, u: dict[str, Tensor] | None = None, gram: bool = True, wide: bool = False, watch: str = ""
@@ -59,16 +59,17 @@ class Products(Job):
         self.half = self.half or rule.half
         u = self.u.get(name)
         u = None if u is None else part(source, u)[None]
+        rate = self.tape.rates.get(name, 1.0)
         if self.gram:
             K, v = products(rule, u, self.tape.outer.get(name) if source.whole else None, self.wide)
             self.tape.flat = self.tape.flat or few_positions(rule)
-            self.K = self.K + K
+            self.K = self.K + (K if rate == 1 else rate * K)
             if name == self.watch:
                 self.watched = self.watched + K
         elif u is not None:
             v = rule.dot(u, self.wide)
         if u is not None:
-            self.v = self.v + v[:, 0]
+            self.v = self.v + (v[:, 0] if rate == 1 else rate * v[:, 0])
 
     def finish(self, n: int) -> None:
         zero = torch.zeros(n, dtype=torch.float64, device=self.tape.anchor.device)

@@ -1,33 +1,56 @@
 """Where the samples are in a tensor, found from the gradients themselves."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-LEVELS = {2: 8, 4: 32, 8: 32}  # different weights at once, by the bytes of a number: float16 has no room for more
-
 
 class Layout(NamedTuple):
     """The samples of a tensor lie along `axis`: as its outer index (sample j is a block), or as its `inner` one (every
-    n-th entry), or anywhere: `rows` [n, k] says which entries of axis 0 belong to sample j (-1: none)."""
+    n-th entry), or anywhere: `rows` [n, k] says which entries of the leading dimensions, of sizes `lead` and counted
+    through, belong to sample j (-1: none)."""
 
     axis: int = 0
     inner: bool = False
     rows: Tensor | None = None
+    lead: tuple[int, ...] = ()
 
-    def split(self, x: Tensor, n: int, ndim: int | None = None) -> Tensor:
+    @property
+    def axes(self) -> range:
+        """The dimensions along which the samples lie."""
+        return range(self.axis, self.axis + max(1, len(self.lead)))
+
+    def split(self, x: Tensor, n: int, ndim: int | None = None, fill: float = 0) -> Tensor:
         """x [..., n k, ...] -> [n, ..., k, ...] with k where the axis was (k = 1 stays). `ndim`: dimensions of the
-        tensor that the layout is about, when x is only broadcast against it."""
+        tensor that the layout is about, when x is only broadcast against it; `fill`: what is nobody's."""
         axis = self.axis if ndim is None else self.axis - ndim + x.ndim
         if self.rows is not None:
-            padded = torch.cat([x, x.new_zeros((1, *x.shape[1:]))])
-            return padded[self.rows]  # -1 is the row of zeros
+            if ndim is not None:
+                x = x.view(*[1] * (ndim - x.ndim), *x.shape).expand(*self.lead, *[-1] * (ndim - len(self.lead)))
+            x = x.flatten(0, len(self.lead) - 1)
+            padded = torch.cat([x, x.new_full((1, *x.shape[1:]), fill)])
+            taken = padded[self.rows]  # -1 is the row that was added
+            return taken.view(*taken.shape[:2], *[1] * (len(self.lead) - 1), *x.shape[1:])
         k = x.shape[axis] // n
         if self.inner:
             return x.unflatten(axis, (k, n)).movedim(axis + 1, 0)
         return x.unflatten(axis, (n, k)).movedim(axis, 0)
+
+    def reaches(self, x: Tensor, b: Tensor) -> bool:
+        """Whether x, which is broadcast against b, lies along the samples itself."""
+        return any(-x.ndim <= a - b.ndim and x.shape[a - b.ndim] == b.shape[a] for a in self.axes)
+
+    def owner(self, size: int, n: int, device: torch.device) -> Tensor:
+        """The sample of every entry along `axis` [size], -1: none; for rows that of every row."""
+        if self.rows is not None:
+            owner = torch.full((size + 1,), -1, device=device)
+            owner[self.rows] = torch.arange(n, device=device)[:, None]
+            return owner[:-1]
+        i = torch.arange(size, device=device)
+        return i % n if self.inner else i // (size // n)
 
 
 def candidates(shape: torch.Size, axes, n: int) -> list[Layout]:
@@ -37,52 +60,8 @@ def candidates(shape: torch.Size, axes, n: int) -> list[Layout]:
     return exact + [Layout(axis, inner) for inner in (False, True) for axis in split]
 
 
-def norms(b: Tensor, layout: Layout, n: int) -> Tensor:
-    """Length of the gradient in each sample's block [n]."""
-    return torch.linalg.vector_norm(layout.split(b, n).flatten(1), dim=1, dtype=torch.float64)
-
-
-def codes(n: int, like: Tensor) -> list[Tensor]:
-    """Weights [n] for one backward pass after the other, powers of two; no two samples get the same in all of them.
-
-    Scaling by a power of two does not round, so what belongs to a sample is scaled by exactly its weight.
-    """
-    levels = LEVELS[like.element_size()]
-    j, passes = torch.arange(n, device=like.device), []
-    while not passes or n > 1:
-        passes.append((2.0 ** (j % levels - levels // 2)).to(like.dtype))
-        j, n = j // levels, -(-n // levels)
-    return passes
-
-
-class Tolerance(NamedTuple):
-    relative: float
-    absolute: float
-
-
-def explains(before: Tensor, after: Sequence[Tensor], weights: list[Tensor], tolerance: Tolerance) -> bool:
-    """Whether each sample's block [n] grew by the sample's own weight, every time."""
-    for grown, w in zip(after, weights, strict=True):
-        expected = before * w.double()
-        if not ((grown - expected).abs() <= tolerance.relative * expected + tolerance.absolute).all():
-            return False
-    return True
-
-
-def owners(before: Tensor, after: Sequence[Tensor], weights: list[Tensor], tolerance: Tolerance) -> Tensor | None:
-    """The sample of every row of axis 0 [rows] (-1: none, its gradient is zero); None where a row mixes samples."""
-    n, nonzero = len(weights[0]), before > tolerance.absolute
-    fits = nonzero.new_ones((len(before), n))
-    for grown, w in zip(after, weights, strict=True):
-        expected = before[:, None] * w.double()
-        fits &= (grown[:, None] - expected).abs() <= tolerance.relative * expected
-    if (nonzero & ~fits.any(1)).any():
-        return None
-    return fits.int().argmax(1).where(nonzero, -1)
-
-
-def gather(owner: Tensor, n: int) -> Layout:
-    """The layout in which row r belongs to sample owner[r]."""
+def gather(owner: Tensor, n: int, lead: tuple[int, ...] = ()) -> Layout:
+    """The layout in which row r, of the leading dimensions counted through, belongs to sample owner[r]."""
     order = owner.argsort(stable=True)
     counts = torch.zeros(n + 1, dtype=torch.int64, device=owner.device)  # of nobody's rows, and of every sample's
     counts.index_add_(0, owner + 1, torch.ones_like(owner))
@@ -91,4 +70,85 @@ def gather(owner: Tensor, n: int) -> Layout:
     rows = owner.new_full((n, longest), -1)
     place = torch.arange(len(order), device=owner.device) - starts[owner[order]]
     rows[owner[order], place] = order
-    return Layout(rows=rows)
+    return Layout(rows=rows, lead=lead or (len(owner),))
+
+
+class Codes:
+    """Weights of the samples for a few backward passes, by which the gradient says whose it is.
+
+    From the first pass to every other one the weight of sample j grows by a power of two, negative for half of the
+    samples: that does not round, so what belongs to one sample alone grows by exactly its factor. No two samples have
+    the same factors. Neither pass weighs all samples alike: what cancels then (ℓ_j - mean ℓ) shows.
+
+    base: weights of the first pass [n]. factors: by which they grow in the others, [n] each.
+    """
+
+    def __init__(self, n: int, like: Tensor, coarsest: torch.dtype) -> None:
+        j = torch.arange(n, device=like.device)
+        hashed = j * 0x9E3779B1 >> 16
+        # No weight is above 1 in float16, which would overflow, and few are far below, where it runs out of digits.
+        small = coarsest == torch.float16
+        limit, exponent = (3, 1) if small else (48, hashed >> 1 & 3)
+        passes = next(k for k in range(1, n + 2) if (2 * limit) ** k >= n)
+        self.powers = next(e for e in range(1, limit + 1) if (2 * e) ** passes >= n)
+        self.n, self.lowest = n, -(self.powers // 2)
+        self.base = ((1 - 2 * (hashed & 1)) * 2.0**-exponent).to(like.dtype)
+        self.digits = [j // (2 * self.powers) ** k % (2 * self.powers) for k in range(passes)]
+        self.factors = [self._factor(d).to(like.dtype) for d in self.digits]
+
+    def _factor(self, digit: Tensor) -> Tensor:
+        return (1 - 2 * (digit & 1)) * 2.0 ** ((digit >> 1) + self.lowest)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """[n] for every pass."""
+        return [self.base, *(self.base * f for f in self.factors)]
+
+    def owners(self, passes: Sequence[Tensor], tolerance: float, floor: Tensor) -> tuple[Tensor, Tensor]:
+        """Whose every entry is [r] (-1: nobody's, its gradient is zero), and whether it is a mixture [r], from its
+        signature [r, q] in every pass.
+
+        tolerance: by how much an entry may miss its factor, relative. floor: signatures up to this size are noise.
+        """
+        before = passes[0].double()
+        size = before.norm(dim=1)
+        zero = size <= floor
+        size = size.where(~zero, 1)
+        owner, mixed = torch.zeros_like(zero, dtype=torch.int64), torch.zeros_like(zero)
+        for k, after in enumerate(passes[1:]):
+            after = after.double()
+            grown = (before / size[:, None] * (after / size[:, None])).sum(1)  # in this order nothing overflows
+            power = grown.abs().clamp_min(1e-300).log2().round() - self.lowest
+            digit = 2 * power.clamp(0, self.powers - 1).long() + (grown < 0)
+            off = (after - self._factor(digit)[:, None] * before).norm(dim=1)
+            appeared = after.norm(dim=1) > 16 * 2.0 ** (self.powers // 2) * floor
+            mixed |= torch.where(zero, appeared, ~(off <= tolerance * grown.abs() * size))
+            owner += digit * (2 * self.powers) ** k
+        mixed |= ~zero & (owner >= self.n)
+        return owner.where(~zero & ~mixed, -1), mixed
+
+
+class Signatures:
+    """What of a gradient is compared between passes: a few random projections, the same in every pass.
+
+    They are linear: what mixes samples shows to first order, and cannot cancel.
+    """
+
+    def __init__(self) -> None:
+        self.directions: dict[tuple, Tensor] = {}
+
+    def of(self, b: Tensor, axes: Sequence[int]) -> Tensor:
+        """[indices along `axes`, q] for b [*shape]."""
+        rest = [d for d in range(b.ndim) if d not in axes]
+        sizes = [math.prod(b.shape[d] for d in some) for some in (axes, rest)]
+        rows = b.permute(*axes, *rest).reshape(sizes)
+        # Scaling by powers of two commutes with the rounding of bfloat16; float16 has not the range for sums.
+        rows = rows.float() if rows.dtype.itemsize == 2 else rows
+        size, count = rows.shape[1], 4
+        if size <= count:
+            return rows
+        key = size, rows.dtype, rows.device
+        if key not in self.directions:
+            z = torch.randn((size, count), generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
+            self.directions[key] = z.to(b.device)
+        return rows @ self.directions[key]

@@ -16,6 +16,7 @@ from .. import functional as pf
 from ..functional.elementwise import add_, local_aligned, local_first, spread, sub_
 from ..functional.lookups import lookup
 from ..functional.recurrent import CELLS, recurrent, recurrent_cell
+from .refusals import CHECKPOINTING
 from .sites import Source
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Interception(TorchFunctionMode):
         alone = all(self.tape.source(t) is not None or self._constant(t) for t in others)
         source, constant = self.tape.source(target), self._constant(target)
         out = self._handle(func, name, args, kwargs)
-        if source is not None and not alone:
+        if source is not None and not alone and torch.is_grad_enabled():  # else it is the same leaf with other numbers
             self.tape.sources.pop(id(target), None)
         elif constant and not all(self._constant(t) for t in others):
             self.constants.pop(id(target), None)
@@ -201,9 +202,13 @@ class Recomputing:
         self.before, self.tape.recomputing = self.tape.recomputing, True
         self.tape._mode.__enter__()
 
-    def __exit__(self, *error) -> None:
-        self.tape._mode.__exit__(*error)
+    def __exit__(self, kind, error, trace) -> None:
+        self.tape._mode.__exit__(kind, error, trace)
         self.tape.recomputing = self.before
+        if isinstance(error, RuntimeError):
+            for words, meaning in CHECKPOINTING.items():
+                if words in str(error):
+                    raise ValueError(meaning) from error
 
 
 def _index(func, weight: Tensor, ids: Tensor, *, tape: Tape) -> Tensor:

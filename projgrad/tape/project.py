@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,7 @@ def project_(
     rtol: float | None,
     keep: bool,
     add: Tensor | None,
+    rates: Mapping[str, float],
 ) -> Projection:
     _options.check_choice("scope", scope, ("global", "per_tensor"))
     damping, rtol = _options.check_solver("", damping, rtol)
@@ -65,10 +67,11 @@ def project_(
             raise ValueError(f"the gradient of {name} is sparse: build the layer with sparse=False")
         if not p.grad.is_contiguous():
             p.grad = p.grad.contiguous()
+    tape.rates = {} if scope == "per_tensor" else _relative(rates, tape.parameters)
     squares = _ask_squares(tape)
-    tape.structure(losses)
+    structure = tape.structure(losses)
     tape.questions.settle()  # if the structure was known already
-    keep = keep or losses.dtype.itemsize == 2  # weights of 16 bits are too coarse for a second pass
+    keep = keep or structure.coarsest.itemsize == 2  # a second pass with other weights would round too differently
     n = len(losses)
     add = torch.zeros(n, dtype=torch.float64, device=losses.device) if add is None else add.double()
     checks, solver = Checks(), Solver(damping, add)
@@ -81,7 +84,7 @@ def project_(
             if scope == "per_tensor":
                 return _per_tensor(tape, losses, solver, rtol, squares, checks)
             method = KeptGradients(tape, losses, checks) if keep else TwoPasses(tape, losses)
-            method.known = sum(squares.values())
+            method.known = sum(method.rate(name) * square for name, square in squares.items())
             solver.start("", _steps(method, n, solver, rtol, checks))
             solver.finish()
             checks.settle()
@@ -92,6 +95,16 @@ def project_(
             for p in tape.parameters.values():
                 p.grad = None  # half-made: nothing that an optimizer should see
             raise
+
+
+def _relative(rates: Mapping[str, float], parameters: Collection[str]) -> dict[str, float]:
+    """Rates over the largest; none if all are the same."""
+    for name, rate in rates.items():
+        if name not in parameters or not (rate >= 0 and math.isfinite(rate)):
+            raise ValueError(f"rates must be finite, not negative, and of followed parameters; got {name!r}: {rate}")
+    largest = max((rates.get(name, 1.0) for name in parameters), default=0.0)
+    found = {name: rates.get(name, 1.0) / largest for name in parameters} if largest else {}
+    return {} if len(set(found.values())) <= 1 else found
 
 
 def _ask_squares(tape: Tape) -> dict[str, float]:
@@ -189,7 +202,7 @@ def _steps(method: Route, n: int, solver: Solver, rtol: float | None, checks: Ch
 
 def _projection(rank: int, u2: float, after: float, residual: float, refinements: int) -> Projection:
     preserved = after / u2**0.5 if u2 else 1.0
-    return Projection(rank, preserved, residual, refinements, 0.0, (u2, after**2))
+    return Projection(rank, preserved, min(residual, 1.0), refinements, 0.0, (u2, after**2))
 
 
 def _without_underflow(K: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -205,7 +218,7 @@ def _per_tensor(
 ) -> Projection:
     """Every tensor as soon as its last use has come by, in the one backward pass."""
     n, watch = len(losses), next_watched(tape, losses)
-    watched: list[tuple[bool, torch.dtype, Tensor]] = []
+    watched: list[OneTensor] = []
     rows = torch.zeros(n, dtype=torch.float64, device=losses.device)  # ‖g_j‖² over all tensors
 
     def finished(name: str, pieces: list[tuple[Source, Rule]]) -> None:
@@ -214,13 +227,13 @@ def _per_tensor(
         solver.start(name, _steps(method, n, solver, rtol, checks, name))
         rows.add_(method.K.diagonal())
         if name == watch:
-            watched.append((method.half, method.dtype, method.K))
+            watched.append(method)
 
     job = Kept(tape, finished)
     grads = tape._run(losses, job, retain_graph=False, watch=[tape.parameters[watch]] if watch else [])
     solver.finish()
-    for half, dtype, K in watched:
-        checks.check_watched(half, dtype, watch, K, grads[0], rows.clamp_min(0).sqrt().sum())
+    for method in watched:
+        checks.check_watched(method, watch, method.K, grads[0], rows.clamp_min(0).sqrt().sum())
     checks.settle()
     tensors = solver.done
     for name, done in tensors.items():

@@ -15,6 +15,7 @@ from .check import (
     Outcome,
     Weights,
     check_finite,
+    coarser,
     exact_convolutions,
     judge,
     tolerance_of,
@@ -37,9 +38,18 @@ class Route:
     known: float | None = None  # ‖p.grad‖², until it changes
     half = False  # whether 16-bit numbers limit what autograd and the rules can agree on
 
+    @property
+    def compared(self) -> torch.dtype:
+        """The coarsest type in which the two sides of the self-check may differ: that of the products."""
+        return torch.bfloat16 if self.half else self.dtype
+
     def grads(self) -> dict[str, Tensor]:
         """p.grad by name, where there is one."""
         raise NotImplementedError
+
+    def rate(self, name: str) -> float:
+        """The weight of a parameter in all inner products."""
+        return 1.0
 
     def numel(self) -> int:
         """Dimensions of the space in which the per-sample gradients lie."""
@@ -53,8 +63,11 @@ class Route:
 
     def sizes(self) -> Tensor:
         """Lengths of all p.grad as they are now, on the device."""
-        grads = list(self.grads().values())
-        return lengths(grads) if grads else torch.zeros(0, dtype=torch.float64)
+        grads = self.grads()
+        if not grads:
+            return torch.zeros(0, dtype=torch.float64)
+        found, rates = lengths(list(grads.values())), [self.rate(name) ** 0.5 for name in grads]
+        return found if all(rate == 1 for rate in rates) else found * found.new_tensor(rates)
 
     def growth(self, before: float) -> Measured:
         return Measured(self.sizes(), lambda sizes: _squared(sizes) - before)
@@ -83,14 +96,23 @@ class Route:
 class TwoPasses(Route):
     """Products in a backward pass without weight gradients, the correction from plain autograd in another one."""
 
-    def __init__(self, tape: Tape, losses: Tensor) -> None:
+    def __init__(self, tape: Tape, losses: Tensor, rates: bool = True) -> None:
         self.tape, self.losses = tape, losses
+        self.rates = tape.rates if rates else {}
         self.stored = max((p.dtype for p in tape.parameters.values()), key=lambda d: torch.finfo(d).eps)
         self.half = self.stored.itemsize == 2
         self.dtype = torch.float32 if self.half else self.stored
 
+    @property
+    def compared(self) -> torch.dtype:
+        """Or of anything else that a second backward pass rounds in: its weights are other ones."""
+        return coarser(super().compared, self.tape.structure(self.losses).coarsest)
+
     def numel(self) -> int:
         return sum(p.numel() for p in self.tape.parameters.values())
+
+    def rate(self, name: str) -> float:
+        return self.rates.get(name, 1.0)
 
     def grads(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self.tape.parameters.items() if p.grad is not None}
@@ -139,8 +161,8 @@ class TwoPasses(Route):
         def note(g: Tensor) -> Tensor | None:
             if scale != 1.0:
                 g = g * scale
-            gg = length(g).square()
-            self.found[name] = gg, gg.new_zeros(()) if p.grad is None or discard else inner(p.grad, g)
+            gg, rate = length(g).square(), self.rate(name)
+            self.found[name] = rate * gg, gg.new_zeros(()) if p.grad is None or discard else rate * inner(p.grad, g)
             return g.new_zeros(()).expand_as(g) if discard and p.grad is not None else g
 
         return note
@@ -154,7 +176,7 @@ class TwoPasses(Route):
             self.tape._run(self.losses, job)
             errors = {}
             for name, pieces in job.pieces.items():
-                K = sum(rule.gram(None)[0] for _, rule in pieces)
+                K = self.rate(name) * sum(rule.gram(None)[0] for _, rule in pieces)
                 errors[name] = abs(float(w @ K @ w - (found[name][0] if name in found else 0.0)))
             errors |= {name: float(gg) for name, (gg, _) in found.items() if name not in errors}
             return f", most of all in {max(errors, key=errors.__getitem__)}" if errors else ""
@@ -174,8 +196,8 @@ def next_watched(tape: Tape, losses: Tensor) -> str:
     """The parameter whose turn it is: with one backward pass, plain autograd checks one tensor a step, not all."""
     structure = tape.structure(losses)
     names = [name for name in tape.parameters if name not in structure.loops]
-    structure.turn += 1
-    return names[structure.turn % len(names)] if names else ""
+    structure.compared.turns += 1
+    return names[structure.compared.turns % len(names)] if names else ""
 
 
 class KeptGradients(TwoPasses):
@@ -193,6 +215,8 @@ class KeptGradients(TwoPasses):
         self.half = self.half or any(rule.half for *_, rule in self.pieces)
         self.n = len(losses)
 
+    compared = Route.compared  # there is no second pass
+
     def products(self, wide: bool) -> tuple[Tensor, Tensor]:
         job = Products(self.tape, self.grads(), wide=wide, watch=self.watch)
         for name, source, rule in self.pieces:
@@ -201,7 +225,7 @@ class KeptGradients(TwoPasses):
         for grad in self.grads_of_watch:
             K = job.watched if isinstance(job.watched, Tensor) else torch.zeros_like(job.K)
             total = job.K.diagonal().clamp_min(0).sqrt().sum()
-            self.checks.check_watched(self.half, self.dtype, self.watch, K, grad, total)
+            self.checks.check_watched(self, self.watch, K, grad, total)
         self.grads_of_watch = ()
         return job.K, job.v
 
@@ -273,14 +297,15 @@ class OneTensor(Route):
 
 
 def verify(tape: Tape, losses: Tensor) -> None:
-    """Compare the rules with plain autograd, parameter by parameter, without a trace: ‖Gᵀ w‖² for w_j = ± 1 / ‖g_j‖.
+    """Compare the rules with plain autograd, parameter by parameter, without a trace: ‖Gᵀ w‖² for w_j = ± 1 / ‖g_j‖,
+    rounded to a power of two: the passes then round alike, however coarse the numbers on the way are.
 
     Two backward passes, one of them without weight gradients.
 
     Raises:
         ArithmeticError: they disagree.
     """
-    n, method = len(losses), TwoPasses(tape, losses)
+    n, method = len(losses), TwoPasses(tape, losses, rates=False)
     job = PerParameter(tape)
     with exact_convolutions(losses.is_cuda):
         tape._run(losses, job)
@@ -289,11 +314,11 @@ def verify(tape: Tape, losses: Tensor) -> None:
     method.half = method.half or job.half
     rows = K.diagonal().clamp_min(0).sqrt()
     signs = 1 - 2 * (torch.arange(n, device=K.device) * 0x9E3779B1 >> 16 & 1)
-    w = signs * (rows.max() / rows.clamp_min(1e-6 * rows.max())).nan_to_num()
+    w = signs * (rows.max() / rows.clamp_min(1e-6 * rows.max())).nan_to_num(1.0).log2().round().exp2()
     top, scale = read(w.abs().max(), w.abs() @ rows)
     method.apply(w, top, discard=True)
     noise = 100 * torch.finfo(method.dtype).eps * scale
-    limit = tolerance_of(method.half, method.dtype, K.is_cuda)
+    limit = tolerance_of(method.compared, K.is_cuda)
     questions, nothing = Questions(), torch.zeros_like(K)
     for name in tape.parameters:
         weights = weights_of(w, job.K.get(name, nothing))

@@ -44,6 +44,9 @@ class Rule:
 
     def gram(self, u: Tensor | None, wide: bool = False) -> tuple[Tensor, Tensor]:
         """K = G Gᵀ [n, n] and v = G u [n, m] in float64; u [m, *shape], None for m = 0."""
+        if not self.rows:
+            K = torch.zeros(self.n, self.n, dtype=torch.float64, device=self.device)
+            return K, K.new_zeros(self.n, 0 if u is None else len(u))
         K, v = 0.0, 0.0
         for rows, g in self._chunks(wide):
             k, w = gram(g, None if u is None else u.reshape(len(u), self.rows, self.cols)[:, rows], wide)

@@ -169,6 +169,8 @@ class Call:
             tape.note_unknown(source.names, self.name)
         if not sources or make is None or not y.requires_grad:
             return y
+        if y.is_nested:
+            raise ValueError(f"{self.name} has a nested (jagged) output: its samples have no dimension. Pad them")
         if y.is_complex() or any(t.is_complex() for t in saved) or torch._C._functorch.peek_interpreter_stack():
             return self.unknown(y)
         site = Site(

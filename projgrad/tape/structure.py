@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import functools
-import re
+import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .layout import Layout, Tolerance, candidates, codes, explains, gather, norms, owners
+from . import ownership
+from .layout import Codes, Layout, Signatures, candidates, gather
+from .refusals import NESTED, REENTRANT
 from .sites import Site, Source
 
 if TYPE_CHECKING:
+    from torch.autograd.graph import Node
+
     from .tape import Tape
 
 
-# What reorders rows by numbers that the graph does not show, or mixes samples without a parameter in sight.
-DATA_DEPENDENT = re.compile("Index|Gather|Scatter|Masked(Select|Scatter)|Take|Sort|Unique|Packed|Pack|Put|Segment")
-SHAPED = re.compile("_saved_.*(dim|size|shift|start|end|split|stride|train|perm|axis|offset|diagonal|repeat)")
+@dataclass
+class Compared:
+    """What of a graph has been compared with plain autograd: all rules, once; `turns` parameters since, one a step."""
 
-
-REENTRANT = "reentrant checkpointing cannot be followed: use checkpoint(use_reentrant=False)"
+    rules: bool = False
+    turns: int = 0
 
 
 @dataclass
@@ -32,104 +37,244 @@ class Structure:
     """How to read the sites of a forward pass.
 
     layouts: per site; None: the site is not used. loops: parameters that need a loop over the losses, and why.
-    lasting: whether a forward pass with the same graph is to be read in the same way.
-    verified: whether the rules have been compared with plain autograd. turn: which parameter is compared next.
+    anchors: sites, by index, whose layouts prove all others, for every forward pass with the same graph: to be
+        confirmed each time; none where the graph alone is the proof. None: nothing is proven, all is found anew.
+    coarsest: the floating-point type with the fewest digits that lies between the losses and the parameters.
     """
 
     layouts: list[Layout | None]
     loops: dict[str, str] = field(default_factory=dict)
-    lasting: bool = True
-    verified: bool = False
-    turn: int = 0
+    anchors: list[int] | None = field(default_factory=list)
+    coarsest: torch.dtype = torch.float64
+    compared: Compared = field(default_factory=Compared)
 
 
 def inspect(tape: Tape, losses: Tensor) -> Structure:
     """The structure of the tape's forward pass, from two or more backward passes without weight gradients.
 
-    Weighting sample j by w_j scales what belongs to sample j by w_j and nothing else. The weights are powers of two, so
-    there is next to no rounding to allow for: a layout fits or it does not.
+    Where the operations of the graph prove where the samples are, the passes only confirm it. Elsewhere they decide:
+    weighting sample j by w_j scales what belongs to sample j by w_j and nothing else.
 
     Raises:
-        ValueError: the losses share terms between samples.
+        ValueError: the losses share terms between samples; a second backward pass is not what the first one was.
     """
     n, sites = len(losses), tape.sites
-    possible = {s: candidates(s.shape, s.axes, n) for s in sites}
+    nodes = _nodes(losses)
+    structure = Structure([None] * len(sites), coarsest=_coarsest(losses, nodes))
     if n == 1:
-        structure = Structure([possible[s][0] if possible[s] else None for s in sites])
+        for site in sites:
+            one = candidates(site.shape, site.axes, 1)
+            structure.layouts[site.index] = one[0] if one else None
     else:
-        structure = _locate(tape, losses, possible)
+        _Search(tape, losses, structure, nodes).run()
     for site, layout in zip(sites, structure.layouts, strict=True):
         site.active = layout is not None
-    unclaimed, ordered = audit(tape, losses)
-    for name in unclaimed:
-        structure.loops.setdefault(name, tape.unknown.get(name, "an operation that torch functions do not show"))
-    structure.lasting = structure.lasting and ordered
+    for name in audit(tape, losses):
+        reason = tape.unknown.get(name, "an operation that torch functions do not show")
+        structure.loops.setdefault(name, f"no rule covers {reason}")
     return structure
 
 
-class _Measure:
-    """Lengths of the gradient at every site: of each sample's block for every possible layout, or of every row."""
+def confirm(tape: Tape, losses: Tensor, structure: Structure, taps: dict[int, Node]) -> bool:
+    """Whether a known structure holds for this graph: the samples are at its anchors where they were.
 
-    def __init__(self, tape: Tape, losses: Tensor, possible: dict[Site, list[Layout]]) -> None:
-        self.tape, self.losses, self.possible = tape, losses, possible
-        self.tolerance = Tolerance(1e-2, 0.0)
-        self.first: Site | None = None  # the last site of the forward pass
+    Two backward passes, which end at the anchors.
+    """
+    if structure.anchors is None:
+        return False
+    if not structure.anchors:
+        return True
+    n, sites = len(losses), [tape.sites[index] for index in structure.anchors]
+    codes, signatures = Codes(n, losses, structure.coarsest), Signatures()
+    edges = [GradientEdge(taps[site.index], 0) for site in sites]
+    passes = []
+    for w in codes.weights:
+        with tape._again():
+            grads = torch.autograd.grad(losses, edges, w, retain_graph=True)
+        passes.append(
+            [signatures.of(b, _axes(s, [structure.layouts[s.index]])) for s, b in zip(sites, grads, strict=True)]
+        )
+    for site, *signs in zip(sites, *passes, strict=True):
+        layout = structure.layouts[site.index]
+        owner, mixed = _owners(codes, site, signs, structure.coarsest)
+        if mixed.any() or not _match(owner, _axes(site, [layout]), layout, site, n):
+            return False
+    return True
 
-    def __call__(self, w: Tensor, rowwise: bool = False) -> dict[Site, list[Tensor]]:
-        found: dict[Site, list[Tensor]] = {}
-        narrow = self.losses.dtype.itemsize == 2
+
+class _Search:
+    """The search for the samples at every site of one graph."""
+
+    def __init__(self, tape: Tape, losses: Tensor, structure: Structure, nodes: list[Node]) -> None:
+        self.tape, self.losses, self.structure, self.nodes, self.n = tape, losses, structure, nodes, len(losses)
+        self.codes = Codes(self.n, losses, structure.coarsest)
+        self.signatures = Signatures()
+        self.possible = {s: candidates(s.shape, s.axes, self.n) for s in tape.sites}
+        self.proven: dict[Site, Layout] = {}
+        for site, at in ownership.locate(losses.grad_fn, self.n)[0].items():
+            layout = ownership.layout(at, site.shape, self.n)
+            if layout in self.possible.get(site, []):
+                self.proven[site] = layout
+        # Along which dimensions entries are told apart.
+        self.axes = {s: [self.proven[s].axis] if s in self.proven else _axes(s, self.possible[s]) for s in tape.sites}
+        self.last: Site | None = None  # of the forward pass
+
+    def run(self) -> None:
+        structure = self.structure
+        passes = [self._pass(w, self.axes) for w in self.codes.weights]
+        mixed: list[Site] = []
+        for site in self.tape.sites:
+            made_before = [s for s in site.sources if s.site is not site and _settled(s, structure)]
+            if len(made_before) == len(site.sources) or site not in passes[0]:
+                continue  # everything is accounted for where these sources were made, or no loss depends on it
+            layout = self._layout(site, [p[site] for p in passes], bool(made_before))
+            if layout is None:
+                if not site.derived:
+                    mixed.append(site)
+                continue
+            structure.layouts[site.index] = layout
+        if mixed:
+            self._explain(mixed, passes[0])
+        for site in mixed:
+            for source in site.sources:
+                for name in source.names:
+                    structure.loops[name] = self._mixture(site)
+        structure.anchors = self._anchors()
+
+    def _anchors(self) -> list[int] | None:
+        used = {s: layout for s in self.tape.sites if (layout := self.structure.layouts[s.index]) is not None}
+        if all(self.proven.get(site) == layout for site, layout in used.items()):
+            return []
+        given = {site: layout for site, layout in used.items() if layout.rows is None}
+        found, needed = ownership.locate(self.losses.grad_fn, self.n, given)
+        for site, layout in used.items():
+            if site not in found or ownership.layout(found[site], site.shape, self.n) != layout:
+                return None
+        return sorted(site.index for site in needed)
+
+    def _mixture(self, site: Site) -> str:
+        reason = f"the {self.n} losses are mixed in the output {tuple(site.shape)} of {site.name}"
+        if site.shape and site.shape[0] and self.n > site.shape[0] and self.n % site.shape[0] == 0:
+            reason += f" (if that is {site.shape[0]} samples, reduce the losses to one a sample)"
+        return reason
+
+    def _pass(self, w: Tensor, axes: dict[Site, Sequence[int]]) -> dict[Site, Tensor]:
+        """Signatures of the gradient at every site, for losses weighted by w."""
+        found: dict[Site, Tensor] = {}
+        before = [(p.grad, _version(p.grad)) for p in self.tape.parameters.values()]
 
         def receive(site: Site, b: Tensor, saved) -> None:
-            nonlocal narrow
-            self.first = self.first or site
-            narrow = narrow or b.dtype.itemsize == 2
-            if not b.isfinite().all():
-                raise FloatingPointError(f"NaN or Inf in the gradient at {site.name}; nothing was changed")
-            if rowwise:
-                rows = torch.linalg.vector_norm(b.unsqueeze(-1).flatten(1), dim=1, dtype=torch.float64)
-                anywhere = candidates(site.shape, range(b.ndim), len(w))
-                found[site] = [rows, *(norms(b, layout, len(w)) for layout in anywhere)]
-            else:
-                found[site] = [norms(b, layout, len(w)) for layout in self.possible[site]]
+            self.last = self.last or site
+            if site in axes:
+                found[site] = self.signatures.of(b, axes[site])
 
         self.tape.backward(self.losses, w, receive)
-        # Numbers near the smallest have lost digits.
-        self.tolerance = Tolerance(1e-2 if narrow else 1e-4, 64 * torch.finfo(self.losses.dtype).tiny)
+        params = self.tape.parameters.values()
+        if any(p.grad is not g or _version(g) != v for p, (g, v) in zip(params, before, strict=True)):
+            for p, (g, v) in zip(params, before, strict=True):
+                p.grad = g if _version(g) == v else None
+            raise ValueError(NESTED)
+        if found and not torch.stack([s.sum() for s in found.values()]).isfinite().all():
+            bad = next(s.name for s, value in found.items() if not value.isfinite().all())
+            raise FloatingPointError(f"NaN or Inf in the gradient at {bad}; nothing was changed")
         return found
 
-
-def _locate(tape: Tape, losses: Tensor, possible: dict[Site, list[Layout]]) -> Structure:
-    measure, weights = _Measure(tape, losses, possible), codes(len(losses), losses)
-    before, after = measure(torch.ones_like(losses)), [measure(w) for w in weights]
-    structure = Structure([None] * len(tape.sites))
-    pending = []
-    for site in tape.sites:
-        made_before = [s for s in site.sources if s.site is not site and _settled(s, structure)]
-        if len(made_before) == len(site.sources) or site not in before:
-            continue  # everything is accounted for where these sources were made, or no loss depends on it
-        fitting = []
-        for k, layout in enumerate(possible[site]):
-            if layout.axis in site.shared and not made_before:
+    def _layout(self, site: Site, passes: list[Tensor], made_before: bool) -> Layout | None:
+        axes, n = self.axes[site], self.n
+        if not axes:
+            return None
+        # The factors are a power of two apart, or have another sign: what is proven is only to be confirmed.
+        owner, mixed = _owners(self.codes, site, passes, self.structure.coarsest, 0.3 if site in self.proven else None)
+        if mixed.any():
+            return None
+        first = [self.proven[site]] if site in self.proven else []
+        for layout in [*first, *self.possible[site]]:
+            if layout.axis not in axes or (layout.axis in site.shared and not made_before):
                 continue  # the samples would share one parameter's elements out among them
-            if explains(before[site][k], [a[site][k] for a in after], weights, measure.tolerance):
-                fitting.append(layout)
-        if fitting:
-            structure.layouts[site.index] = fitting[0]
-            blank = not before[site][possible[site].index(fitting[0])].all()
-            if len(fitting) > 1 or (blank and (site.derived or len(possible[site]) > 1)):
-                structure.lasting = False  # with other numbers it may turn out differently
-        elif not site.derived:
-            pending.append(site)
-    if pending:
-        mixed = _locate_rows(structure, pending, measure, weights)
-        last = measure.first
-        if last in mixed and possible[last]:
-            raise ValueError(
-                f"the gradient at the last {last.name} mixes samples: the losses share terms (a mean over the batch, a "
-                "contrastive loss, batch statistics), so there is no gradient of one sample to protect. Return one "
-                "independent loss per sample, sample j along dimension 0"
+            if _match(owner, axes, layout, site, n):
+                return layout
+        return None if site.derived else self._anywhere(site, owner.view([site.shape[d] for d in axes]))
+
+    def _anywhere(self, site: Site, owner: Tensor) -> Layout | None:
+        """Rows in no regular order (experts that pick tokens, sequences packed into one row)."""
+        lead = len(_leading(site))
+        if not lead or set(range(lead)) & set(site.shared):
+            return None
+        for count in range(1, lead + 1):
+            rows = owner.flatten(0, count - 1).unsqueeze(-1).flatten(1)  # [indices of the leading dimensions, others]
+            whose = rows.amax(1)
+            if ((rows == whose[:, None]) | (rows < 0)).all():
+                return gather(whose, self.n, tuple(site.shape[:count]))
+        return None
+
+    def _explain(self, mixed: list[Site], first: dict[Site, Tensor]) -> None:
+        """Refuse if what was found has a reason that a loop over the losses does not cure."""
+        again = self._pass(2 * self.codes.base, self.axes)
+        tolerance = max(1e-3, _tolerance(self.structure.coarsest))
+        changed = {
+            s for s, b in first.items() if not (again[s] - 2 * b).norm() <= tolerance * (again[s].norm() + 2 * b.norm())
+        }
+        if changed:
+            names = ", ".join(sorted({node.name() for node in self.nodes if not ownership.of_torch(node)}))
+            raise ArithmeticError(
+                "two backward passes through the same graph do not give the same gradients, so there are no per-sample "
+                "gradients to protect: an operation changes what it saved, draws new random numbers when it is "
+                f"recomputed, or a hook clips. Operations that are not torch's own: {names or 'none in the graph'}"
             )
-    return structure
+        last = self.last
+        if last in mixed and self.possible[last]:
+            everywhere = {last: range(len(last.shape))}
+            passes = [self._pass(w, everywhere)[last] for w in self.codes.weights]
+            if _owners(self.codes, last, passes, self.structure.coarsest)[1].any():
+                raise ValueError(
+                    f"the gradient at the last {last.name} mixes samples: the losses share terms (a mean over the "
+                    "batch, a contrastive loss, batch statistics), so there is no gradient of one sample to protect. "
+                    "Return one independent loss per sample, sample j along dimension 0"
+                )
+
+
+def _axes(site: Site, layouts: Sequence[Layout]) -> list[int]:
+    """The dimensions along which entries are told apart."""
+    return sorted({layout.axis for layout in layouts} | _leading(site))
+
+
+def _owners(
+    codes: Codes, site: Site, passes: Sequence[Tensor], coarsest: torch.dtype, tolerance: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `Codes.owners`."""
+    limits = torch.finfo(passes[0].dtype)
+    floor = passes[0].new_tensor(limits.tiny / limits.eps, dtype=torch.float64)
+    if coarsest == torch.float16:
+        entries = math.prod(site.shape) / max(1, len(passes[0]))
+        floor = floor + 4 * 2.0**-24 * entries**0.5  # its smallest number
+    elif passes[0].is_cuda and passes[0].numel():  # sums in no fixed order round differently in every pass
+        floor = floor.maximum(passes[0].abs().max() * limits.eps)
+    return codes.owners(passes, _tolerance(coarsest) if tolerance is None else tolerance, floor)
+
+
+def _tolerance(coarsest: torch.dtype) -> float:
+    """How far from its factor what belongs to one sample may be: nothing rounds but sums in another order."""
+    return {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}.get(coarsest, 0.1)
+
+
+def _match(owner: Tensor, axes: Sequence[int], layout: Layout, site: Site, n: int) -> bool:
+    """Whether the owners [indices along `axes`] are those of a layout; what is nobody's may be anybody's."""
+    expected = layout.owner(site.shape[layout.axis], n, owner.device)
+    expected = expected.view([-1 if d == layout.axis else 1 for d in axes])
+    owner = owner.view([site.shape[d] for d in axes])
+    return bool(((owner == expected) | (owner < 0)).all())
+
+
+def _version(grad: Tensor | None) -> int:
+    return 0 if grad is None else grad._version
+
+
+def _leading(site: Site) -> set[int]:
+    """The leading dimensions that may hold samples in no regular order."""
+    axes, lead = set(site.axes), 0
+    while lead in axes:
+        lead += 1
+    return set(range(lead))
 
 
 def _settled(source: Source, structure: Structure) -> bool:
@@ -138,32 +283,32 @@ def _settled(source: Source, structure: Structure) -> bool:
     return bool(source.parents) and all(_settled(p, structure) for p in source.parents)
 
 
-def _locate_rows(structure: Structure, sites: list[Site], measure: _Measure, weights: list[Tensor]) -> list[Site]:
-    """Rows in no regular order (experts that pick tokens): the owner of every row. Sites that nothing explains."""
-    mixed = []
-    before = measure(torch.ones_like(weights[0]), rowwise=True)
-    after = [measure(w, rowwise=True) for w in weights]
-    for site in sites:
-        grown = list(zip(*(a[site] for a in after), strict=True))  # by rows, then by every layout on any axis
-        owner = owners(before[site][0], grown[0], weights, measure.tolerance)
-        fits = (explains(b, g, weights, measure.tolerance) for b, g in zip(before[site][1:], grown[1:], strict=True))
-        if owner is None and not any(fits):
-            mixed.append(site)
-        owner = owner if 0 in site.axes else None
-        if owner is not None:
-            structure.layouts[site.index], structure.lasting = gather(owner, len(weights[0])), False
-            continue
-        for source in site.sources:
-            for name in source.names:
-                structure.loops[name] = site.name
-    return mixed
+def _site(tape: Tape, node: Node) -> Site | None:
+    """The site of this tape whose tap a node is."""
+    site = getattr(node, "site", None)
+    return site if isinstance(site, Site) and site.index < len(tape.sites) and tape.sites[site.index] is site else None
 
 
-def audit(tape: Tape, losses: Tensor) -> tuple[set[str], bool]:
-    """Parameters that reach the losses other than through active sites, by a walk of the graph around the sites; and
-    whether everything met on the way treats rows in an order that does not depend on the data."""
+def _nodes(losses: Tensor) -> list[Node]:
+    nodes: dict[Node, None] = {losses.grad_fn: None}
+    waiting = [losses.grad_fn]
+    while waiting:
+        for following, _ in waiting.pop().next_functions:
+            if following is not None and following not in nodes:
+                nodes[following] = None
+                waiting.append(following)
+    return list(nodes)
+
+
+def _coarsest(losses: Tensor, nodes: list[Node]) -> torch.dtype:
+    found = {losses.dtype, *(m.dtype for node in nodes for m in node._input_metadata)}
+    return max((d for d in found if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
+
+
+def audit(tape: Tape, losses: Tensor) -> set[str]:
+    """Parameters that reach the losses other than through active sites, by a walk of the graph around the sites."""
     accumulators = {get_gradient_edge(p).node: name for name, p in tape.parameters.items()}
-    seen, nodes, found, ordered = set(), [losses.grad_fn], set(), True
+    seen, nodes, found = set(), [losses.grad_fn], set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
@@ -174,27 +319,29 @@ def audit(tape: Tape, losses: Tensor) -> tuple[set[str], bool]:
             continue
         if "CompiledFunction" in node.name():
             raise ValueError(
-                "the losses come out of torch.compile, which hides its operations: call the original module"
+                "a function from torch.compile lies between the losses and the parameters and hides its operations: "
+                "call the original function"
             )
-        ordered = ordered and not DATA_DEPENDENT.search(node.name())
-        site = getattr(node, "site", None)
-        if isinstance(site, Site) and site.active:
+        site = _site(tape, node)
+        if site is not None and site.active:
             nodes += site.stops
             # Sources that an earlier site accounts for, and those without a rule here, are inputs like any other.
             nodes += [s.edge.node for s in (*site.sources, *site.unclaimed) if s in site.unclaimed or s.settled]
             continue
         nodes += [following for following, _ in node.next_functions]
-    return found, ordered
+    return found
 
 
-def fingerprint(tape: Tape, losses: Tensor) -> int:
-    """A hash of the whole graph: operations, their shapes and axes, how they are connected, and which parameters.
+def fingerprint(tape: Tape, losses: Tensor) -> tuple[int, dict[int, Node]]:
+    """A hash of the whole graph: operations, shapes and axes, how they are connected, which parameters and sites; and
+    the taps of the sites, by their indices.
 
     Raises:
         ValueError: no parameter that the tape follows is in it, or reentrant checkpointing.
     """
     accumulators = {get_gradient_edge(p).node: name for name, p in tape.parameters.items()}
     numbers: dict[object, int] = {}
+    taps: dict[int, Node] = {}
     nodes, parts = [losses.grad_fn], []
     while nodes:
         node = nodes.pop()
@@ -204,13 +351,21 @@ def fingerprint(tape: Tape, losses: Tensor) -> int:
         if "CheckpointFunctionBackward" in node.name():
             raise ValueError(REENTRANT)
         numbers[node] = len(numbers)
+        site = _site(tape, node)
+        if site is not None:
+            taps[site.index] = node
         parts.append(
-            (accumulators.get(node) or node.name(), *(_setting(getattr(node, a)) for a in _shaped(type(node))))
+            (
+                accumulators.get(node) or node.name(),
+                -1 if site is None else site.index,  # of several forward passes, the one that is used
+                *[(tuple(m.shape), m.dtype) for m in node._input_metadata],
+                *[_setting(getattr(node, a)) for a in _shaped(type(node))],
+            )
         )
         nodes += [following for following, _ in node.next_functions]
     if not any(part[0] in tape.parameters for part in parts if isinstance(part, tuple)):
         raise ValueError("the losses do not depend on any parameter that the tape follows")
-    return hash(tuple(parts))
+    return hash(tuple(parts)), taps
 
 
 def _setting(value: object) -> object:
@@ -222,13 +377,13 @@ def _setting(value: object) -> object:
 
 @functools.cache
 def _shaped(kind: type) -> tuple[str, ...]:
-    return tuple(a for a in dir(kind) if SHAPED.match(a) and "philox" not in a)  # the state of a random generator
+    return tuple(a for a in dir(kind) if ownership.SHAPED.match(a) and "philox" not in a)  # a random generator's state
 
 
 def announce(loops: dict[str, str]) -> None:
-    for name, operation in loops.items():
+    for name, reason in loops.items():
         warnings.warn(
-            f"no rule covers {operation} with parameter {name}: its per-sample gradients come from one backward pass "
-            "per sample, exact and slow",
+            f"{reason} with parameter {name}: its per-sample gradients come from one backward pass per sample, exact "
+            "and slow",
             stacklevel=4,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from .readings import Questions
 from .routes import verify
 from .rules import Rows, Rule, joined
 from .sites import Call, Site, Source
-from .structure import REENTRANT, Structure, announce, fingerprint, inspect
+from .structure import Structure, announce, confirm, fingerprint, inspect
 
 KNOWN = 1024  # graphs remembered for each model
 Directions = Mapping[str, Tensor] | Sequence[Tensor]
@@ -107,6 +108,7 @@ class Tape:
         self.recomputing = False
         self.outer: dict[str, Outer] = {}  # factors of p.grad, as `accumulate_` found them
         self.flat = False  # whether such factors would have been of use
+        self.rates: dict[str, float] = {}  # weights of the parameters in a projection, where they differ
         self.questions = Questions()  # of the forward pass, answered when the structure is wanted
         self._receive: Callable | None = None
         self._known = {} if known is None else known
@@ -220,6 +222,7 @@ class Tape:
         *,
         keep_output_gradients: bool = True,
         add: Tensor | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> Projection:
         """p.grad <- p.grad - Gᵀ c with G (p.grad - Gᵀ c) = 0, in place; no other buffer of the parameters' size.
 
@@ -232,13 +235,16 @@ class Tape:
                 from that; the graph is freed. False makes it in a second backward pass, by plain autograd, which so
                 checks every tensor each time, not only when the graph is new, and keeps the graph.
             add: (n,), w: also add Σ_j w_j g_j, in the same pass.
+            rates: by what every parameter's gradient will be multiplied, by name, where that differs (learning rates
+                of parameter groups). With scope="global" the multiplied result is then orthogonal, Σ_p rate_p G_p
+                (p.grad - G_pᵀ c) = 0, and lengths in the record weigh every parameter by its rate.
 
         Raises:
             ValueError: an unknown scope; see also `per_sample`.
             FloatingPointError: NaN or Inf in p.grad, a loss or a per-sample gradient; p.grad are left or set to None.
             ArithmeticError: the result contradicts plain autograd: a rule misread the model. p.grad are set to None.
         """
-        return project_(self, losses, scope, damping, rtol, keep_output_gradients, add)
+        return project_(self, losses, scope, damping, rtol, keep_output_gradients, add, rates or {})
 
     def explain(self, losses: Tensor) -> Explanation:
         """What each parameter costs: its uses, rule, route, predicted bytes and flops, and bytes really in use.
@@ -289,10 +295,6 @@ class Tape:
             with self._again():
                 inputs = [self.anchor, *watch]
                 return torch.autograd.grad(losses, inputs, weights, retain_graph=retain_graph, allow_unused=True)[1:]
-        except RuntimeError as error:
-            if "use_reentrant" in str(error) or "Checkpointing is not compatible" in str(error):
-                raise ValueError(REENTRANT) from None
-            raise
         finally:
             self._receive = None
 
@@ -305,15 +307,17 @@ class Tape:
             return self._structure[1]
         check_shape(losses)
         self.questions.ask(losses, lambda values: check_values(values) and None)
-        key = (len(losses), tuple(site.key for site in self.sites), fingerprint(self, losses))
+        graph, taps = fingerprint(self, losses)
+        key = hash((len(losses), tuple(site.key for site in self.sites), graph))
         found = self._known.get(key)
         self.questions.settle()
-        if found is None or not found.lasting:
-            verified = found is not None and found.verified  # the rules; where the samples are is found anew
-            found = inspect(self, losses)
-            found.verified = verified
-            announce(found.loops)
-            self._known[key] = found
+        if found is None or not confirm(self, losses, found, taps):
+            before, found = found, inspect(self, losses)
+            if before is not None:  # the rules were compared; where the samples are was found anew
+                found.compared = before.compared
+            announce({k: v for k, v in found.loops.items() if before is None or k not in before.loops})
+            # Nothing is kept that will not be used again.
+            self._known[key] = found if found.anchors is not None else replace(found, layouts=[])
             while len(self._known) > KNOWN:
                 del self._known[next(iter(self._known))]
         for site, layout in zip(self.sites, found.layouts, strict=True):
@@ -323,10 +327,10 @@ class Tape:
 
     def _verified(self, losses: Tensor) -> None:
         """Compare the rules with plain autograd, unless that was done for the same graph."""
-        structure = self.structure(losses)
-        if not structure.verified:
+        compared = self.structure(losses).compared
+        if not compared.rules:
             verify(self, losses)
-            structure.verified = True
+            compared.rules = True
 
     def _run(
         self,

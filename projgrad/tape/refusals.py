@@ -1,0 +1,16 @@
+"""What is said where a forward or backward pass cannot be followed."""
+
+REENTRANT = "reentrant checkpointing cannot be followed: use checkpoint(use_reentrant=False)"
+SELECTIVE = "selective activation checkpointing allows a single backward pass: use checkpoint without context_fn"
+NESTED = (
+    "a backward pass of its own runs inside the backward pass of the losses (a checkpoint function that calls "
+    "backward()): gradients of the parameters in there are in no graph. Use torch.utils.checkpoint.checkpoint with "
+    "use_reentrant=False"
+)
+
+# By words of the error that torch raises.
+CHECKPOINTING = {
+    "use_reentrant": REENTRANT,
+    "Checkpointing is not compatible": REENTRANT,
+    "selective activation checkpoint": SELECTIVE,
+}
