@@ -1,81 +1,97 @@
-"""Checks of options: one for each kind, so that all functions refuse the same things with the same words.
+"""Checks of options: a wrong one is named, with what to write instead."""
 
-All look at Python numbers only: no wait for a device, and nothing that `torch.compile` or `vmap` would see.
-"""
+from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 from torch import Tensor
 
 
-def number(what: str, value: object, allowed: str) -> float:
-    """`value` as a float in the interval `allowed`, written as in the message: "[0, 1)" or "(0, inf]". Never NaN.
+def number(value: Any) -> float | int | None:
+    """A number of Python, numpy or a tensor without dimensions; None for anything else."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    return value if isinstance(value, Real) else None
 
-    Raises:
-        TypeError: not one real number. True and False are none: they are meant for another argument.
-        ValueError: outside the interval.
+
+def check_real(what: str, value: Any, wanted: str, allowed: Callable[[float], bool]) -> float:
+    """A finite number for which `allowed` holds.
+
+    Raises TypeError for anything but a number, ValueError for another one; both say that it must be `wanted`.
     """
-    low, high = (float(x) for x in allowed[1:-1].split(","))
-    try:
-        x = value if type(value) is float else float(_no_flag_no_text(value))
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{what} must be a number in {allowed}; got {shown(value)}") from None
-    if not ((low <= x if allowed[0] == "[" else low < x) and (x <= high if allowed[-1] == "]" else x < high)):
-        raise ValueError(f"{what} must be in {allowed}; got {value}")
-    return x
+    found = None if isinstance(value, bool) else number(value)
+    if found is None:
+        raise TypeError(f"{what} must be {wanted}; got {value!r}")
+    if not (math.isfinite(found) and allowed(found)):
+        raise ValueError(f"{what} must be {wanted}; got {found}")
+    return found
 
 
-def whole(what: str, value: object, least: int) -> int:
-    """`value` as an integer of at least `least`."""
-    try:
-        x = value if type(value) is int else operator.index(_no_flag_no_text(value))
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{what} must be an integer; got {shown(value)}") from None
-    if x < least:
-        raise ValueError(f"{what} must be at least {least}; got {value}")
-    return x
+def check_integer(what: str, value: Any, least: int) -> int:
+    """An integer of at least `least`; raises as `check_real` does."""
+    if type(value) is int and value >= least:  # torch.compile can follow this
+        return value
+    wanted = f"an integer of at least {least}"
+    found = check_real(what, value, wanted, lambda number: number >= least)
+    if not isinstance(found, Integral):
+        raise TypeError(f"{what} must be {wanted}; got {value!r}")
+    return int(found)
 
 
-def flag(name: str, value: object) -> bool:
+def check_callable(what: str, value: Any, wanted: str) -> None:
+    if not callable(value):
+        raise TypeError(f"{what} must be {wanted}; got {type(value).__name__}")
+
+
+def within(what: str, value: Any, interval: str) -> float:
+    """A number in an interval, written as in the message: "[0, 1)" or "(0, inf]". Raises as `check_real` does."""
+    # The types of Python first: they are all that torch.compile can follow here.
+    found = value if type(value) in (float, int) else None if isinstance(value, bool) else number(value)
+    if found is None:
+        raise TypeError(f"{what} must be a number in {interval}; got {shown(value)}")
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = low <= found if interval[0] == "[" else low < found  # both False for NaN
+    below = found <= high if interval[-1] == "]" else found < high
+    if not (above and below):
+        raise ValueError(f"{what} must be in {interval}; got {found}")
+    return float(found)
+
+
+def check_solver(prefix: str, damping: Any, rtol: Any) -> tuple[float, float | None]:
+    """`damping` and `rtol` of a Gram system; both are relative to a unit diagonal."""
+    damping = within(f"{prefix}damping", damping, "[0, inf)")
+    return damping, None if rtol is None else within(f"{prefix}rtol", rtol, "[0, 1)")
+
+
+def check_max_norm(value: Any) -> float | None:
+    """The largest norm of an update, or None; infinity clips nothing, as in torch."""
+    return None if value is None else within("max_norm (None: no clipping)", value, "(0, inf]")
+
+
+def check_flag(name: str, value: Any) -> bool:
     if type(value).__name__ not in ("bool", "bool_"):  # those of Python and of NumPy
         raise TypeError(f"{name} must be True or False; got {shown(value)}")
     return bool(value)
 
 
-def one_of(name: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}; got {shown(value)}")
 
 
-def solver(prefix: str, damping: object, rtol: object) -> tuple[float, float | None]:
-    """`damping` and `rtol` of a Gram system; both are relative to a unit diagonal."""
-    damping = number(f"{prefix}damping", damping, "[0, inf)")
-    return damping, None if rtol is None else number(f"{prefix}rtol", rtol, "[0, 1)")
-
-
-def clip(value: object) -> float | None:
-    """`max_norm`: the largest norm of an update, or None; infinity clips nothing, as in torch."""
-    return None if value is None else number("max_norm (None: no clipping)", value, "(0, inf]")
-
-
-def tensors(op: str, **given: object) -> None:
+def check_tensors(op: str, **given: Any) -> None:
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor; got {type(value).__name__}")
 
 
-def shown(value: object) -> str:
+def shown(value: Any) -> str:
     """A wrong argument in a message: numbers and words as they are, of all else the type."""
     return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else kind(value)
 
 
-def kind(value: object) -> str:
-    name = value.__name__ if isinstance(value, type) else type(value).__name__
-    return f"the class {name}" if isinstance(value, type) else f"a {name}"
-
-
-def _no_flag_no_text(value: object) -> object:
-    if isinstance(value, (bool, str, bytes)):
-        raise TypeError
-    return value
+def kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

@@ -69,9 +69,9 @@ class NegGradPlus:
         max_norm: float | None = None,
     ) -> None:
         owned(model, optimizer)
-        self.model, self.optimizer, self.max_norm = model, optimizer, _options.clip(max_norm)
-        self.alpha = _options.number("alpha weighs the mean retain gradient and", alpha, "[0, 1]")
-        self.sign = -1.0 if _options.flag("ascend", ascend) else 1.0
+        self.model, self.optimizer, self.max_norm = model, optimizer, _options.check_max_norm(max_norm)
+        self.alpha = _options.within("alpha weighs the mean retain gradient and", alpha, "[0, 1]")
+        self.sign = -1.0 if _options.check_flag("ascend", ascend) else 1.0
 
     def step(self, forget: Closure, retain: Closure) -> BaselineRecord:
         """One update. What was in `.grad` before is dropped. An error leaves the model and the optimizer as they were,
@@ -178,7 +178,7 @@ class SalUn(NegGradPlus):
         max_norm: float | None = None,
     ) -> None:
         super().__init__(model, optimizer, alpha, ascend=False, max_norm=max_norm)
-        share = _options.number("share of the parameters to update", share, "(0, 1]")
+        share = _options.within("share of the parameters to update", share, "(0, 1]")
         with Closures(model, optimizer, saliency=saliency) as closures:
             sizes = [g.abs() for g in _grads(_loss(saliency, closures, "saliency"), self._params())]
         flat = torch.cat([g.flatten() for g in sizes])
@@ -212,7 +212,7 @@ class SCRUB(NegGradPlus):
         self, model: nn.Module, optimizer: Optimizer, max_steps: int, *, max_norm: float | None = None
     ) -> None:
         super().__init__(model, optimizer, max_norm=max_norm)
-        self.max_steps, self.done = _options.whole("max_steps", max_steps, 0), 0
+        self.max_steps, self.done = _options.check_integer("max_steps", max_steps, 0), 0
 
     def _update(self, forget: Closure, retain: Closure, closures: Closures) -> tuple[float | None, float]:
         up, params = None, self._params()

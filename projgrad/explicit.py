@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from ._options import whole
+from ._options import check_integer
 from .ops.flat import gram
 from .reference import cosines
 from .tape.losses import check_losses
@@ -44,7 +44,7 @@ class ExplicitGradients:
         chunk_size: int | None = None,
     ) -> None:
         self.model, self.params = model, params
-        self.chunk_size = None if chunk_size is None else whole("chunk_size", chunk_size, 1)
+        self.chunk_size = None if chunk_size is None else check_integer("chunk_size", chunk_size, 1)
         calls: list[tuple] = []
         handle = model.register_forward_hook(lambda _, args, kw, out: calls.append((args, kw, out)), with_kwargs=True)
         versions = [p._version for p in params.values()]

@@ -18,8 +18,9 @@ _running: list[tuple[Closures, str]] = []  # the closures that run now, from the
 
 
 class Closures:
-    """The closures of one step, which starts with every `.grad` that the optimizer sees set to None; an error inside
-    the context, or here, leaves them so.
+    """The closures of one step, which starts with every `.grad` that the optimizer sees set to None.
+
+    An error inside the context, or here, leaves them so.
 
     While a closure runs no parameter has a `.grad`; what the step holds there is put back afterwards. So `zero_grad()`
     in a closure does no harm, and what is found there after it is what the closure left behind.

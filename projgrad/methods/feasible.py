@@ -111,9 +111,9 @@ class FeasibleUpdates:
         test: str = "coordinate",
         ascend: bool = True,
     ) -> None:
-        delta = _options.number("delta is the level of a one-sided test and", delta, "(0, 0.5]")
-        _options.one_of("test", test, ("coordinate", "aggregate"))
-        ascend = _options.flag("ascend", ascend)
+        delta = _options.within("delta is the level of a one-sided test and", delta, "(0, 0.5]")
+        _options.check_choice("test", test, ("coordinate", "aggregate"))
+        ascend = _options.check_flag("ascend", ascend)
         self.model, self.delta, self.test, self.sign = model, delta, test, -1.0 if ascend else 1.0
         plain = isinstance(optimizer, type) or hasattr(optimizer, "param_groups") or hasattr(model, "param_groups")
         self.method = None if plain else optimizer

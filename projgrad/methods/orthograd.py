@@ -114,10 +114,10 @@ class OrthoGrad:
         projector: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         owned(model, optimizer)
-        alpha = _options.number("alpha weighs the mean retain gradient and", alpha, "[0, 1]")
-        _options.one_of("scope", scope, ("global", "per_tensor"))
-        damping, rtol = _options.solver("", damping, rtol)
-        keep_output_gradients = _options.flag("keep_output_gradients", keep_output_gradients)
+        alpha = _options.within("alpha weighs the mean retain gradient and", alpha, "[0, 1]")
+        _options.check_choice("scope", scope, ("global", "per_tensor"))
+        damping, rtol = _options.check_solver("", damping, rtol)
+        keep_output_gradients = _options.check_flag("keep_output_gradients", keep_output_gradients)
         if scaler is not None and not hasattr(scaler, "unscale_"):
             raise TypeError(f"scaler must be a torch.amp.GradScaler; got {_options.kind(scaler)}")
         if projector is not None and not callable(projector):
@@ -128,8 +128,8 @@ class OrthoGrad:
         if projector is not None and unused:
             raise ValueError(f"projector replaces the whole projection: it cannot be used with {', '.join(unused)}")
         self.model, self.optimizer, self.alpha, self.scope = model, optimizer, alpha, scope
-        self.sign = -1.0 if _options.flag("ascend", ascend) else 1.0
-        self.damping, self.rtol, self.max_norm = damping, rtol, _options.clip(max_norm)
+        self.sign = -1.0 if _options.check_flag("ascend", ascend) else 1.0
+        self.damping, self.rtol, self.max_norm = damping, rtol, _options.check_max_norm(max_norm)
         self.keep_output_gradients, self.scaler, self.projector = keep_output_gradients, scaler, projector
         self._flat = False  # whether the factors of the forget gradient save work, as the step before found
         self._outer: dict[str, Outer] = {}

@@ -98,7 +98,7 @@ def basis_project(D: Tensor, M: Tensor) -> Tensor:
         >>> projgrad.basis_project(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]])).tolist()
         [[0.0, 4.0]]
     """
-    _options.tensors("basis_project", D=D, M=M)
+    _options.check_tensors("basis_project", D=D, M=M)
     if D.ndim < 2 or M.ndim < 2 or D.shape[-1] != M.shape[-2] or (M.ndim > 2 and M.shape[:-2] != D.shape[:-2]):
         raise ValueError(
             "basis_project: D must be (..., o, i) and M (i, k), or (..., i, k) with the leading dimensions of D; "

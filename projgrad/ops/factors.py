@@ -152,7 +152,7 @@ register(_linear_moments_op, _linear_moments_setup, _linear_moments_backward, on
 
 def _tokens(op: str, a: Tensor, b: Tensor, x: str = "a", y: str = "b") -> tuple[Tensor, Tensor]:
     """a (n, t, i) and b (n, t, o), checked; t = 1 where they have no t."""
-    _options.tensors(op, **{x: a, y: b})
+    _options.check_tensors(op, **{x: a, y: b})
     if a.ndim not in (2, 3) or a.ndim != b.ndim or a.shape[:-1] != b.shape[:-1]:
         raise ValueError(
             f"{op}: {x} and {y} must be (n, t, i) and (n, t, o), or (n, i) and (n, o); "
@@ -248,7 +248,7 @@ def linear_dot(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
         [3.0, 3.0]
     """
     a, b = _tokens("linear_dot", a, b)
-    _options.tensors("linear_dot", u=u)
+    _options.check_tensors("linear_dot", u=u)
     if u.ndim not in (2, 3) or u.shape[-2:] != (b.shape[2], a.shape[2]):
         raise ValueError(
             "linear_dot: u must be (o, i) or (m, o, i) with the i of a and the o of b; "
@@ -282,7 +282,7 @@ def linear_combine(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         [[1.0, -1.0]]
     """
     a, b = _tokens("linear_combine", a, b)
-    _options.tensors("linear_combine", c=c)
+    _options.check_tensors("linear_combine", c=c)
     if c.ndim not in (1, 2) or c.shape[-1] != a.shape[0]:
         raise ValueError(
             f"linear_combine: c must be (n,) or (m, n) with the n of a; got c {tuple(c.shape)} and a {tuple(a.shape)}"

@@ -88,7 +88,7 @@ def feasible(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, *, de
         [1.0, 0.0, 0.0]
     """
     tensors = {"d": d, "u": u, "total": total, "squares": squares}
-    _options.tensors("feasible", **tensors)
+    _options.check_tensors("feasible", **tensors)
     for name, x in tensors.items():
         if x.shape != d.shape:
             raise ValueError(f"feasible: {name} must have the shape of d; got {tuple(x.shape)} and d {tuple(d.shape)}")
@@ -103,10 +103,10 @@ def feasible(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, *, de
             "feasible: u must have the dtype of d and squares that of total; "
             + "got " + ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
         )  # fmt: skip
-    n = _options.whole("feasible: n", n, 0)
+    n = _options.check_integer("feasible: n", n, 0)
     if n < 2:
         raise ValueError(f"feasible: a standard deviation needs n ≥ 2 retain samples; got {n}")
-    delta = _options.number("feasible: delta is the level of a one-sided test and", delta, "(0, 0.5]")
+    delta = _options.within("feasible: delta is the level of a one-sided test and", delta, "(0, 0.5]")
     _check_reverse_mode("feasible", d, u, total, squares)
     flat = [x.reshape(x.numel()) for x in tensors.values()]
     return call(_feasible, *flat, n, delta)[0].reshape(d.shape)

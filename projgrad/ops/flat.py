@@ -182,7 +182,7 @@ _subtract.register_vmap(one_by_one(_subtract))
 
 
 def _check_flat(op: str, u: Tensor | None, G: Tensor) -> None:
-    _options.tensors(op, G=G, **({} if u is None else {"u": u}))
+    _options.check_tensors(op, G=G, **({} if u is None else {"u": u}))
     if G.ndim != 2:
         raise ValueError(f"{op}: G must be (n, p), one gradient per row; got shape {tuple(G.shape)}")
     if G.dtype not in DTYPES:
@@ -268,7 +268,7 @@ def gram_solve(K: Tensor, b: Tensor, *, damping: float = 0.0, rtol: float | None
         >>> projgrad.gram_solve(K, torch.tensor([2.0, 2.0])).tolist()
         [2.0, 0.0]
     """
-    _options.tensors("gram_solve", K=K, b=b)
+    _options.check_tensors("gram_solve", K=K, b=b)
     if K.ndim < 2 or K.shape[-1] != K.shape[-2]:
         raise ValueError(f"gram_solve: K must be (..., n, n); got shape {tuple(K.shape)}")
     vector = b.ndim == K.ndim - 1
@@ -283,7 +283,7 @@ def gram_solve(K: Tensor, b: Tensor, *, damping: float = 0.0, rtol: float | None
         raise TypeError(f"gram_solve: K and b must have one dtype; got K {K.dtype} and b {b.dtype}")
     if b.device != K.device:
         raise ValueError(f"gram_solve: K and b must be on one device; got K on {K.device} and b on {b.device}")
-    damping, rtol = _options.solver("gram_solve: ", damping, rtol)
+    damping, rtol = _options.check_solver("gram_solve: ", damping, rtol)
     _check_reverse_mode("gram_solve", K, b)
     n, batch = K.shape[-1], K.shape[:-2]
     columns = b[..., None] if vector else b
@@ -327,9 +327,9 @@ def project_out(
         >>> projgrad.project_out(torch.tensor([3.0, 4.0]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])).tolist()
         [0.0, 4.0]
     """
-    _options.tensors("project_out", u=u)
+    _options.check_tensors("project_out", u=u)
     _check_flat("project_out", u, G)
-    damping, rtol = _options.solver("project_out: ", damping, rtol)
+    damping, rtol = _options.check_solver("project_out: ", damping, rtol)
     out, c, rank, worst, squares = call(_project_out, u if u.ndim == 2 else u[None], G, damping, rtol)
     norms = squares.detach().sqrt()
     preserved = torch.where(norms[0] > 0, norms[1] / norms[0], 1)

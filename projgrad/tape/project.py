@@ -58,8 +58,8 @@ def project_(
     add: Tensor | None,
     rates: Mapping[str, float],
 ) -> Projection:
-    _options.one_of("scope", scope, ("global", "per_tensor"))
-    damping, rtol = _options.solver("", damping, rtol)
+    _options.check_choice("scope", scope, ("global", "per_tensor"))
+    damping, rtol = _options.check_solver("", damping, rtol)
     for name, p in tape.parameters.items():
         if p.grad is None:
             continue
