@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import warnings
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .._options import check_callable, check_real
 from .common import check_batch_norm, check_finite, clear, owned, scalar
 from .pgu_batches import read, samples_of
 from .pgu_cache import Cache, changed, fingerprint, parameters_of
@@ -81,7 +81,9 @@ class PGU:
             inputs (with `forward`, of all tensors of a batch), so switch it off where a loader pads differently.
 
     Raises:
-        ValueError: γ outside (0, 1] or for an unknown name, an unknown rule, soft < 0, no weight in the optimizer.
+        ValueError: γ outside (0, 1] or for an unknown name, an unknown rule, soft < 0, max_norm ≤ 0, no weight in the
+            optimizer.
+        TypeError: anything of another type, such as an optimizer's class.
 
     frozen: name and reason of every parameter that the optimizer holds and this leaves alone.
     exposed: share of Σ ‖x‖² over the training data that updates can still act on, by name of the projected weight.
@@ -111,7 +113,9 @@ class PGU:
         forward: Callable[[nn.Module, object], object] | None = None,
         check_samples: bool = True,
     ) -> None:
-        self.model, self.optimizer, self.rule, self.soft = model, optimizer, rule, soft
+        _check_options(model, optimizer, forward, check_samples, ascend)
+        self.model, self.optimizer, self.rule = model, optimizer, rule
+        self.soft = check_real("PGU: soft", soft, "a number of at least 0", lambda x: x >= 0)
         self.ascend, self.max_norm, self.forward, self.check_samples = ascend, max_norm, forward, check_samples
         self.gamma = dict(gamma) if isinstance(gamma, Mapping) else {"default": gamma}
         weights = self._weights()
@@ -120,15 +124,15 @@ class PGU:
         for name, value in self.gamma.items():
             if name != "default" and name not in weights:
                 raise ValueError(f"PGU: gamma names {name}, which is no weight that the optimizer holds")
-            if not 0 < value <= 1:
-                raise ValueError(f"PGU: gamma is a share of the spectrum and must be in (0, 1]; got {value} for {name}")
+            wanted = "a share of the spectrum, in (0, 1]"
+            self.gamma[name] = check_real(f"PGU: gamma for {name}", value, wanted, lambda x: 0 < x <= 1)
         missing = [] if "default" in self.gamma else [name for name in weights if name not in self.gamma]
         if missing:
             raise ValueError(f'PGU: gamma must have "default" or name every weight; it lacks {", ".join(missing)}')
         if rule not in RULES:
             raise ValueError(f"PGU: rule must be 'singular' or 'energy'; got {rule!r}")
-        if not (soft >= 0 and math.isfinite(soft)):
-            raise ValueError(f"PGU: soft must be at least 0; got {soft}")
+        if max_norm is not None:
+            check_real("PGU: max_norm", max_norm, "a positive number, or None", lambda x: x > 0)
         self.cache: Cache | None = None
         self.held: dict[str, tuple] = {}
         self.bases: dict[str, Basis] = {}
@@ -212,10 +216,12 @@ class PGU:
 
         Raises:
             ValueError: nothing fitted, a parameter that was replaced, cast or moved since then, every weight frozen,
-                batch norm in training mode, a loss of the wrong shape.
+                batch norm in training mode, a loss of the wrong shape, a closure that ran backward() itself.
+            TypeError: something else than a function.
             FloatingPointError: NaN or Inf in the loss or a gradient.
         """
         start = time.perf_counter()
+        check_callable("step: forget", forget, "a function that returns logits and labels, or a scalar loss")
         self._cache("step")
         check_batch_norm(self.model)
         params = [p for name, p in owned(self.model, self.optimizer).items() if name in self.bases]
@@ -225,6 +231,8 @@ class PGU:
         try:
             with torch.enable_grad():
                 found = forget()
+                if any(p.grad is not None for p in params):
+                    raise ValueError("forget() ran backward() itself: return the loss, or logits and labels, alone")
                 pair = isinstance(found, (tuple, list)) and len(found) == 2
                 loss = scalar(lambda: unlearning_loss(*found) if pair else found)
                 value = check_finite(float(loss.detach()))
@@ -338,3 +346,16 @@ class PGU:
                 "Use a larger gamma",
                 stacklevel=3,
             )
+
+
+def _check_options(model: object, optimizer: object, forward: object, check_samples: object, ascend: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"PGU: model must be a torch.nn.Module, and comes first; got {type(model).__name__}")
+    if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
+        got = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+        raise TypeError(f"PGU: optimizer must be an optimizer made of the model's parameters; got {got}")
+    if forward is not None:
+        check_callable("PGU: forward", forward, "a function (model, batch), or None")
+    for name, value in (("check_samples", check_samples), ("ascend", ascend)):
+        if not isinstance(value, bool):
+            raise TypeError(f"PGU: {name} must be True or False; got {value!r}")
