@@ -332,7 +332,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("method", ["step", "project_", "forget", "save"])
+@pytest.mark.parametrize("method", ["step", "project_", "forget", "run", "save"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_model_than_the_one_that_was_fitted_is_refused_by_name(name, method, tmp_path):
     """With everything left as it is."""
@@ -343,6 +343,7 @@ def test_another_model_than_the_one_that_was_fitted_is_refused_by_name(name, met
         "step": lambda: pgu.step(lambda: (pgu.model(x), y)),
         "project_": pgu.project_,
         "forget": lambda: pgu.forget([x[:5]]),
+        "run": lambda: pgu.run([(x, y)], lambda: (1.0, 0.5)),
         "save": lambda: pgu.save(tmp_path / "cache"),
     }
     cache, before = pgu.cache, parameters(pgu.model)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from .._options import check_callable, check_real
 from .common import check_batch_norm, check_finite, clear, owned, scalar
 from .pgu_batches import read, samples_of
-from .pgu_cache import Cache, changed, fingerprint, parameters_of
+from .pgu_cache import Cache, Held, changed, fingerprint, parameters_of
 from .pgu_loss import unlearning_loss
+from .pgu_options import check_options, shares
 from .pgu_run import Run, run
-from .spectra import RULES, Basis, Projected, basis, decompose, exposed, project_
+from .spectra import Basis, Projected, basis, decompose, exposed, project_
 
 NEVER = "the model did not use it"
 
@@ -113,28 +114,16 @@ class PGU:
         forward: Callable[[nn.Module, object], object] | None = None,
         check_samples: bool = True,
     ) -> None:
-        _check_options(model, optimizer, forward, check_samples, ascend)
+        check_options(model, optimizer, rule, max_norm, forward, ascend=ascend, check_samples=check_samples)
         self.model, self.optimizer, self.rule = model, optimizer, rule
         self.soft = check_real("PGU: soft", soft, "a number of at least 0", lambda x: x >= 0)
         self.ascend, self.max_norm, self.forward, self.check_samples = ascend, max_norm, forward, check_samples
-        self.gamma = dict(gamma) if isinstance(gamma, Mapping) else {"default": gamma}
         weights = self._weights()
         if not weights:
             raise ValueError("PGU: the optimizer holds no weight with two or more dimensions that requires a gradient")
-        for name, value in self.gamma.items():
-            if name != "default" and name not in weights:
-                raise ValueError(f"PGU: gamma names {name}, which is no weight that the optimizer holds")
-            wanted = "a share of the spectrum, in (0, 1]"
-            self.gamma[name] = check_real(f"PGU: gamma for {name}", value, wanted, lambda x: 0 < x <= 1)
-        missing = [] if "default" in self.gamma else [name for name in weights if name not in self.gamma]
-        if missing:
-            raise ValueError(f'PGU: gamma must have "default" or name every weight; it lacks {", ".join(missing)}')
-        if rule not in RULES:
-            raise ValueError(f"PGU: rule must be 'singular' or 'energy'; got {rule!r}")
-        if max_norm is not None:
-            check_real("PGU: max_norm", max_norm, "a positive number, or None", lambda x: x > 0)
+        self.gamma = shares(gamma, weights)
         self.cache: Cache | None = None
-        self.held: dict[str, tuple] = {}
+        self._held: dict[str, Held] = {}
         self.bases: dict[str, Basis] = {}
         self.frozen: dict[str, str] = {}
 
@@ -262,6 +251,7 @@ class PGU:
 
     def run(self, batches: Iterable, validate: Callable[[], tuple[float, float]], **options) -> Run:
         """The published schedule and stop rules: see `projgrad.methods.pgu_run.run` for the options."""
+        self._cache("run")
         return run(self, batches, validate, **options)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -314,8 +304,8 @@ class PGU:
         if self.cache is None:
             raise ValueError(f"{method}: nothing is fitted; call fit() with the training data, or PGU.load()")
         now = parameters_of(self.model)
-        for name in {**self.held, **now}:
-            if (why := changed(self.held.get(name), now.get(name))) is not None:
+        for name in {**self._held, **now}:
+            if (why := changed(self._held.get(name), now.get(name))) is not None:
                 raise ValueError(
                     f"{method}: {name} {why}, so that what is protected is not of this model. Put the model back as it "
                     "was, or call fit() again"
@@ -338,7 +328,7 @@ class PGU:
                     bases[name] = basis(cache.spectra[name], gamma, self.rule, self.soft, dtype)
                 except ArithmeticError as error:
                     raise ArithmeticError(f"PGU: {name}: {error}") from None
-        self.cache, self.bases, self.frozen, self.held = cache, bases, frozen, parameters_of(self.model)
+        self.cache, self.bases, self.frozen, self._held = cache, bases, frozen, parameters_of(self.model)
         empty = [name for name, b in bases.items() if not b.rank and cache.spectra[name].values.any()]
         if empty:
             warnings.warn(
@@ -346,16 +336,3 @@ class PGU:
                 "Use a larger gamma",
                 stacklevel=3,
             )
-
-
-def _check_options(model: object, optimizer: object, forward: object, check_samples: object, ascend: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"PGU: model must be a torch.nn.Module, and comes first; got {type(model).__name__}")
-    if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
-        got = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
-        raise TypeError(f"PGU: optimizer must be an optimizer made of the model's parameters; got {got}")
-    if forward is not None:
-        check_callable("PGU: forward", forward, "a function (model, batch), or None")
-    for name, value in (("check_samples", check_samples), ("ascend", ascend)):
-        if not isinstance(value, bool):
-            raise TypeError(f"PGU: {name} must be True or False; got {value!r}")
