@@ -13,7 +13,11 @@ if not torch.cuda.is_available():
 
 # Whole files that need packages of the comparison; others skip what they miss.
 NEEDS = dict.fromkeys(
-    ("test_compare.py", "test_cli.py", "test_evaluate.py", "test_report.py"), ("sklearn", "rich", "matplotlib")
+    (
+        *("test_compare.py", "test_cli.py", "test_evaluate.py", "test_report.py"),
+        *("test_atomic.py", "test_evaluate_input.py", "test_options.py"),
+    ),
+    ("sklearn", "rich", "matplotlib"),
 )
 MISSING = {file: [p for p in packages if find_spec(p) is None] for file, packages in NEEDS.items()}
 collect_ignore = [file for file, packages in MISSING.items() if packages]

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from published_pgu import correlated, fitted, parameters, perceptron, sgd
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from zoo import ZOO
 
+from projgrad.methods import inputs
 from projgrad.methods.pgu import PGU
 
 F64 = torch.float64
@@ -105,6 +107,7 @@ SEEN = {
     "reentrant checkpoint": lambda layer, x: checkpoint(layer, x, use_reentrant=True),
     "without a graph": without_graph,
     "aten": lambda layer, x: torch.ops.aten.linear(x, layer.weight),
+    "written over": lambda layer, x: layer(x.unflatten(0, (2, -1))).add_(x.unflatten(0, (2, -1))).flatten(0, 1).sub_(x),
     "attribute": lambda layer, x: layer(x) * layer.weight.shape[0],
 }
 
@@ -163,13 +166,25 @@ def test_a_use_that_is_seen_counts(name, cast):
     assert (second_moment(pgu, "layer.weight") - expected).norm() <= 2 * eps * expected.norm()
 
 
+@pytest.mark.parametrize("name", ZOO)
+def test_every_use_in_the_models_of_the_zoo_is_seen(name):
+    case = ZOO[name]()
+    watched = {name: p for name, p in case.model.named_parameters() if p.requires_grad and p.ndim > 1}
+    moments = inputs.InputMoments(watched)
+    with torch.enable_grad(), moments:
+        losses = case.losses(case.model)
+    assert moments.close(losses) or not moments.moments
+    unseen = {name: why for name, why in moments.refused.items() if inputs.UNSEEN in why}
+    assert not unseen
+
+
 def test_a_use_that_is_not_seen_in_a_request_is_refused():
     """Where the fit was without it."""
     model, x = Twice(SEEN["plain"]), torch.randn(40, 6)
     pgu, _ = fit(model, x)
     model.again = UNSEEN["scripted function"]
     with pytest.raises(
-        ValueError, match=r"forget: layer.weight is used otherwise .*TBackward0 uses it with inputs that"
+        ValueError, match=r"forget: layer.weight is used otherwise .*MmBackward0 uses it with inputs that"
     ):
         pgu.forget([x[:3]])
 
@@ -205,7 +220,7 @@ def test_what_the_forward_pass_returns_does_not_matter(result):
     model, x = Twice(lambda layer, x: layer(x)), torch.randn(40, 6)
     pgu, told = fit(model, x, forward=lambda m, x: convert(m(x)))
     assert set(pgu.bases) == {"layer.weight", "head.weight"} and not told
-    with pytest.raises(ValueError, match=r"no weight can be projected .*layer.weight: TBackward0 uses it with inputs"):
+    with pytest.raises(ValueError, match=r"no weight can be projected .*layer.weight: MmBackward0 uses it with inputs"):
         fit(model, x, forward=lambda m, x: convert(scripted(m.layer(x), m.layer.weight)))
 
 
@@ -271,10 +286,12 @@ def test_float32_precision_is_part_of_the_arithmetic(monkeypatch):
 
 def test_autocast_that_changes_nothing_is_no_other_arithmetic():
     """It leaves float64 as it is."""
-    pgu, x, _ = fitted(F64)
-    with under(BRAIN):
-        pgu.forget([x[:5]])
-    assert pgu.cache.n == 35 and pgu.cache.eps == torch.finfo(F64).eps
+    for fit_in, forget_in in ((None, BRAIN), (BRAIN, None)):
+        with under(fit_in):
+            pgu, x, _ = fitted(F64)
+        with under(forget_in):
+            pgu.forget([x[:5]])
+        assert pgu.cache.n == 35 and pgu.cache.eps == torch.finfo(F64).eps
 
 
 # The model
@@ -315,7 +332,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("method", ["step", "project_", "forget", "save"])
+@pytest.mark.parametrize("method", ["step", "project_", "forget", "run", "save"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_model_than_the_one_that_was_fitted_is_refused_by_name(name, method, tmp_path):
     """With everything left as it is."""
@@ -326,6 +343,7 @@ def test_another_model_than_the_one_that_was_fitted_is_refused_by_name(name, met
         "step": lambda: pgu.step(lambda: (pgu.model(x), y)),
         "project_": pgu.project_,
         "forget": lambda: pgu.forget([x[:5]]),
+        "run": lambda: pgu.run([(x, y)], lambda: (1.0, 0.5)),
         "save": lambda: pgu.save(tmp_path / "cache"),
     }
     cache, before = pgu.cache, parameters(pgu.model)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._options import check_integer, number
 from ..scenarios.problem import Part, Problem
-from .summary import number
 
 BINS = 20  # of a confidence histogram
 PARTS = ("forget", "retain", "test")
@@ -106,8 +105,7 @@ def membership_auc(forget: Any, test: Any, retain: Any, seed: int = 0) -> float:
     forget, test, retain = (_logits(name, p) for name, p in (("forget", forget), ("test", test), ("retain", retain)))
     if len(test) < 2:
         raise ValueError(f"test has {len(test)} samples: the attack needs one to calibrate on and one to be scored on")
-    if not isinstance(seed, Integral) or seed < 0:
-        raise ValueError(f"seed should be an integer from 0; got {seed!r}")
+    seed = check_integer("seed", seed, 0)
     order = np.random.default_rng(seed).permutation(len(test))
     calibration, held_out = test[order[::2]], test[order[1::2]]
 

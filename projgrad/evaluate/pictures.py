@@ -194,8 +194,9 @@ PICTURES: dict[str, Picture] = {
 }
 
 
-def draw(results: Mapping[str, Any], titles: Mapping[str, str], out: Path) -> list[Path]:
+def draw(results: Mapping[str, Any], titles: Mapping[str, str], out: Path | str) -> list[Path]:
     """All pictures as PNG files <scenario>-<picture>.png and overview.png; returns the files."""
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     figures = {"overview": overview(results, titles)}
     for name, scenario in results["scenarios"].items():

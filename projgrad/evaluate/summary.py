@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
+
+from .._options import number
 
 REFERENCES = ("original", "retrained")  # not contenders
 COSTS = ("steps", "seconds", "step_seconds", "peak_bytes")
@@ -195,13 +196,6 @@ def _runs(scenario: Mapping[str, Any], key: str = "runs", *wanted: str) -> Itera
         if missing:
             raise ValueError(f"a run should have {' and '.join(missing)}; it has {', '.join(run)}")
     return runs
-
-
-def number(value: Any) -> float | int | None:
-    """A number of Python, numpy or a tensor without dimensions; None for anything else."""
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()
-    return value if isinstance(value, Real) else None
 
 
 def _value(run: Mapping[str, Any], metric: str, values: Mapping[str, Any]) -> float | int | None:

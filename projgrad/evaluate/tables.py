@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._options import check_integer
 from .summary import is_ours, known, spread, summarize
 
 if TYPE_CHECKING:
@@ -55,8 +56,11 @@ def table(scenario: Mapping[str, Any], titles: Mapping[str, str], width: int = W
     """A rich table of a scenario, one row per method in the order of titles ({method: title}).
 
     At most `width` columns wide: where there is less room some costs, which the JSON and the report have, are left out.
+    Raises ValueError for a width below 1 and as `summarize` does, TypeError for one that is no integer.
     """
     from rich.console import Console
+
+    width = check_integer("width", width, 1)
 
     found = columns(scenario, titles)
     bold = [is_ours(method) for method in known(scenario, titles)]

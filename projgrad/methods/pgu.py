@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import warnings
@@ -13,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .._options import check_callable, check_real
 from .common import check_batch_norm, check_finite, clear, owned, scalar
 from .pgu_batches import read, samples_of
-from .pgu_cache import Cache, changed, fingerprint, parameters_of
+from .pgu_cache import Cache, Held, changed, fingerprint, parameters_of
 from .pgu_loss import unlearning_loss
+from .pgu_options import check_options, shares
 from .pgu_run import Run, run
-from .spectra import RULES, Basis, Projected, basis, decompose, exposed, project_
+from .spectra import Basis, Projected, basis, decompose, exposed, project_
 
 NEVER = "the model did not use it"
 
@@ -81,7 +82,9 @@ class PGU:
             inputs (with `forward`, of all tensors of a batch), so switch it off where a loader pads differently.
 
     Raises:
-        ValueError: γ outside (0, 1] or for an unknown name, an unknown rule, soft < 0, no weight in the optimizer.
+        ValueError: γ outside (0, 1] or for an unknown name, an unknown rule, soft < 0, max_norm ≤ 0, no weight in the
+            optimizer.
+        TypeError: anything of another type, such as an optimizer's class.
 
     frozen: name and reason of every parameter that the optimizer holds and this leaves alone.
     exposed: share of Σ ‖x‖² over the training data that updates can still act on, by name of the projected weight.
@@ -111,26 +114,16 @@ class PGU:
         forward: Callable[[nn.Module, object], object] | None = None,
         check_samples: bool = True,
     ) -> None:
-        self.model, self.optimizer, self.rule, self.soft = model, optimizer, rule, soft
+        check_options(model, optimizer, rule, max_norm, forward, ascend=ascend, check_samples=check_samples)
+        self.model, self.optimizer, self.rule = model, optimizer, rule
+        self.soft = check_real("PGU: soft", soft, "a number of at least 0", lambda x: x >= 0)
         self.ascend, self.max_norm, self.forward, self.check_samples = ascend, max_norm, forward, check_samples
-        self.gamma = dict(gamma) if isinstance(gamma, Mapping) else {"default": gamma}
         weights = self._weights()
         if not weights:
             raise ValueError("PGU: the optimizer holds no weight with two or more dimensions that requires a gradient")
-        for name, value in self.gamma.items():
-            if name != "default" and name not in weights:
-                raise ValueError(f"PGU: gamma names {name}, which is no weight that the optimizer holds")
-            if not 0 < value <= 1:
-                raise ValueError(f"PGU: gamma is a share of the spectrum and must be in (0, 1]; got {value} for {name}")
-        missing = [] if "default" in self.gamma else [name for name in weights if name not in self.gamma]
-        if missing:
-            raise ValueError(f'PGU: gamma must have "default" or name every weight; it lacks {", ".join(missing)}')
-        if rule not in RULES:
-            raise ValueError(f"PGU: rule must be 'singular' or 'energy'; got {rule!r}")
-        if not (soft >= 0 and math.isfinite(soft)):
-            raise ValueError(f"PGU: soft must be at least 0; got {soft}")
+        self.gamma = shares(gamma, weights)
         self.cache: Cache | None = None
-        self.held: dict[str, tuple] = {}
+        self._held: dict[str, Held] = {}
         self.bases: dict[str, Basis] = {}
         self.frozen: dict[str, str] = {}
 
@@ -212,10 +205,12 @@ class PGU:
 
         Raises:
             ValueError: nothing fitted, a parameter that was replaced, cast or moved since then, every weight frozen,
-                batch norm in training mode, a loss of the wrong shape.
+                batch norm in training mode, a loss of the wrong shape, a closure that ran backward() itself.
+            TypeError: something else than a function.
             FloatingPointError: NaN or Inf in the loss or a gradient.
         """
         start = time.perf_counter()
+        check_callable("step: forget", forget, "a function that returns logits and labels, or a scalar loss")
         self._cache("step")
         check_batch_norm(self.model)
         params = [p for name, p in owned(self.model, self.optimizer).items() if name in self.bases]
@@ -225,6 +220,8 @@ class PGU:
         try:
             with torch.enable_grad():
                 found = forget()
+                if any(p.grad is not None for p in params):
+                    raise ValueError("forget() ran backward() itself: return the loss, or logits and labels, alone")
                 pair = isinstance(found, (tuple, list)) and len(found) == 2
                 loss = scalar(lambda: unlearning_loss(*found) if pair else found)
                 value = check_finite(float(loss.detach()))
@@ -254,6 +251,7 @@ class PGU:
 
     def run(self, batches: Iterable, validate: Callable[[], tuple[float, float]], **options) -> Run:
         """The published schedule and stop rules: see `projgrad.methods.pgu_run.run` for the options."""
+        self._cache("run")
         return run(self, batches, validate, **options)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -306,8 +304,8 @@ class PGU:
         if self.cache is None:
             raise ValueError(f"{method}: nothing is fitted; call fit() with the training data, or PGU.load()")
         now = parameters_of(self.model)
-        for name in {**self.held, **now}:
-            if (why := changed(self.held.get(name), now.get(name))) is not None:
+        for name in {**self._held, **now}:
+            if (why := changed(self._held.get(name), now.get(name))) is not None:
                 raise ValueError(
                     f"{method}: {name} {why}, so that what is protected is not of this model. Put the model back as it "
                     "was, or call fit() again"
@@ -330,7 +328,7 @@ class PGU:
                     bases[name] = basis(cache.spectra[name], gamma, self.rule, self.soft, dtype)
                 except ArithmeticError as error:
                     raise ArithmeticError(f"PGU: {name}: {error}") from None
-        self.cache, self.bases, self.frozen, self.held = cache, bases, frozen, parameters_of(self.model)
+        self.cache, self.bases, self.frozen, self._held = cache, bases, frozen, parameters_of(self.model)
         empty = [name for name, b in bases.items() if not b.rank and cache.spectra[name].values.any()]
         if empty:
             warnings.warn(

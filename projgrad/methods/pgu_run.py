@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._options import check_callable, check_integer, check_real, number
 from .pgu_batches import run_model
 
 if TYPE_CHECKING:
@@ -68,18 +69,30 @@ def run(
         progress: called after each epoch.
 
     Raises:
-        ValueError: an unknown rule, learning rates that are not positive, no batches.
+        ValueError: an unknown rule, epochs < 1, learning rates that are not positive, drop < 0, no batches.
+        TypeError: an option that is no number, or no function.
     """
     if stop not in ("validation", "retain"):
         raise ValueError(f"run: stop must be 'validation' or 'retain'; got {stop!r}")
-    if epochs < 1 or len(lr) != 2 or min(lr) <= 0:
-        raise ValueError(f"run: epochs must be at least 1 and lr two positive values; got {epochs} and {lr}")
+    check_integer("run: epochs", epochs, 1)
+    if not isinstance(lr, Iterable) or len(lr := tuple(lr)) != 2:
+        raise ValueError(f"run: lr must be two positive numbers, that of the first and of the last epoch; got {lr!r}")
+    for value in lr:
+        check_real("run: lr", value, "two positive numbers", lambda x: x > 0)
+    check_real("run: drop", drop, "a number of at least 0, a difference of accuracies", lambda x: x >= 0)
+    check_callable("run: validate", validate, "a function that returns two accuracies")
+    if progress is not None:
+        check_callable("run: progress", progress, "a function of an Epoch, or None")
     weights = {name: pgu.model.get_parameter(name) for name in pgu.bases}
     rates = [group["lr"] for group in pgu.optimizer.param_groups]
     seen: list[Epoch] = []
 
     def look(record: PGURecord | None) -> Epoch:
-        seen.append(Epoch(len(seen), *map(float, validate()), record))
+        found = validate()
+        pair = tuple(found) if isinstance(found, Iterable) else ()
+        if len(pair) != 2 or any(number(value) is None for value in pair):
+            raise TypeError(f"run: validate() must return two accuracies, of forget and other samples; got {found!r}")
+        seen.append(Epoch(len(seen), *map(float, pair), record))
         for value in (seen[-1].forget_accuracy, seen[-1].other_accuracy):
             if not math.isfinite(value):
                 raise FloatingPointError(f"validate() returned {value}")

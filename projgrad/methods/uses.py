@@ -27,7 +27,6 @@ class Uses:
     def clear(self) -> None:
         """Before the next forward pass."""
         self.made: set[Node] = set()  # by calls that were seen to use a weight
-        self.carriers: dict[Node, set[str]] = {}  # between a weight and its use: transposed, cast (once for all uses)
         self.ends: set[Node] = set()  # nodes from which the graph is walked
         self.hidden: Counter[str] = Counter()  # uses that made no graph
 
@@ -38,27 +37,15 @@ class Uses:
     def made_by(self, inputs: Iterable[Node], outputs: Iterable[Tensor], names: set[str], view: bool) -> None:
         """A call that was seen, with these weights: nodes of its other inputs, its outputs, and whether these are the
         weight again."""
-        last = {t.grad_fn for t in outputs if t.grad_fn is not None}
-        if not last and not view:
+        todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
+        if not todo and not view:
             self.hidden.update(names)
-        borders, here, todo = set(inputs), set(), list(last)
+        borders = set(inputs)
         while todo:
             node = todo.pop()
-            if node not in here and node not in borders and node not in self.leaves:
-                here.add(node)
+            if node not in self.made and node not in borders and node not in self.leaves:
+                self.made.add(node)
                 todo.extend(_next(node))
-        self.made |= here
-        inner, found = here if view else here - last, True
-        while found:  # from the weight upwards
-            found = False
-            for node in inner:
-                carried = set().union(*(self._carried(below) for below in _next(node)))
-                if carried - self.carriers.get(node, set()):
-                    self.carriers.setdefault(node, set()).update(carried)
-                    found = True
-
-    def _carried(self, node: Node) -> set[str]:
-        return {self.leaves[node]} if node in self.leaves else self.carriers.get(node, set())
 
     def unseen(self, result: object) -> tuple[dict[str, str], bool]:
         """Weights with uses that were not seen, each with the name of such a node; and whether any use is in the graph.
@@ -67,16 +54,16 @@ class Uses:
         """
         self.reach(_tensors_in(result, set()))
         todo, walked = list(self.ends), set(self.ends)
+        same: dict[Node, str | None] = {}
         missed: dict[str, list[Node]] = {}
         used = False
         while todo:
             node = todo.pop()
             for below in _next(node):
-                names = self._carried(below)
-                used |= bool(names)
-                if node not in self.made:
-                    for name in names:
-                        missed.setdefault(name, []).append(node)
+                name = self._weight(below, same)
+                used |= name is not None
+                if name is not None and node not in self.made:
+                    missed.setdefault(name, []).append(node)
                 if below not in walked:
                     walked.add(below)
                     todo.append(below)
@@ -87,6 +74,17 @@ class Uses:
             if other is not None or len(own) > self.hidden[name]:
                 found[name] = (own[0] if other is None else other).name()
         return found, used
+
+    def _weight(self, node: Node, known: dict[Node, str | None]) -> str | None:
+        """Which weight a node gives, alone: as it is, or by functions of one input, such as its transposition and the
+        cast that autocast makes once for all uses."""
+        path = []
+        while node is not None and node not in self.leaves and node not in known:
+            path.append(node)
+            node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
+        name = self.leaves.get(node, known.get(node))
+        known.update(dict.fromkeys(path, name))
+        return name
 
 
 def _next(node: Node) -> Iterator[Node]:
