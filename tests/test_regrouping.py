@@ -236,7 +236,7 @@ def test_every_projection(name, mode, way):
 @pytest.mark.parametrize("test", ["coordinate", "aggregate"])
 @pytest.mark.parametrize("way", ["matrix", "index", "stack", "mask_and_sum"])
 def test_feasible_updates(way, test):
-    case, G = built("conv2d")
+    case, G = built("power")
     params = trained(case)
     feasible = projgrad.FeasibleUpdates(case.model, torch.optim.SGD(params.values(), lr=1.0), test=test, delta=0.5)
     before = {key: p.detach().clone() for key, p in params.items()}

@@ -154,7 +154,8 @@ def local(function: Callable, args: tuple, kwargs: dict, aligned: bool, tape: Ta
 
             return vjp(run, *(given[i].detach() for i in followed))[1](cotangent)
 
-        parts = [layout.split(given[i].detach(), n, b.ndim if aligned else None) for i in batched]
+        # Zeros beside a gradient of zero would do, were it not for functions that have no derivative there.
+        parts = [layout.split(given[i].detach(), n, b.ndim if aligned else None, fill=None) for i in batched]
         with torch.enable_grad():
             rows = vmap(one)(layout.split(b, n), *parts)
         return [Rows(g) for g in rows]

@@ -23,16 +23,21 @@ class Layout(NamedTuple):
         """The dimensions along which the samples lie."""
         return range(self.axis, self.axis + max(1, len(self.lead)))
 
-    def split(self, x: Tensor, n: int, ndim: int | None = None, fill: float = 0) -> Tensor:
+    def split(self, x: Tensor, n: int, ndim: int | None = None, fill: float | None = 0) -> Tensor:
         """x [..., n k, ...] -> [n, ..., k, ...] with k where the axis was (k = 1 stays). `ndim`: dimensions of the
-        tensor that the layout is about, when x is only broadcast against it; `fill`: what is nobody's."""
+        tensor that the layout is about, when x is only broadcast against it; `fill`: what stands where a sample has
+        fewer rows than others, None for one of its own rows again."""
         axis = self.axis if ndim is None else self.axis - ndim + x.ndim
         if self.rows is not None:
             if ndim is not None:
                 x = x.view(*[1] * (ndim - x.ndim), *x.shape).expand(*self.lead, *[-1] * (ndim - len(self.lead)))
             x = x.flatten(0, len(self.lead) - 1)
-            padded = torch.cat([x, x.new_full((1, *x.shape[1:]), fill)])
-            taken = padded[self.rows]  # -1 is the row that was added
+            rows = self.rows
+            if fill is None:
+                rows = rows.where(rows >= 0, rows[:, :1].clamp_min(0))
+            else:
+                x = torch.cat([x, x.new_full((1, *x.shape[1:]), fill)])  # row -1
+            taken = x[rows]
             return taken.view(*taken.shape[:2], *[1] * (len(self.lead) - 1), *x.shape[1:])
         k = x.shape[axis] // n
         if self.inner:
