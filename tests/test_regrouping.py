@@ -153,16 +153,7 @@ def check(kind, way, K, G, A):
     assert (K - expected).abs().max() <= ERROR * expected.abs().max(), (kind, way)
 
 
-REPRESENTATIVE = [
-    "conv2d",
-    "gpt2",
-    "attention",
-    "lstm",
-    "weight_norm",
-    "routed_experts",
-    "embedding_bag_sum",
-    "checkpoint",
-]
+REPRESENTATIVE = ["mlp", "lstm", "weight_norm", "routed_experts", "checkpoint"]
 
 
 @pytest.mark.parametrize("way", [w for w in WAYS if w[1] != "topk"], ids="-".join)
@@ -203,7 +194,7 @@ MODES = {
     "way", [("picks", "matrix"), ("picks", "stack"), ("picks", "index"), *(("groups", g) for g in GROUPS)], ids="-".join
 )
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["conv2d", "gpt2", "lstm", "routed_experts"])
+@pytest.mark.parametrize("name", ["mlp", "gpt2", "routed_experts"])
 def test_every_projection(name, mode, way):
     """One unlearner for all steps: what moves the parameters is orthogonal to the gradients of this step."""
     case, G = built(name)
@@ -236,7 +227,7 @@ def test_every_projection(name, mode, way):
 @pytest.mark.parametrize("test", ["coordinate", "aggregate"])
 @pytest.mark.parametrize("way", ["matrix", "index", "stack", "mask_and_sum"])
 def test_feasible_updates(way, test):
-    case, G = built("power")
+    case, G = built("mlp")
     params = trained(case)
     feasible = projgrad.FeasibleUpdates(case.model, torch.optim.SGD(params.values(), lr=1.0), test=test, delta=0.5)
     before = {key: p.detach().clone() for key, p in params.items()}
