@@ -108,6 +108,7 @@ GRAPHS = {
     **{name: lambda name=name: (getattr(torch, name), [rows(N, 4), rows(N, 4)]) for name in BINARY},
     **{f"{name}_bias": lambda name=name: (getattr(torch, name), [rows(N, 4), rows(4)]) for name in BINARY},
     **{f"{name}_over": lambda name=name: (getattr(torch, name), [rows(N, 4), rows(1, 4)]) for name in BINARY},
+    **{f"{name}_square": lambda name=name: (getattr(torch, name), [rows(N, N), rows(N)]) for name in BINARY},
     **{name: lambda name=name: (getattr(F, name), [rows(N, 4)]) for name in ACTIVATIONS},
     "fmod": lambda: (lambda x: torch.fmod(x, 0.3), [rows(N, 4)]),
     "remainder": lambda: (lambda x: torch.remainder(x, 0.3), [rows(N, 4)]),
@@ -128,6 +129,9 @@ GRAPHS = {
     "where_flipped": lambda: (lambda x: torch.where(m, x, x.flip(0)), [rows(N, 4)]),
     "masked_fill": lambda: (lambda x: x.masked_fill(m, 0.0), [rows(N, 4)]),
     "mask_over_rows": lambda: (lambda x: m * x, [rows(4)]),
+    "mask_over_square": lambda: (lambda x: torch.rand(N, N) * x, [rows(N)]),
+    "expand_square": lambda: (lambda x: x.expand(N, N), [rows(N)]),
+    "matrix_square": lambda: (lambda x: torch.rand(N, N) @ x, [rows(N, N)]),
     "tril": lambda: (torch.tril, [rows(N, 4)]),
     "triu": lambda: (torch.triu, [rows(N, 4)]),
     "to": lambda: (lambda x: x.float().double(), [rows(N, 4)]),
@@ -287,7 +291,8 @@ POSITIVE = [
 
 # Where the samples are mixed, reordered, spread over or picked by numbers: nothing may be proven.
 NOT_PROVEN = {
-    "where_flipped", "mask_over_rows", "expand_over", "view_wrong", "cat_rows", "cumsum_rows",
+    "where_flipped", "mask_over_rows", "mask_over_square", "expand_square", "matrix_square", "expand_over",
+    "view_wrong", "cat_rows", "cumsum_rows",
     "softmax_rows", "sort_rows", "split_rows",
     "topk_rows", "slice_rows", "gather_rows", "index_select_rows", "index", "flip_rows", "roll_rows", "roll_flat",
     "stack_rows", "unfold_rows", "repeat_rows", "pad_rows", "mm_rows", "mv_rows", "layer_norm_rows",
@@ -298,7 +303,7 @@ NOT_PROVEN = {
 def graph(name):
     torch.manual_seed(0)
     function, leaves = GRAPHS[name]()
-    base = name.removesuffix("_bias").removesuffix("_over")
+    base = name.removesuffix("_bias").removesuffix("_over").removesuffix("_square")
     if base in POSITIVE:
         with torch.no_grad():
             for x in leaves:

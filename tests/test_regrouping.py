@@ -243,3 +243,32 @@ def test_feasible_updates(way, test):
         tested = slice(1, None, 2) if test == "aggregate" else slice(None)
         change = (rows @ moved)[tested].mean()
         assert abs(record.retain_change - change) <= 1e-8 * (rows.norm() * moved.norm() + 1e-300)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_another_of_several_forward_passes(mode):
+    """Equal passes over other inputs, of which now this and now that one reaches the losses, or both."""
+    case, _ = built("mlp")
+    params = trained(case)
+    unlearner = projgrad.OrthoGrad(case.model, torch.optim.SGD(params.values(), lr=1.0), alpha=0.0, **MODES[mode])
+    before = {key: p.detach().clone() for key, p in params.items()}
+    direction = random_like(case)
+    views = torch.randn(3, *case.inputs[0].shape, dtype=torch.float64)
+    for chosen in ([0], [1], [2], [0], [0, 1], [1, 2], [1], [0, 1]):
+
+        def retain(chosen=chosen):
+            passes = [case.loss(case.model, view, *case.inputs[1:]) for view in views]
+            return sum(passes[k] for k in chosen)
+
+        losses = retain()
+        rows = [torch.autograd.grad(l, list(params.values()), retain_graph=True) for l in losses]
+        record = unlearner.step(lambda: sum((p * direction[key]).sum() for key, p in params.items()), retain)
+        moved = [p.detach() - before[key] for key, p in params.items()]
+        with torch.no_grad():
+            for key, p in params.items():
+                p.copy_(before[key])
+        for row in rows:
+            assert abs(sum((g * d).sum() for g, d in zip(row, moved, strict=True))) <= 1e-9 * sum(
+                d.norm() for d in moved
+            )
+        assert record.rank >= case.n

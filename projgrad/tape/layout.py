@@ -83,21 +83,21 @@ class Codes:
 
     From the first pass to every other one the weight of sample j grows by a power of two, negative for half of the
     samples: that does not round, so what belongs to one sample alone grows by exactly its factor. No two samples have
-    the same factors. Neither pass weighs all samples alike: what cancels then (ℓ_j - mean ℓ) shows.
+    the same factors. The weights of the first pass are random: a mixture of samples grows by a power of two, or
+    vanishes in all passes, for next to none of them. Equal ones would not do: ℓ_j - mean ℓ vanishes.
 
     base: weights of the first pass [n]. factors: by which they grow in the others, [n] each.
     """
 
     def __init__(self, n: int, like: Tensor, coarsest: torch.dtype) -> None:
         j = torch.arange(n, device=like.device)
-        hashed = j * 0x9E3779B1 >> 16
-        # No weight is above 1 in float16, which would overflow, and few are far below, where it runs out of digits.
-        small = coarsest == torch.float16
-        limit, exponent = (3, 1) if small else (48, hashed >> 1 & 3)
+        limit = 3 if coarsest == torch.float16 else 48  # no weight above 1, none far below: it has no more range
         passes = next(k for k in range(1, n + 2) if (2 * limit) ** k >= n)
         self.powers = next(e for e in range(1, limit + 1) if (2 * e) ** passes >= n)
         self.n, self.lowest = n, -(self.powers // 2)
-        self.base = ((1 - 2 * (hashed & 1)) * 2.0**-exponent).to(like.dtype)
+        random = torch.rand((2, n), generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        base = (random[0] < 0.5).to(torch.float64).mul(2).sub(1) * (random[1] + 3) / 8  # ± 3/8 to 1/2
+        self.base = base.to(like.device, like.dtype)
         self.digits = [j // (2 * self.powers) ** k % (2 * self.powers) for k in range(passes)]
         self.factors = [self._factor(d).to(like.dtype) for d in self.digits]
 
