@@ -85,6 +85,8 @@ class Interception(TorchFunctionMode):
             if isinstance(out, Tensor) and self._constant(args[0]):
                 self._remember(out)
             return out
+        if name == "register_hook" and torch.is_grad_enabled():
+            self.tape.hooked = True
         if is_in_place(name) and args and isinstance(args[0], Tensor):
             return self._in_place(func, name, args, kwargs)
         return self._handle(func, name, args, kwargs)
