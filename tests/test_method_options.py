@@ -344,3 +344,12 @@ def test_a_saliency_that_is_no_closure():
     model, optimizer = model_and_optimizer()
     with pytest.raises(TypeError, match=r"saliency must be a function.*got a Tensor"):
         SalUn(model, optimizer, saliency(model)())
+
+
+@pytest.mark.parametrize("method", [projgrad.OrthoGrad, projgrad.FeasibleUpdates, projgrad.baselines.NegGradPlus])
+def test_optimizers_that_would_not_apply_the_update_are_refused(method):
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="LBFGS evaluates the losses again"):
+        method(model, torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(ValueError, match="maximize=True.*turn the update around"):
+        method(model, torch.optim.SGD(model.parameters(), lr=0.1, maximize=True))

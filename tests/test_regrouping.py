@@ -310,3 +310,35 @@ def test_hooks_that_begin_to_act(kind, mode):
             assert abs(sum((g * d).sum() for g, d in zip(row, moved, strict=True))) <= 1e-9 * sum(
                 d.norm() for d in moved
             )
+
+
+@pytest.mark.parametrize("n", [4, 8, 12, 16, 32])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_row_that_several_samples_begin_to_share(mode, n):
+    """A ranking loss against one negative: at first only sample 0 is active on it, then all are, with equal gradients."""
+    case, _ = built("mlp")
+    params = trained(case)
+    x, negative = torch.randn(n, case.inputs[0].shape[1], dtype=torch.float64), case.inputs[0][:1]
+    unlearner = projgrad.OrthoGrad(case.model, torch.optim.SGD(params.values(), lr=1.0), alpha=0.0, **MODES[mode])
+    before = {key: p.detach().clone() for key, p in params.items()}
+    direction = random_like(case)
+    for active in ([0], range(n), range(0, n, 2), [1], range(n)):
+        margin = torch.full((n,), -1e3, dtype=torch.float64).index_fill(0, torch.tensor(list(active)), 1e3)
+
+        def retain(margin=margin):
+            scores = case.model(torch.cat([x, negative])).sum(1)
+            return (margin + scores[-1:] - scores[:-1]).relu() + 0.1 * scores[:-1].square()
+
+        rows = [torch.autograd.grad(l, list(params.values()), retain_graph=True) for l in retain()]
+        try:
+            unlearner.step(lambda: sum((p * direction[key]).sum() for key, p in params.items()), retain)
+        except ValueError as error:
+            assert "share terms" in str(error)
+            continue
+        moved = [p.detach() - before[key] for key, p in params.items()]
+        with torch.no_grad():
+            for key, p in params.items():
+                p.copy_(before[key])
+        for row in rows:
+            size = sum(d.norm() for d in moved) + sum(g.norm() for g in row)
+            assert abs(sum((g * d).sum() for g, d in zip(row, moved, strict=True))) <= 1e-8 * size

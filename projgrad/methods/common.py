@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -63,6 +64,10 @@ def check_types(model: object, optimizer: object) -> None:
             "optimizer must be a torch optimizer, such as torch.optim.SGD(model.parameters(), lr=0.1); "
             f"got {kind(optimizer)}"
         )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS evaluates the losses again in every step: use an optimizer that steps on `.grad`")
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError("the optimizer has maximize=True, which would turn the update around: build it without")
 
 
 def check_alone(model: nn.Module, params: dict[str, nn.Parameter], optimizer: Optimizer) -> None:

@@ -109,15 +109,16 @@ class Codes:
         """[n] for every pass."""
         return [self.base, *(self.base * f for f in self.factors)]
 
-    def owners(self, passes: Sequence[Tensor], tolerance: float, floor: Tensor) -> tuple[Tensor, Tensor]:
+    def owners(self, passes: Sequence[Tensor], tolerance: float, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Whose every entry is [r] (-1: nobody's, its gradient is zero), and whether it is a mixture [r], from its
         signature [r, q] in every pass.
 
-        tolerance: by how much an entry may miss its factor, relative. floor: signatures up to this size are noise.
+        tolerance: by how much an entry may miss its factor, relative. noise: by how much at any rate, but for 0.3 of
+        it: the next factor is twice as large, half as large or negative.
         """
         before = passes[0].double()
         size = before.norm(dim=1)
-        zero = size <= floor
+        zero = size <= torch.finfo(passes[0].dtype).tiny / torch.finfo(passes[0].dtype).eps
         size = size.where(~zero, 1)
         owner, mixed = torch.zeros_like(zero, dtype=torch.int64), torch.zeros_like(zero)
         for k, after in enumerate(passes[1:]):
@@ -125,9 +126,11 @@ class Codes:
             grown = (before / size[:, None] * (after / size[:, None])).sum(1)  # in this order nothing overflows
             power = grown.abs().clamp_min(1e-300).log2().round() - self.lowest
             digit = 2 * power.clamp(0, self.powers - 1).long() + (grown < 0)
-            off = (after - self._factor(digit)[:, None] * before).norm(dim=1)
-            appeared = after.norm(dim=1) > 16 * 2.0 ** (self.powers // 2) * floor
-            mixed |= torch.where(zero, appeared, ~(off <= tolerance * grown.abs() * size))
+            factor = self._factor(digit)
+            off = (after - factor[:, None] * before).norm(dim=1) / factor.abs()
+            allowed = (tolerance * size).maximum((0.3 * size).minimum(noise))
+            appeared = after.norm(dim=1) > 2.0 ** (self.powers // 2 + 4) * noise
+            mixed |= torch.where(zero, appeared, ~(off <= allowed))
             owner += digit * (2 * self.powers) ** k
         mixed |= ~zero & (owner >= self.n)
         return owner.where(~zero & ~mixed, -1), mixed

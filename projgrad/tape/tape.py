@@ -94,7 +94,8 @@ class Tape:
                 raise ValueError(f"parameter {name} is complex: inner products of its gradients are not defined here")
             if p._backward_hooks or p._post_accumulate_grad_hooks:
                 raise ValueError(
-                    f"parameter {name} has gradient hooks: they would change or see what is not a gradient"
+                    f"parameter {name} has gradient hooks, of yours or of a step that another thread takes on this "
+                    "model: they would change or see what is not a gradient"
                 )
         self.buffers = {id(b) for b in buffers}
         self.sources: dict[int, Source] = {}
