@@ -351,5 +351,5 @@ def test_optimizers_that_would_not_apply_the_update_are_refused(method):
     model = torch.nn.Linear(3, 2)
     with pytest.raises(ValueError, match="LBFGS evaluates the losses again"):
         method(model, torch.optim.LBFGS(model.parameters()))
-    with pytest.raises(ValueError, match="maximize=True.*turn the update around"):
+    with pytest.raises(ValueError, match=r"maximize=True.*turn the update around"):
         method(model, torch.optim.SGD(model.parameters(), lr=0.1, maximize=True))

@@ -315,7 +315,7 @@ def test_hooks_that_begin_to_act(kind, mode):
 @pytest.mark.parametrize("n", [4, 8, 12, 16, 32])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_row_that_several_samples_begin_to_share(mode, n):
-    """A ranking loss against one negative: at first only sample 0 is active on it, then all are, with equal gradients."""
+    """A ranking loss against one negative: at first one sample is active on it, then all are, with equal gradients."""
     case, _ = built("mlp")
     params = trained(case)
     x, negative = torch.randn(n, case.inputs[0].shape[1], dtype=torch.float64), case.inputs[0][:1]
