@@ -6,7 +6,7 @@ from test_tape import float64  # noqa: F401  (a fixture)
 from torch import nn
 from torch.nn import functional as F
 
-from projgrad.tape import ownership
+from projgrad.tape import carry, ownership
 
 N = 3  # samples
 
@@ -349,8 +349,8 @@ def test_every_operation_of_the_table_is_met():
     met = set()
     for name in GRAPHS:
         losses, _ = graph(name)
-        met |= {ownership._name(node) for node in ownership._ordered(losses.grad_fn)}
-    on_a_gpu = {name for name in ownership.CARRIED if "Cudnn" in name or "Efficient" in name or "Attention" in name}
+        met |= {carry._name(node) for node in ownership._ordered(losses.grad_fn)}
+    on_a_gpu = {name for name in carry.CARRIED if "Cudnn" in name or "Efficient" in name or "Attention" in name}
     others = {
         "FusedRmsNorm",
         "Reshape",
@@ -359,7 +359,7 @@ def test_every_operation_of_the_table_is_met():
         "LiftFresh",
         "Linear",
     }  # of other builds and layouts of torch
-    assert ownership.CARRIED.keys() - met - on_a_gpu - others == set()
+    assert carry.CARRIED.keys() - met - on_a_gpu - others == set()
 
 
 @pytest.mark.usefixtures("float64")
@@ -367,8 +367,8 @@ def test_a_proof_reads_only_what_the_fingerprint_holds():
     import inspect
     import re
 
-    attributes = set(re.findall(r"_saved_\w+", inspect.getsource(ownership)))
-    assert {a for a in attributes if not ownership.SHAPED.match(a)} <= {"_saved_"}
+    attributes = set(re.findall(r"_saved_\w+", inspect.getsource(carry)))
+    assert {a for a in attributes if not carry.SHAPED.match(a)} <= {"_saved_"}
 
 
 @pytest.mark.usefixtures("float64")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from . import ownership
+from .carry import of_torch
+from .graph import audit, coarsest_of, nodes_of
 from .layout import Codes, Layout, Signatures, candidates, gather
-from .refusals import NESTED, NESTED_TENSORS, REENTRANT
+from .refusals import NESTED
 from .sites import Site, Source
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ def inspect(tape: Tape, losses: Tensor) -> Structure:
         ValueError: the losses share terms between samples; a second backward pass is not what the first one was.
     """
     n, sites = len(losses), tape.sites
-    nodes = _nodes(losses)
-    structure = Structure([None] * len(sites), coarsest=_coarsest(losses, nodes))
+    nodes = nodes_of(losses)
+    structure = Structure([None] * len(sites), coarsest=coarsest_of(losses, nodes))
     if n == 1:
         for site in sites:
             one = candidates(site.shape, site.axes, 1)
@@ -220,7 +221,7 @@ class _Search:
         return None
 
     def _foreign(self) -> str:
-        names = sorted({node.name() for node in self.nodes if not ownership.of_torch(node)})
+        names = sorted({node.name() for node in self.nodes if not of_torch(node)})
         return f"Operations that are not torch's own: {', '.join(names) or 'none in the graph'}"
 
     def _explain(self, mixed: list[Site], first: dict[Site, Tensor]) -> None:
@@ -292,110 +293,6 @@ def _settled(source: Source, structure: Structure) -> bool:
     if source.site is not None and structure.layouts[source.site.index] is not None:
         return True
     return bool(source.parents) and all(_settled(p, structure) for p in source.parents)
-
-
-def _site(tape: Tape, node: Node) -> Site | None:
-    """The site of this tape whose tap a node is."""
-    site = getattr(node, "site", None)
-    return site if isinstance(site, Site) and site.index < len(tape.sites) and tape.sites[site.index] is site else None
-
-
-def _nodes(losses: Tensor) -> list[Node]:
-    nodes: dict[Node, None] = {losses.grad_fn: None}
-    waiting = [losses.grad_fn]
-    while waiting:
-        for following, _ in waiting.pop().next_functions:
-            if following is not None and following not in nodes:
-                nodes[following] = None
-                waiting.append(following)
-    return list(nodes)
-
-
-def _coarsest(losses: Tensor, nodes: list[Node]) -> torch.dtype:
-    found = {losses.dtype, *(m.dtype for node in nodes for m in node._input_metadata)}
-    return max((d for d in found if d.is_floating_point), key=lambda d: torch.finfo(d).eps)
-
-
-def audit(tape: Tape, losses: Tensor) -> set[str]:
-    """Parameters that reach the losses other than through active sites, by a walk of the graph around the sites."""
-    accumulators = {get_gradient_edge(p).node: name for name, p in tape.parameters.items()}
-    seen, nodes, found = set(), [losses.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in accumulators:
-            found.add(accumulators[node])
-            continue
-        if "CompiledFunction" in node.name():
-            raise ValueError(
-                "a function from torch.compile lies between the losses and the parameters and hides its operations: "
-                "call the original function"
-            )
-        site = _site(tape, node)
-        if site is not None and site.active:
-            nodes += site.stops
-            # Sources that an earlier site accounts for, and those without a rule here, are inputs like any other.
-            nodes += [s.edge.node for s in (*site.sources, *site.unclaimed) if s in site.unclaimed or s.settled]
-            continue
-        nodes += [following for following, _ in node.next_functions]
-    return found
-
-
-def fingerprint(tape: Tape, losses: Tensor) -> tuple[int, dict[int, Node]]:
-    """A hash of the whole graph: operations, shapes and axes, how they are connected, which parameters and sites; and
-    the taps of the sites, by their indices.
-
-    Raises:
-        ValueError: no parameter that the tape follows is in it, or reentrant checkpointing.
-    """
-    accumulators = {get_gradient_edge(p).node: name for name, p in tape.parameters.items()}
-    numbers: dict[object, int] = {}
-    taps: dict[int, Node] = {}
-    nodes, parts = [losses.grad_fn], []
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in numbers:
-            parts.append(numbers.get(node, -1))
-            continue
-        if "CheckpointFunctionBackward" in node.name():
-            raise ValueError(REENTRANT)
-        numbers[node] = len(numbers)
-        site = _site(tape, node)
-        if site is not None:
-            taps[site.index] = node
-        parts.append(
-            (
-                accumulators.get(node) or node.name(),
-                -1 if site is None else site.index,  # of several forward passes, the one that is used
-                *[_form(m) for m in node._input_metadata],
-                *[_setting(getattr(node, a)) for a in _shaped(type(node))],
-            )
-        )
-        nodes += [following for following, _ in node.next_functions]
-    if not any(part[0] in tape.parameters for part in parts if isinstance(part, tuple)):
-        raise ValueError("the losses do not depend on any parameter that the tape follows")
-    return hash(tuple(parts)), taps
-
-
-def _form(output) -> tuple:
-    try:
-        return tuple(output.shape), output.dtype
-    except RuntimeError:  # of a nested tensor the shape cannot be read
-        raise ValueError(NESTED_TENSORS) from None
-
-
-def _setting(value: object) -> object:
-    """What of an attribute of a node belongs to the graph: of a tensor the numbers only if they are integers."""
-    if not isinstance(value, Tensor):
-        return str(value)
-    return value.dtype, tuple(value.shape), *(() if value.is_floating_point() else value.flatten().tolist())
-
-
-@functools.cache
-def _shaped(kind: type) -> tuple[str, ...]:
-    return tuple(a for a in dir(kind) if ownership.SHAPED.match(a) and "philox" not in a)  # a random generator's state
 
 
 def announce(loops: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from .explain import Explain, Explanation
 from .explicit_rows import looped, mapped
+from .graph import fingerprint
 from .jobs import Job, Moments, Outer, Products
 from .losses import check_losses, check_shape, check_values
 from .mode import COPIES, VIEWS, Interception, Recomputing, is_in_place
@@ -22,7 +23,7 @@ from .readings import Questions
 from .routes import verify
 from .rules import Rows, Rule, joined
 from .sites import Call, Site, Source
-from .structure import Structure, announce, confirm, fingerprint, inspect
+from .structure import Structure, announce, confirm, inspect
 
 KNOWN = 1024  # graphs remembered for each model
 Directions = Mapping[str, Tensor] | Sequence[Tensor]
