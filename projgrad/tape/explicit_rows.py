@@ -28,7 +28,8 @@ def mapped(tape: Tape, plan: Plan, dense: dict[int, Tensor]) -> Iterator[tuple[s
         if source.whole:
             grads: Sequence[Tensor | None] = [d]
         else:
-            grads = _vjps(source, [tape.parameters[name] for name in names], d)
+            with tape._again():  # it may have been computed inside of a checkpoint
+                grads = _vjps(source, [tape.parameters[name] for name in names], d)
         for name, g in zip(names, grads, strict=True):
             if g is not None:
                 rows[name] = rows[name] + g if name in rows else g

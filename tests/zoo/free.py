@@ -108,6 +108,11 @@ add(
             dict(w=W68, s=(6,)),
             NTD,
         ),
+        "checkpointed_derived_weight": (
+            lambda m, x: checkpoint(lambda x: (F.linear(x, m.w) * -m.s.exp()).exp().sin(), x, use_reentrant=False),
+            dict(w=W68, s=(6,)),
+            NTD,
+        ),
         "unused": (lambda m, x: torch.tanh(x @ m.w), dict(w=(8, 6), never=(7, 3)), D),
         "used_with_zero": (lambda m, x: torch.tanh(x @ m.w) + 0 * m.never.sum(), dict(w=(8, 6), never=(7, 3)), D),
         "detached": (lambda m, x: torch.tanh(x @ m.w) @ m.w.detach().mT, dict(w=(8, 6)), D),
