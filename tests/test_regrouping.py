@@ -272,3 +272,41 @@ def test_another_of_several_forward_passes(mode):
                 d.norm() for d in moved
             )
         assert record.rank >= case.n
+
+
+HOOKS = {
+    "tensor": lambda h, hook: h.register_hook(hook),
+    "node": lambda h, hook: h.grad_fn.register_prehook(lambda grads: (hook(grads[0]),)),
+    "several": lambda h, hook: (
+        torch.autograd.graph.register_multi_grad_hook([h], lambda grads: None) and h.register_hook(hook)
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_that_begin_to_act(kind, mode):
+    """A hook on a tensor of the forward pass scales at first, then reorders the samples."""
+    case, _ = built("mlp")
+    params = trained(case)
+    unlearner = projgrad.OrthoGrad(case.model, torch.optim.SGD(params.values(), lr=1.0), alpha=0.0, **MODES[mode])
+    before = {key: p.detach().clone() for key, p in params.items()}
+    direction = random_like(case)
+    hooks = [lambda g: 2 * g, lambda g: g.roll(1, 0), lambda g: 2 * g, lambda g: g.flip(0)]
+    for hook in hooks:
+
+        def retain(hook=hook):
+            h = case.model[:2](*case.inputs[:1])
+            HOOKS[kind](h, hook)
+            return case.loss(case.model[2:], h)
+
+        rows = [torch.autograd.grad(l, list(params.values()), retain_graph=True) for l in retain()]
+        unlearner.step(lambda: sum((p * direction[key]).sum() for key, p in params.items()), retain)
+        moved = [p.detach() - before[key] for key, p in params.items()]
+        with torch.no_grad():
+            for key, p in params.items():
+                p.copy_(before[key])
+        for row in rows:
+            assert abs(sum((g * d).sum() for g, d in zip(row, moved, strict=True))) <= 1e-9 * sum(
+                d.norm() for d in moved
+            )

@@ -218,17 +218,39 @@ SHARED = {
     "batch_statistics": lambda m, x: to_ramp(F.batch_norm(m(x), None, None, training=True)),
     "weakly_coupled": _weakly_coupled,
     "cumulative": lambda m, x: to_ramp(m(x)).cumsum(0),
+    # Their gradients sum to nothing, with these or those weights.
+    "centred": lambda m, x: to_ramp(m(x)) - to_ramp(m(x)).mean(),
+    "centred_in_one_pass": lambda m, x: (lambda l: l - l.mean())(to_ramp(m(x))),
+    "half_centred": lambda m, x: (lambda l: l - 0.5 * l.mean())(to_ramp(m(x))),
+    "standardised": lambda m, x: (lambda l: (l - l.mean()) / l.std())(to_ramp(m(x))),
+    "differences": lambda m, x: (lambda l: l - l.flip(0))(to_ramp(m(x))),
+    "sums_of_neighbours": lambda m, x: (lambda l: l + l.roll(1, 0))(to_ramp(m(x))),
+    "softmax_of_losses": lambda m, x: to_ramp(m(x)).softmax(0),
 }
 
 
 @pytest.mark.filterwarnings("ignore:no rule covers")
+@pytest.mark.parametrize("regular", [False, True])
 @pytest.mark.parametrize("use", ["gram", "moments", "project_"])
 @pytest.mark.parametrize("name", SHARED)
-def test_losses_that_share_terms_are_refused(name, use):
+def test_losses_that_share_terms_are_refused(name, use, regular):
+    """On a fresh model, and after a step with others."""
     model, x = mlp(), torch.randn(6, 8)
+    if regular:
+        check(model, lambda: to_ramp(model(x)))
     tape, losses = record(model, lambda: SHARED[name](model, x))
     with pytest.raises(ValueError, match=r"mixes samples: the losses share terms.*Return one independent loss"):
         getattr(tape, use)(losses)
+
+
+@pytest.mark.parametrize("mode", [{}, {"scope": "per_tensor"}, {"keep_output_gradients": False}])
+def test_retain_losses_without_any_gradient_project_nothing(mode):
+    """Rank 0 is what there is, not what was overlooked; constants and detached means share no gradient."""
+    model, x = mlp(), torch.randn(6, 8)
+    unlearner = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.1), **mode)
+    flat = unlearner.step(lambda: to_ramp(model(-x)).mean(), lambda: to_ramp(model(x)).clamp_min(1e6))
+    assert flat.rank == 0 and flat.preserved_norm == 1
+    check(model, lambda: (lambda l: (l - l.detach().mean()) / l.detach().std())(to_ramp(model(x))))
 
 
 BAD_LOSSES = {

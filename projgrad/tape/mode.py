@@ -66,6 +66,7 @@ VIEWS = _names(
     "__getitem__ narrow select unbind movedim moveaxis swapaxes swapdims view_as tensor_split"
 )
 COPIES = _names("to float half double bfloat16 type type_as contiguous clone")
+GRAD_FN = Tensor.grad_fn.__get__
 BACKWARD = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
 
 
@@ -82,9 +83,13 @@ class Interception(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__" and self.tape.source(args[0]) is None:  # x.shape, x.dtype: most of the calls
             out = func(*args)
+            if func == GRAD_FN:  # whoever asks for a node may register a hook on it
+                self.tape.hooked = True
             if isinstance(out, Tensor) and self._constant(args[0]):
                 self._remember(out)
             return out
+        if name == "register_hook" and torch.is_grad_enabled():
+            self.tape.hooked = True
         if is_in_place(name) and args and isinstance(args[0], Tensor):
             return self._in_place(func, name, args, kwargs)
         return self._handle(func, name, args, kwargs)

@@ -7,6 +7,7 @@ NESTED = (
     "backward()): gradients of the parameters in there are in no graph. Use torch.utils.checkpoint.checkpoint with "
     "use_reentrant=False"
 )
+NESTED_TENSORS = "nested (jagged) tensors have no dimension along which the samples lie: pad them"
 
 # By words of the error that torch raises.
 CHECKPOINTING = {

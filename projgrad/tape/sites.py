@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from .layout import Layout
+from .refusals import NESTED_TENSORS
 from .rules import Rule
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class Call:
         if not sources or make is None or not y.requires_grad:
             return y
         if y.is_nested:
-            raise ValueError(f"{self.name} has a nested (jagged) output: its samples have no dimension. Pad them")
+            raise ValueError(NESTED_TENSORS)
         if y.is_complex() or any(t.is_complex() for t in saved) or torch._C._functorch.peek_interpreter_stack():
             return self.unknown(y)
         site = Site(

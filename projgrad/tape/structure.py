@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import ownership
 from .layout import Codes, Layout, Signatures, candidates, gather
-from .refusals import NESTED, REENTRANT
+from .refusals import NESTED, NESTED_TENSORS, REENTRANT
 from .sites import Site, Source
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ class _Search:
         self.signatures = Signatures()
         self.possible = {s: candidates(s.shape, s.axes, self.n) for s in tape.sites}
         self.proven: dict[Site, Layout] = {}
-        for site, at in ownership.locate(losses.grad_fn, self.n)[0].items():
+        located = {} if tape.hooked else ownership.locate(losses.grad_fn, self.n)[0]  # a hook may do anything
+        for site, at in located.items():
             layout = ownership.layout(at, site.shape, self.n)
             if layout in self.possible.get(site, []):
                 self.proven[site] = layout
@@ -142,6 +143,8 @@ class _Search:
         structure.anchors = self._anchors()
 
     def _anchors(self) -> list[int] | None:
+        if self.tape.hooked:
+            return None
         used = {s: layout for s in self.tape.sites if (layout := self.structure.layouts[s.index]) is not None}
         if all(self.proven.get(site) == layout for site, layout in used.items()):
             return []
@@ -174,7 +177,7 @@ class _Search:
             for p, (g, v) in zip(params, before, strict=True):
                 p.grad = g if _version(g) == v else None
             raise ValueError(NESTED)
-        if found and not torch.stack([s.sum() for s in found.values()]).isfinite().all():
+        if found and not torch.stack([s.isfinite().all() for s in found.values()]).all():
             bad = next(s.name for s, value in found.items() if not value.isfinite().all())
             raise FloatingPointError(f"NaN or Inf in the gradient at {bad}; nothing was changed")
         return found
@@ -358,7 +361,7 @@ def fingerprint(tape: Tape, losses: Tensor) -> tuple[int, dict[int, Node]]:
             (
                 accumulators.get(node) or node.name(),
                 -1 if site is None else site.index,  # of several forward passes, the one that is used
-                *[(tuple(m.shape), m.dtype) for m in node._input_metadata],
+                *[_form(m) for m in node._input_metadata],
                 *[_setting(getattr(node, a)) for a in _shaped(type(node))],
             )
         )
@@ -366,6 +369,13 @@ def fingerprint(tape: Tape, losses: Tensor) -> tuple[int, dict[int, Node]]:
     if not any(part[0] in tape.parameters for part in parts if isinstance(part, tuple)):
         raise ValueError("the losses do not depend on any parameter that the tape follows")
     return hash(tuple(parts)), taps
+
+
+def _form(output) -> tuple:
+    try:
+        return tuple(output.shape), output.dtype
+    except RuntimeError:  # of a nested tensor the shape cannot be read
+        raise ValueError(NESTED_TENSORS) from None
 
 
 def _setting(value: object) -> object:

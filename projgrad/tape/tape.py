@@ -106,6 +106,7 @@ class Tape:
         device = next(iter(self.parameters.values())).device
         self.anchor = torch.zeros((), requires_grad=True, device=device)
         self.recomputing = False
+        self.hooked = False  # whether a hook on a tensor of the forward pass may change its gradient
         self.outer: dict[str, Outer] = {}  # factors of p.grad, as `accumulate_` found them
         self.flat = False  # whether such factors would have been of use
         self.rates: dict[str, float] = {}  # weights of the parameters in a projection, where they differ
@@ -308,7 +309,7 @@ class Tape:
         check_shape(losses)
         self.questions.ask(losses, lambda values: check_values(values) and None)
         graph, taps = fingerprint(self, losses)
-        key = hash((len(losses), tuple(site.key for site in self.sites), graph))
+        key = hash((len(losses), tuple(site.key for site in self.sites), graph, self.hooked))
         found = self._known.get(key)
         self.questions.settle()
         if found is None or not confirm(self, losses, found, taps):
