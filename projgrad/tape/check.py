@@ -160,8 +160,9 @@ def judge(
     if not math.isfinite(value):
         raise FloatingPointError(f"the projection overflowed{blame()}: gradients are too large, or differ too much")
     if not error <= tolerance * abs(expected) + 0.1 * tolerance * size + floor**2 + lost**2:
+        digits = next((d for d in (6, 9, 12) if f"{value:.{d}e}" != f"{expected:.{d}e}"), 16)
         raise ArithmeticError(
-            f"per-sample gradients and plain autograd disagree ({value:.6e} against {expected:.6e})"
+            f"per-sample gradients and plain autograd disagree ({value:.{digits}e} against {expected:.{digits}e})"
             f"{blame()}. Please report the model"
         )
     return error / size if size else 0.0
