@@ -84,7 +84,10 @@ def test_the_update_with_learning_rates_is_the_weighted_formula():
 def test_equal_rates_in_several_groups_change_no_bit(way):
     model, forget, retain = _setup(torch.float32)
     state, results = copy.deepcopy(model.state_dict()), []
-    for optimizer in (torch.optim.SGD(model.parameters(), lr=0.1), _groups(model, (0.1, torch.tensor(0.1, dtype=torch.float64)))):
+    for optimizer in (
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        _groups(model, (0.1, torch.tensor(0.1, dtype=torch.float64))),
+    ):
         model.load_state_dict(state)
         record = projgrad.OrthoGrad(model, optimizer, **WAYS[way]).step(forget, retain)
         results.append((_parameters(model), record.residual, record.preserved_norm))
