@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from test_structure import Uses, mlp
-from test_tape import MODES, check, float64, trained  # noqa: F401  (a fixture)
+from test_tape import MODES, float64, trained  # noqa: F401  (a fixture)
 from torch import nn
 from torch.autograd import Function
 from torch.nn import functional as F
@@ -67,9 +67,8 @@ def jagged():
     model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5))
 
     def forward(x):
-        parts = torch.nested.as_nested_tensor(
-            [row[None].expand(2 + k % 3, -1) for k, row in enumerate(x)], layout=torch.jagged
-        )
+        parts = [row[None].expand(2 + k % 3, -1) for k, row in enumerate(x)]
+        parts = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
         return torch.stack([y.mean(0) for y in model(parts).unbind()])
 
     return model, forward
@@ -132,11 +131,16 @@ class Empty(nn.Module):
 
     def forward(self, x):
         y = self.a(x)
-        return {
-            "sum": lambda: y + self.none.sum(),
-            "rows": lambda: torch.cat([y, self.none])[: len(y)],
-            "no": lambda: y,
-        }[self.used]()
+        if self.used == "sum":
+            return y + self.none.sum()
+        return torch.cat([y, self.none])[: len(y)] if self.used == "rows" else y
+
+
+def rows(model, losses):
+    """g_j by parameter."""
+    params = list(model.parameters())
+    options = dict(retain_graph=True, materialize_grads=True, allow_unused=True)
+    return [torch.autograd.grad(loss, params, **options) for loss in losses]
 
 
 @pytest.mark.filterwarnings("ignore:no rule covers")
@@ -144,21 +148,21 @@ class Empty(nn.Module):
 def test_parameters_without_elements(used):
     """In all modes and products."""
     model, x = Empty(used), torch.randn(N, 8)
-    check(model, lambda: to_ramp(model(x)))
     params = trained(model)
     with projgrad.per_sample(model) as tape:
         losses = to_ramp(model(x))
     w = torch.linspace(-1, 1, N)
     direction = {key: torch.randn_like(p) for key, p in params.items()}
-    rows = [
-        torch.autograd.grad(l, list(params.values()), retain_graph=True, materialize_grads=True, allow_unused=True)
-        for l in losses
-    ]
-    expected = torch.stack([sum((g * u).sum() for g, u in zip(row, direction.values(), strict=True)) for row in rows])
-    torch.testing.assert_close(tape.dot(losses, direction), expected)
-    combined = tape.combine(losses, w)
-    for key, g in zip(params, zip(*rows, strict=True), strict=True):
-        torch.testing.assert_close(combined[key], torch.einsum("n,n...->...", w, torch.stack(g)))
+    found = [torch.stack(g) for g in zip(*rows(model, losses), strict=True)]
+    G = torch.cat([g.flatten(1) for g in found], 1)
+    torch.testing.assert_close(tape.gram(losses), G @ G.mT)
+    torch.testing.assert_close(tape.dot(losses, direction), G @ torch.cat([u.flatten() for u in direction.values()]))
+    combined, (first, second) = tape.combine(losses, w), tape.moments(losses, w)
+    for key, g in zip(params, found, strict=True):
+        weighted = torch.einsum("n,n...->n...", w, g)
+        wanted = weighted.sum(0), weighted.sum(0), weighted.square().sum(0)
+        for some, expected in zip((combined, first, second), wanted, strict=True):
+            torch.testing.assert_close(some.get(key, torch.zeros_like(expected)), expected)
 
 
 @pytest.mark.filterwarnings("ignore:no rule covers")
@@ -168,14 +172,9 @@ def test_steps_with_parameters_without_elements(used, mode):
     model, x = Empty(used), torch.randn(4, 8)
     unlearner = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.0, **MODES[mode])
     for _ in range(3):
-        G = torch.stack(
-            [
-                torch.cat([g.flatten() for g in torch.autograd.grad(to_ramp(model(x))[j], model.a.parameters())])
-                for j in range(4)
-            ]
-        )
+        G = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows(model, to_ramp(model(x)))])
         record = unlearner.step(lambda: to_ramp(model(-x)).mean(), lambda: to_ramp(model(x)))
-        update = torch.cat([p.grad.flatten() for p in model.a.parameters()])
+        update = torch.cat([p.grad.flatten() for p in model.parameters() if p.numel()])
         assert (G @ update).abs().max() <= 1e-9 * G.norm() * max(float(update.norm()), 1e-6) and record.rank >= 4
         assert model.none.shape == (0, 5)
 
