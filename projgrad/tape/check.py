@@ -87,12 +87,15 @@ class Checks(Questions):
 
             self.ask(measured.numbers, answer)
 
-    def check_watched(self, method: Route, name: str, K: Tensor, grad: Tensor | None, total: Tensor) -> None:
-        """Σ_j g_j of one parameter from plain autograd against its K; `total`: Σ_j ‖g_j‖ over all parameters."""
+    def check_watched(
+        self, method: Route, name: str, K: Tensor, grad: Tensor | None, total: Tensor, coarsest: torch.dtype
+    ) -> None:
+        """Σ_j g_j of one parameter from plain autograd against its K; `total`: Σ_j ‖g_j‖ over all parameters;
+        `coarsest`: in what autograd may have summed over the samples."""
         dtype = method.dtype
         weights = weights_of(torch.ones_like(K[0]), K)
         found = torch.zeros_like(total) if grad is None else length(grad).square()
-        limit = tolerance_of(method.compared, K.is_cuda)
+        limit = tolerance_of(coarser(method.compared, coarsest), K.is_cuda)
 
         def answer(values: list[float]) -> None:
             *some, square, total = values

@@ -233,7 +233,8 @@ def _per_tensor(
     grads = tape._run(losses, job, retain_graph=False, watch=[tape.parameters[watch]] if watch else [])
     solver.finish()
     for method in watched:
-        checks.check_watched(method, watch, method.K, grads[0], rows.clamp_min(0).sqrt().sum())
+        total = rows.clamp_min(0).sqrt().sum()
+        checks.check_watched(method, watch, method.K, grads[0], total, tape.structure(losses).coarsest)
     checks.settle()
     tensors = solver.done
     for name, done in tensors.items():

@@ -225,7 +225,8 @@ class KeptGradients(TwoPasses):
         for grad in self.grads_of_watch:
             K = job.watched if isinstance(job.watched, Tensor) else torch.zeros_like(job.K)
             total = job.K.diagonal().clamp_min(0).sqrt().sum()
-            self.checks.check_watched(self, self.watch, K, grad, total)
+            coarsest = self.tape.structure(self.losses).coarsest
+            self.checks.check_watched(self, self.watch, K, grad, total, coarsest)
         self.grads_of_watch = ()
         return job.K, job.v
 
