@@ -125,6 +125,19 @@ def between(middle, outside, limit):
     return model, closure, limit, 3
 
 
+class Shuffled(nn.Module):
+    """Tokens in an order that no operation proves, as experts take them."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(len(rows)))
+        return self.part(rows[order])[order.argsort()].view(x.shape)
+
+
 def block():
     return nn.Sequential(nn.Linear(12, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 12))
 
@@ -138,6 +151,9 @@ MIXED = {
     "float32_block_in_float64": lambda: between(Inside(block(), F32), F64, F32),
     "bfloat16_block_in_float32": lambda: between(Inside(block(), BF16), F32, BF16),
     "float16_block_in_float32": lambda: between(Inside(block(), F16), F32, F16),
+    "shuffled_bfloat16": lambda: between(Shuffled(Inside(block(), BF16)), F32, BF16),
+    "shuffled_float16": lambda: between(Shuffled(Inside(block(), F16)), F32, F16),
+    "shuffled_float32": lambda: between(Shuffled(Inside(block(), F32)), F64, F32),
     "bfloat16_block_in_float64": lambda: between(Inside(block(), BF16), F64, BF16),
     "autocast_region_bfloat16": lambda: between(Autocast(block(), BF16), F32, BF16),
     "autocast_region_float16": lambda: between(Autocast(block(), F16), F32, F16),
