@@ -405,3 +405,21 @@ def test_the_fallback_warns_once_per_parameter():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(model, lambda: to_ramp(model(x)))  # the same graph: nothing new to say
+
+
+@pytest.mark.parametrize("given", [lambda b, p: {"attn_mask": b, "dropout_p": p}, lambda b, p: [b, p]])
+def test_a_trained_bias_of_attention_with_dropout(given):
+    """What was dropped is in the graph, and cannot be made again: a loop."""
+    model, x = Uses(None, b=(1, 2, 3, 3), w=(4, 4)), torch.randn(5, 2, 3, 4)
+
+    def attend(dropout):
+        q, options = x @ model.w, given(model.b, dropout)
+        some = (options, {}) if isinstance(options, list) else ([], options)
+        return to_ramp(F.scaled_dot_product_attention(q, q, q, *some[0], **some[1]))
+
+    check(model, lambda: attend(0.0))
+    with projgrad.per_sample(model) as tape:
+        losses = attend(0.5)
+    with pytest.warns(UserWarning, match="no rule covers scaled_dot_product_attention with parameter b"):
+        K = tape.gram(losses)
+    close(K, oracle.gram(truth(model, losses)))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vjp, vmap
 
@@ -128,6 +129,8 @@ def local(function: Callable, args: tuple, kwargs: dict, aligned: bool, tape: Ta
     flat = [*args, *kwargs.values()]
     call = tape.call(function.__name__, *flat)
     y = function(*args, **kwargs)
+    if kwargs.get("dropout_p", args[4] if function is F.scaled_dot_product_attention and len(args) > 4 else 0):
+        return call.unknown(y)  # made again, it would drop others
     claimed = [t for t in flat if call.follows(t)]
     tensors = [i for i, t in enumerate(flat) if isinstance(t, Tensor)]
     followed = [i for i in tensors if call.follows(flat[i])]
