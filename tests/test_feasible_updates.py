@@ -292,7 +292,6 @@ class Failing(torch.optim.SGD):
     "make, error, message",
     [
         (lambda model: Failing(model.parameters(), lr=0.1), RuntimeError, "out of luck"),
-        (lambda model: torch.optim.LBFGS(model.parameters()), TypeError, "closure"),
         (lambda model: Stub(model, sgd(model), math.inf), FloatingPointError, "the optimizer proposes, at 0.weight"),
     ],
 )

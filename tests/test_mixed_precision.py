@@ -246,7 +246,7 @@ def training():
     model, taken = classifier(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.register_step_post_hook(lambda *_: taken.append(1))
-    return model, optimizer, taken, torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
+    return model, optimizer, taken, torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=3)
 
 
 @pytest.mark.parametrize("mode", MODES)

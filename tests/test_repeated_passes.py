@@ -262,7 +262,7 @@ def test_what_no_graph_shows_is_refused_or_right_later(name, mode):
         try:
             unlearner.step(forget, seeded)
         except ArithmeticError as error:
-            assert REFUSAL in str(error) and model.switch.on
+            assert (REFUSAL in str(error) or "plain autograd disagree" in str(error)) and model.switch.on
             assert torch.equal(flat(model), before) and all(p.grad is None for p in model.parameters())
             continue
         for keys in model_parts(model, mode):

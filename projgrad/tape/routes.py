@@ -316,6 +316,8 @@ def verify(tape: Tape, losses: Tensor) -> None:
     rows = K.diagonal().clamp_min(0).sqrt()
     signs = 1 - 2 * (torch.arange(n, device=K.device) * 0x9E3779B1 >> 16 & 1)
     w = signs * (rows.max() / rows.clamp_min(1e-6 * rows.max())).nan_to_num(1.0).log2().round().exp2()
+    if tape.structure(losses).coarsest == torch.float16:  # larger ones may leave its range, in sums too
+        w = 0.25 * signs.double()
     top, scale = read(w.abs().max(), w.abs() @ rows)
     method.apply(w, top, discard=True)
     noise = 100 * torch.finfo(method.dtype).eps * scale

@@ -40,6 +40,7 @@ class Structure:
     layouts: per site; None: the site is not used. loops: parameters that need a loop over the losses, and why.
     anchors: sites, by index, whose layouts prove all others, for every forward pass with the same graph: to be
         confirmed each time; none where the graph alone is the proof. None: nothing is proven, all is found anew.
+    foreign: whether there are nodes in the graph that are not torch's own, or hooks, which may do anything.
     coarsest: the floating-point type with the fewest digits that lies between the losses and the parameters.
     """
 
@@ -47,6 +48,7 @@ class Structure:
     loops: dict[str, str] = field(default_factory=dict)
     anchors: list[int] | None = field(default_factory=list)
     coarsest: torch.dtype = torch.float64
+    foreign: bool = False
     compared: Compared = field(default_factory=Compared)
 
 
@@ -61,7 +63,8 @@ def inspect(tape: Tape, losses: Tensor) -> Structure:
     """
     n, sites = len(losses), tape.sites
     nodes = nodes_of(losses)
-    structure = Structure([None] * len(sites), coarsest=coarsest_of(losses, nodes))
+    foreign = tape.hooked or not all(map(of_torch, nodes))
+    structure = Structure([None] * len(sites), coarsest=coarsest_of(losses, nodes), foreign=foreign)
     if n == 1:
         for site in sites:
             one = candidates(site.shape, site.axes, 1)
@@ -88,17 +91,22 @@ def confirm(tape: Tape, losses: Tensor, structure: Structure, taps: dict[int, No
     n, sites = len(losses), [tape.sites[index] for index in structure.anchors]
     codes, signatures = Codes(n, losses, structure.coarsest), Signatures()
     edges = [GradientEdge(taps[site.index], 0) for site in sites]
-    passes = []
-    for w in codes.weights:
+    axes = [_axes(site, [structure.layouts[site.index]]) for site in sites]
+
+    def signs(w: Tensor) -> list[Tensor]:
         with tape._again():
             grads = torch.autograd.grad(losses, edges, w, retain_graph=True)
-        passes.append(
-            [signatures.of(b, _axes(s, [structure.layouts[s.index]])) for s, b in zip(sites, grads, strict=True)]
-        )
-    for site, *signs in zip(sites, *passes, strict=True):
-        layout = structure.layouts[site.index]
-        owner, mixed = _owners(codes, site, signs, structure.coarsest)
-        if mixed.any() or not _match(owner, _axes(site, [layout]), layout, site, n):
+        return [signatures.of(b, some) for b, some in zip(grads, axes, strict=True)]
+
+    passes = [signs(codes.base)]
+    if structure.foreign:
+        again = signs(2 * codes.base)
+        if any(_changed(*pair, structure.coarsest) for pair in zip(passes[0], again, strict=True)):
+            return False
+    passes += [signs(w) for w in codes.weights[1:]]
+    for site, some, *found in zip(sites, axes, *passes, strict=True):
+        owner, mixed = _owners(codes, site, found, structure.coarsest)
+        if mixed.any() or not _match(owner, some, structure.layouts[site.index], site, n):
             return False
     return True
 
@@ -125,6 +133,8 @@ class _Search:
         structure = self.structure
         passes = [self._pass(self.codes.base, self.axes)]
         try:
+            if structure.foreign:
+                self._repeat(passes[0])
             passes += [self._pass(w, self.axes) for w in self.codes.weights[1:]]
         except (ArithmeticError, ValueError):
             raise
@@ -220,23 +230,23 @@ class _Search:
                 return gather(whose, self.n, tuple(site.shape[:count]))
         return None
 
+    def _repeat(self, first: dict[Site, Tensor]) -> None:
+        """Refuse a graph whose next backward pass, with twice the weights, does not give twice as much."""
+        again = self._pass(2 * self.codes.base, self.axes)
+        if any(_changed(b, again[site], self.structure.coarsest) for site, b in first.items()):
+            raise ArithmeticError(
+                "two backward passes through the same graph do not give the same gradients, so there are no per-sample "
+                "gradients to protect: an operation changes what it saved, draws new random numbers when it is "
+                f"recomputed, or a hook clips. {self._foreign()}"
+            )
+
     def _foreign(self) -> str:
         names = sorted({node.name() for node in self.nodes if not of_torch(node)})
         return f"Operations that are not torch's own: {', '.join(names) or 'none in the graph'}"
 
     def _explain(self, mixed: list[Site], first: dict[Site, Tensor]) -> None:
         """Refuse if what was found has a reason that a loop over the losses does not cure."""
-        again = self._pass(2 * self.codes.base, self.axes)
-        tolerance = 0.1 if self.structure.coarsest.itemsize == 2 else 1e-3
-        changed = {
-            s for s, b in first.items() if not (again[s] - 2 * b).norm() <= tolerance * (again[s].norm() + 2 * b.norm())
-        }
-        if changed:
-            raise ArithmeticError(
-                "two backward passes through the same graph do not give the same gradients, so there are no per-sample "
-                "gradients to protect: an operation changes what it saved, draws new random numbers when it is "
-                f"recomputed, or a hook clips. {self._foreign()}"
-            )
+        self._repeat(first)
         last = self.last
         if last in mixed and self.possible[last]:
             everywhere = {last: range(len(last.shape))}
@@ -267,6 +277,12 @@ def _owners(
         exact = {torch.float64: 1e-10, torch.float32: 1e-4}.get(coarsest, 1e-2)
         noise = noise.maximum(16 * torch.finfo(coarsest).eps * first.abs().max())
     return codes.owners(passes, exact if tolerance is None else tolerance, noise)
+
+
+def _changed(once: Tensor, twice: Tensor, coarsest: torch.dtype) -> bool:
+    """Whether a pass with twice the weights did not give twice as much."""
+    tolerance = 0.1 if coarsest.itemsize == 2 else 1e-3
+    return not bool((twice - 2 * once).norm() <= tolerance * (twice.norm() + 2 * once.norm()))
 
 
 def _match(owner: Tensor, axes: Sequence[int], layout: Layout, site: Site, n: int) -> bool:
