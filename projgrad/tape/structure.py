@@ -51,6 +51,11 @@ class Structure:
     foreign: bool = False
     compared: Compared = field(default_factory=Compared)
 
+    @property
+    def lasting(self) -> bool:
+        """Whether it may serve another forward pass with the same graph, once its anchors are confirmed."""
+        return self.anchors is not None
+
 
 def inspect(tape: Tape, losses: Tensor) -> Structure:
     """The structure of the tape's forward pass, from two or more backward passes without weight gradients.
@@ -84,7 +89,7 @@ def confirm(tape: Tape, losses: Tensor, structure: Structure, taps: dict[int, No
 
     Two backward passes, which end at the anchors.
     """
-    if structure.anchors is None:
+    if not structure.lasting:
         return False
     if not structure.anchors:
         return True

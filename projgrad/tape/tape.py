@@ -320,7 +320,7 @@ class Tape:
                 found.compared = before.compared
             announce({k: v for k, v in found.loops.items() if before is None or k not in before.loops})
             # Nothing is kept that will not be used again.
-            self._known[key] = found if found.anchors is not None else replace(found, layouts=[])
+            self._known[key] = found if found.lasting else replace(found, layouts=[])
             while len(self._known) > KNOWN:
                 del self._known[next(iter(self._known))]
         for site, layout in zip(self.sites, found.layouts, strict=True):
