@@ -84,7 +84,8 @@ class OrthoGrad:
     Raises:
         TypeError: a wrong type of model, optimizer or option.
         ValueError: an option out of its range (alpha in [0, 1], damping ≥ 0 and finite, rtol in [0, 1), max_norm > 0),
-            an unknown scope, no trainable parameter in the optimizer, a projector with damping, rtol or a scaler.
+            an unknown scope, no trainable parameter in the optimizer, a projector with damping, rtol or a scaler;
+            LBFGS, an optimizer with maximize=True.
 
     Source: arXiv 2503.02312, section 3 and algorithm 1.
 
@@ -160,7 +161,7 @@ class OrthoGrad:
                 DistributedDataParallel over more than one process, DeepSpeed.
             RuntimeError: called inside a closure of another step on the same parameters.
             FloatingPointError: NaN or Inf in a loss or a gradient.
-            ArithmeticError: the projection contradicts plain autograd.
+            ArithmeticError: the projection contradicts plain autograd, or a second backward pass the first one.
         """
         start = time.perf_counter()
         skipped, done = False, None

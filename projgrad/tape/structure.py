@@ -64,7 +64,9 @@ def inspect(tape: Tape, losses: Tensor) -> Structure:
     weighting sample j by w_j scales what belongs to sample j by w_j and nothing else.
 
     Raises:
-        ValueError: the losses share terms between samples; a second backward pass is not what the first one was.
+        ValueError: the losses share terms between samples.
+        ArithmeticError: a second backward pass is not what the first one was.
+        FloatingPointError: NaN or Inf in a gradient.
     """
     n, sites = len(losses), tape.sites
     nodes = nodes_of(losses)
