@@ -16,9 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from projgrad.compare.methods import TITLES
-from projgrad.compare.store import read_json, write_json
 from projgrad.evaluate import draw, summarize
+from projgrad.experiments.comparison.methods import TITLES
+from projgrad.experiments.comparison.store import read_json, write_json
 
 from .report import RESULTS
 

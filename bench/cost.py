@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from projgrad.cost import Route, linear_route
-from projgrad.layer import _chunks, _factors
+from projgrad.ops.cost import GramRoute, linear_route
+from projgrad.ops.linear_impl import _chunks, _factors
 
 from .measure import timed
 from .report import environment
@@ -19,7 +19,7 @@ FLOPS = 2e10  # a route above this is left out, and its combination with it
 SECONDS = 0.3  # of measuring each combination
 
 
-def run(route: Route, a: Tensor, b: Tensor) -> Tensor:
+def run(route: GramRoute, a: Tensor, b: Tensor) -> Tensor:
     if route.name == "factors":
         return _factors(a, b, False, route)
     return _chunks(a, b, a.new_empty(0, b.shape[2], a.shape[2]), False, route)[0]

@@ -71,12 +71,12 @@ part_tests() {
     return
   fi
   if [[ ${#tiny[@]} -gt 0 ]]; then
-    run_tests cuda tests/test_cuda.py
+    run_tests cuda tests/kernels/test_cuda.py
     return
   fi
   # What only a GPU can show comes first. Ahead-of-time compilation needs no GPU: `make test` has it.
-  run_tests cuda tests -k cuda --ignore=tests/test_kernels_compile.py || result=1
-  run_tests cpu tests -k "not cuda" --ignore=tests/test_kernels_compile.py || result=1
+  run_tests cuda tests -k cuda --ignore=tests/kernels/test_kernels_compile.py || result=1
+  run_tests cpu tests -k "not cuda" --ignore=tests/kernels/test_kernels_compile.py || result=1
   return $result
 }
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import projgrad
-from projgrad import layer
+from projgrad.ops import linear_impl as layer
 
 
 class Alternative(NamedTuple):

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 import projgrad
-from projgrad import projectors, reference, student
+from projgrad import projectors
+from projgrad.ops import reference
+from projgrad.ops import t_test as student
 
 from .contenders import pseudo_inverse_solve
 from .gpu_measure import (
@@ -182,7 +184,7 @@ def qr_rows(case: Case, tiny: bool) -> Iterator[dict]:
         arguments = ["-m", "bench.gpu_flat", "--worker", str(case.n), str(p), name(case.dtype)]
         with Worker(arguments + ["--tiny"] * tiny) as worker:
             try:
-                rows = worker.ask()["rows"]
+                rows = worker.defer()["rows"]
             except Failed as error:
                 size = f"{case.n}x{p}"
                 row = {"op": "project_out", "size": size, "dtype": name(case.dtype), "contender": "QR"}
@@ -260,7 +262,7 @@ def feasible_rows(p: int, dtype: torch.dtype, most: Ceilings, clock: Clock) -> I
     d, u = (torch.randn(p, device=DEVICE).to(dtype) for _ in range(2))
     total = n**0.5 * torch.randn(p, device=DEVICE)
     squares = total.square() / n + n * torch.rand(p, device=DEVICE)
-    exact = reference.feasible(d, u, total, squares, n, *student.limits(n, 0.05, F32))[0]
+    exact = reference.feasible(d, u, total, squares, n, *student.feasibility_thresholds(n, 0.05, F32))[0]
     contenders = {
         "projgrad": Contender(lambda: projgrad.feasible(d, u, total, squares, n)),
         "plain": Contender(lambda: plain_feasible(d, u, total, squares, n)),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import projgrad
-from projgrad import reference
-from projgrad.cost import linear_route
+from projgrad.ops import reference
+from projgrad.ops.cost import linear_route
 
 from .gpu_alternatives import ALTERNATIVES, Alternative
 from .gpu_measure import (

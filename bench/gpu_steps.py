@@ -122,9 +122,9 @@ def measured(case: StepCase, names: list[str], tiny: bool, deadline: Deadline) -
                     continue
                 try:
                     if i < 0:  # nobody is measured while others load
-                        rows[name] |= workers[name].ask("ready" if i == -2 else "memory")
+                        rows[name] |= workers[name].defer("ready" if i == -2 else "memory")
                     else:
-                        times[name].append(workers[name].ask("time")["ms"])
+                        times[name].append(workers[name].defer("time")["ms"])
                 except Failed as error:
                     rows[name]["note"] = str(error).replace(",", ";")[:200]
                     del workers[name]
@@ -178,7 +178,7 @@ def main() -> None:
     chosen = [cases[name] for name in args.case if args.only in name]
     with start(CASES[0], "gate", args.tiny) as worker:
         try:
-            verdict = worker.ask("gate")
+            verdict = worker.defer("gate")
         except Failed as error:
             verdict = {name: {"note": f"unchecked: {error}".replace(",", ";")} for name, _ in pairs()}
     baselines: dict[str, tuple[dict, dict]] = {}

@@ -5,10 +5,10 @@ import json
 import re
 from pathlib import Path
 
-from projgrad.compare.methods import TITLES
 from projgrad.evaluate import verdict
 from projgrad.evaluate.tables import caption, columns
-from projgrad.scenarios import FAST, SCENARIOS
+from projgrad.experiments.comparison.methods import TITLES
+from projgrad.experiments.scenarios import FAST, SCENARIOS
 
 from .gpu_readme import gpu
 from .report import RESULTS

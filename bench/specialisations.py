@@ -56,7 +56,7 @@ def gram() -> Iterator[Specialisation]:
             constants = ones | {"N": N, "BLOCK": block, "SAME": n <= N, "WITH_K": True, "PREDICATED": True}
             for M in (0, 1) if n <= N else (0,):
                 yield Specialisation(
-                    f"gram {dtype} wide n={n} m={M}", gram_wide_kernel, types, constants | {"M": M, "D": 1}, warps,
+                    f"gram {dtype} float64 n={n} m={M}", gram_wide_kernel, types, constants | {"M": M, "D": 1}, warps,
                     divisible=divisible,
                 )  # fmt: skip
     types = {"part": "*fp64", "total": "*fp64", "todo": "*i1"}

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from projgrad.measure import peak_memory
+from projgrad.experiments.comparison.peak_memory import peak_memory
 
 from .measure import spread, timed
 from .report import RESULTS, environment
@@ -108,7 +108,7 @@ def interleave(case: Case, rows: dict[str, dict], rounds: int) -> None:
                 if case.contenders[name].slow and not -1 <= i < slow_rounds:
                     continue
                 try:
-                    taken = workers[name].ask()["seconds"]
+                    taken = workers[name].defer()["seconds"]
                 except Failed as error:
                     rows[name]["note"] = str(error)
                     del workers[name]
@@ -133,7 +133,7 @@ def measure(case: Case, rounds: int, console: "Console") -> list[dict]:
             status.update(f"{case.name}: memory of {name}")
             try:
                 with worker(case, name, Path(folder) / name) as process:
-                    row |= process.ask()
+                    row |= process.defer()
             except Failed as error:
                 row["note"] = str(error)
         check(case, rows, Path(folder))

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from projgrad import reference
+from projgrad.ops import reference
 
 from .contenders import CASES
 from .measure import extra_megabytes, matrix_rate, read_rate, spread

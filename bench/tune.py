@@ -2,7 +2,8 @@
 
 Every method gets the same search: the same learning rates times three values of the one parameter that it has (one
 where a scenario takes long), the same tuning seeds (never those of the comparison), the same rule. The test samples are
-the same for all seeds and are not read. Writes projgrad/compare/settings/SCENARIO.json with every candidate's numbers;
+the same for all seeds and are not read. Writes settings/SCENARIO.json of
+projgrad/experiments/comparison with every candidate's numbers;
 trained models are kept in --out. Candidates whose numbers the file holds are not tried again: delete it to repeat a
 search. The searches outside the fast preset had --seeds 100 and the --rates that the file shows, cifar-small --middle.
 
@@ -21,14 +22,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from projgrad.compare.job import SETTINGS, ideal, trained
-from projgrad.compare.methods import METHODS, TUNED_AS, Setting
-from projgrad.compare.runs import unlearn
-from projgrad.compare.store import read_json, write_json
-from projgrad.environment import environment
 from projgrad.evaluate import tow
-from projgrad.scenarios import SCENARIOS
-from projgrad.scenarios.problem import Problem
+from projgrad.evaluate.problem import Problem
+from projgrad.experiments.comparison.comparison import SETTINGS, ideal, trained
+from projgrad.experiments.comparison.environment import environment
+from projgrad.experiments.comparison.methods import METHODS, TUNED_AS, Setting
+from projgrad.experiments.comparison.run import unlearn
+from projgrad.experiments.comparison.store import read_json, write_json
+from projgrad.experiments.scenarios import SCENARIOS
 
 RATES = (0.002, 0.008, 0.032, 0.128, 0.512, 2.048)  # the length of a first step: updates are clipped to norm 1
 STUDY_ALPHA = 0.5

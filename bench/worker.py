@@ -34,7 +34,7 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):
             self.process.communicate()
 
-    def ask(self, question: str = "") -> dict:
+    def defer(self, question: str = "") -> dict:
         with contextlib.suppress(BrokenPipeError):  # the reason can still be read
             print(question, file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()

@@ -4,14 +4,14 @@ from importlib import import_module
 
 from . import baselines, functional, projectors
 from . import kernels as kernels  # importing them registers them
-from .methods.feasible import FeasibleRecord, FeasibleUpdates
+from .methods.feasible_updates import FeasibleRecord, FeasibleUpdates
 from .methods.orthograd import OrthoGrad, StepRecord
-from .methods.pgu import PGU, PGURecord
-from .methods.pgu_loss import unlearning_loss
-from .ops.basis import basis_project
-from .ops.factors import linear_combine, linear_dot, linear_gram, linear_moments
+from .methods.pgu.loss import unlearning_loss
+from .methods.pgu.pgu import PGU, PGURecord
+from .ops.basis_project import basis_project
 from .ops.feasible import feasible
 from .ops.flat import ProjectionInfo, gram, gram_solve, project_out
+from .ops.linear import linear_combine, linear_dot, linear_gram, linear_moments
 from .tape.tape import Tape, per_sample
 from .version import __version__
 

@@ -17,8 +17,8 @@ from torch.func import functional_call, vjp, vmap
 
 from ._options import check_integer
 from .ops.flat import gram
-from .reference import cosines
-from .tape.losses import check_losses
+from .ops.reference import cosines
+from .recording.losses import check_losses
 from .tape.project import Projection
 
 

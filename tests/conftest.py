@@ -14,8 +14,9 @@ if not torch.cuda.is_available():
 # Whole files that need packages of the comparison; others skip what they miss.
 NEEDS = dict.fromkeys(
     (
-        *("test_compare.py", "test_cli.py", "test_evaluate.py", "test_report.py"),
-        *("test_atomic.py", "test_evaluate_input.py", "test_options.py"),
+        *("experiments/test_compare.py", "experiments/test_cli.py"),
+        *("evaluate/test_evaluate.py", "evaluate/test_report.py", "evaluate/test_evaluate_input.py"),
+        *("test_atomic.py", "test_options.py"),
     ),
     ("sklearn", "rich", "matplotlib"),
 )

@@ -14,10 +14,10 @@ from torch import nn
 
 from bench.gpu_rows import Rows
 from projgrad._atomic import replacing
-from projgrad.compare.store import load_model, read_json, save_model, write_json
 from projgrad.evaluate import write_report
-from projgrad.methods.pgu import PGU
-from projgrad.scenarios import cifar, speech
+from projgrad.experiments.comparison.store import load_model, read_json, save_model, write_json
+from projgrad.experiments.scenarios import cifar, speech
+from projgrad.methods.pgu.pgu import PGU
 
 
 def everything(tmp_path, monkeypatch):
@@ -87,8 +87,8 @@ import sys
 from pathlib import Path
 import torch
 from bench.gpu_rows import Rows
-from projgrad.compare.store import save_model, write_json
-from projgrad.methods.pgu import PGU
+from projgrad.experiments.comparison.store import save_model, write_json
+from projgrad.methods.pgu.pgu import PGU
 
 folder, me = Path(sys.argv[1]), int(sys.argv[2])
 torch.manual_seed(0)

@@ -10,8 +10,8 @@ from torch import nn
 
 from projgrad import projectors
 from projgrad.evaluate import draw, table
-from projgrad.methods.pgu import PGU
-from projgrad.methods.pgu_loss import unlearning_loss
+from projgrad.methods.pgu.loss import unlearning_loss
+from projgrad.methods.pgu.pgu import PGU
 
 pytestmark = pytest.mark.filterwarnings("ignore:PGU protects nothing")
 LOGITS, LABELS = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)

@@ -3,7 +3,7 @@
 The metrics need only torch and scikit-learn; tables need rich, pictures and the report matplotlib.
 """
 
-from .given import Classification
+from .classification import Classification
 from .metrics import distance, gap, histogram, membership_auc, scores, tow, uis
 from .pictures import draw
 from .report import write_report

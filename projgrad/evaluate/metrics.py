@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._options import check_integer, number
-from ..scenarios.problem import Part, Problem
+from .problem import Part, Problem
 
 BINS = 20  # of a confidence histogram
 PARTS = ("forget", "retain", "test")

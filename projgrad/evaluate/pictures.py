@@ -10,7 +10,7 @@ from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from .look import INK, PARTS, canvas, key, legend_cell, plain_log, png, size, styled, styles
+from .style import INK, PARTS, canvas, key, legend_cell, plain_log, png, size, styled, styles
 from .summary import is_ours, known, ranked, summarize, summarize_study
 
 if TYPE_CHECKING:

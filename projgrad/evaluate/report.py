@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .._atomic import replacing
-from .look import svg
 from .pictures import PICTURES, overview
+from .style import svg
 from .summary import CONFIDENCE, NAMES, differences, is_ours, known, spread, summarize, verdict
 from .tables import caption, columns
 

@@ -9,8 +9,9 @@ from importlib.util import find_spec
 
 import torch
 
-from ..layer import library
-from ..ops import basis, flat
+from ..ops import basis_project as basis
+from ..ops import flat
+from ..ops.linear_impl import library
 from . import layer, project_out
 
 built_for_cuda = False
@@ -32,10 +33,10 @@ def on_its_device(function: Callable) -> Callable:
     return call
 
 
-def gram(G, u, wide):
+def gram(G, u, float64):
     from .gram import gram
 
-    K, v = gram(G, u, wide)
+    K, v = gram(G, u, float64)
     return K, v.clone()  # in one memory with K, which two outputs of an op must not be
 
 

@@ -216,19 +216,19 @@ def gram_wide_kernel(
         tl.store(part + at + row[:, None] * m + d[None, :], b, (row[:, None] < n) & (d[None, :] < M))
 
 
-def tile(n: int, wide: bool, itemsize: int) -> tuple[int, int, int]:
+def tile(n: int, float64: bool, itemsize: int) -> tuple[int, int, int]:
     """Rows of a tile, columns of a block, warps: what stays in registers, for N = 64 twice on an SM.
 
     Narrow blocks have 256 bytes a row, of which three are in flight; half as much where two tiles of a half type meet.
     """
-    if wide:
+    if float64:
         return (max(16, triton.next_power_of_2(n)), 16 if itemsize == 8 else 32, 4) if n <= 32 else (32, 16, 8)
     N = min(64, max(16, triton.next_power_of_2(n)))
     return N, (256 if n <= N or itemsize == 4 else 128) // itemsize, N // 16
 
 
 def gram(
-    G: Tensor, u: Tensor, wide: bool, todo: Tensor | None = None, previous: Tensor | None = None
+    G: Tensor, u: Tensor, float64: bool, todo: Tensor | None = None, previous: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """K [n, n] and v [n, m]; with `todo`, a device flag, both stay in the memory of `previous` where it is 0.
 
@@ -238,8 +238,8 @@ def gram(
     (n, p), m = G.shape, len(u)
     if n == 0 or p == 0:
         return G.new_zeros((n, n), dtype=torch.float64), G.new_zeros((n, m), dtype=torch.float64)
-    wide = wide or G.dtype == torch.float64
-    N, block, warps = tile(n, wide, G.element_size())
+    float64 = float64 or G.dtype == torch.float64
+    N, block, warps = tile(n, float64, G.element_size())
     rows = triton.cdiv(n, N)
     tiles, size = rows * (rows + 1) // 2, n * (n + m)
     splits = max(1, min(triton.cdiv(p, 4 * block), triton.cdiv(4096, tiles), 2**21 // size))
@@ -253,7 +253,7 @@ def gram(
         grid = tiles if with_k else rows, splits
         arguments = n, m, p, per_split, size, n * n + first, *G.stride(), *some.stride()
         constants = {"M": M, "D": triton.next_power_of_2(max(1, M)), "SAME": rows == 1, "WITH_K": with_k}
-        if wide:
+        if float64:
             constants |= {"N": N, "BLOCK": block, "PREDICATED": todo is not None}
             gram_wide_kernel[grid](G, some, part, todo, *arguments, **constants, num_warps=warps)
         else:
@@ -265,5 +265,5 @@ def gram(
     for at in range(first, m, DIRECTIONS):
         launch(False, at, min(DIRECTIONS, m - at))
     total = G.new_empty(size, dtype=torch.float64) if previous is None else previous
-    sums(part, total, n, "mean" if rows == 1 and not wide else "lower", todo)
+    sums(part, total, n, "mean" if rows == 1 and not float64 else "lower", todo)
     return total[: n * n].view(n, n), total[n * n :].view(n, m)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
+from ..ops import reference
 
 LARGEST, WARPS = 64, 8  # the largest matrix that stays in registers
 

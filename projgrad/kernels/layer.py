@@ -1,4 +1,4 @@
-"""The leaves of `projgrad.layer` on CUDA: which have kernels of their own, and where library products are kept.
+"""The leaves of `projgrad.ops.linear_impl` on CUDA: which have kernels of their own, and where not.
 
 Library products stay for float64, which has no kernel here; for one position, where the Gram matrices of a and of b
 are two calls of `gram`, which splits the columns over the GPU, while a kernel over tiles of n tokens would have few
@@ -10,7 +10,7 @@ measured on a GPU yet: `bench/gpu.sh layers` times both sides.
 import torch
 from torch import Tensor
 
-from ..layer import _exponents, composed
+from ..ops.linear_impl import _exponents, composed
 
 COLUMNS = 1 << 16  # whose products float32 sums before float64 does
 
@@ -19,9 +19,9 @@ def _double(*tensors: Tensor) -> bool:
     return any(x.dtype == torch.float64 for x in tensors)
 
 
-def token_gram(a: Tensor, b: Tensor, wide: bool, samples: int) -> Tensor:
-    if wide or _double(a, b) or a.shape[1] == 1:
-        return composed["token_gram"](a, b, wide, samples)
+def token_gram(a: Tensor, b: Tensor, float64: bool, samples: int) -> Tensor:
+    if float64 or _double(a, b) or a.shape[1] == 1:
+        return composed["token_gram"](a, b, float64, samples)
     from .linear_gram import linear_gram
 
     return linear_gram(a, b)
@@ -35,9 +35,9 @@ def token_gram_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, samples: int
     return linear_gram(a, b, a2, b2)
 
 
-def layer_dot(a: Tensor, b: Tensor, u: Tensor, wide: bool) -> Tensor:
-    if wide or _double(a, b, u):
-        return composed["layer_dot"](a, b, u, wide)
+def layer_dot(a: Tensor, b: Tensor, u: Tensor, float64: bool) -> Tensor:
+    if float64 or _double(a, b, u):
+        return composed["layer_dot"](a, b, u, float64)
     from .linear_dot import linear_dot
 
     return linear_dot(a, b, u)
@@ -66,9 +66,9 @@ def sample_products_(g: Tensor, b: Tensor, a: Tensor) -> None:
         composed["sample_products_"](g, b, a)
 
 
-def cross_gram(G: Tensor, G2: Tensor, wide: bool) -> Tensor:
+def cross_gram(G: Tensor, G2: Tensor, float64: bool) -> Tensor:
     """`gram` is made for few directions: here they are as many as the rows, which are brought near 1 first."""
-    if wide or _double(G, G2):
+    if float64 or _double(G, G2):
         return G.double() @ G2.double().mT
     K = G.new_zeros((len(G), len(G2)), dtype=torch.float64)
     shifts = _exponents(G), _exponents(G2)

@@ -7,7 +7,7 @@ subtract measures on G decides whether that was enough.
 import torch
 from torch import Tensor
 
-from .. import reference
+from ..ops import reference
 from ..ops.flat import _gram, _gram_solve, _subtract
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -16,7 +16,7 @@ Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def on_host(u: Tensor, G: Tensor, damping: float, rtol: float | None) -> Result:
     """Two passes over G where the first projection is at rounding level, which the host looks at."""
     return reference.refined(
-        len(G), lambda wide: _gram(G, u, wide), lambda c: _subtract(u, G, c), u.dtype, damping, rtol, _gram_solve
+        len(G), lambda float64: _gram(G, u, float64), lambda c: _subtract(u, G, c), u.dtype, damping, rtol, _gram_solve
     )
 
 
@@ -30,10 +30,10 @@ def on_device(u: Tensor, G: Tensor, damping: float, rtol: float | None) -> Resul
     from .subtract import subtract, subtract_, views
 
     (m, p), n = u.shape, len(G)
-    wide, limit = reference.first_pass(n, G.dtype, rtol)
+    float64, limit = reference.first_pass(n, G.dtype, rtol)
     noise = exact = reference.default_rtol(n, torch.float64)
-    cut = reference.default_rtol(n, torch.float32) if rtol is None and not wide else exact if rtol is None else rtol
-    K, b = gram(G, u, wide)
+    cut = reference.default_rtol(n, torch.float32) if rtol is None and not float64 else exact if rtol is None else rtol
+    K, b = gram(G, u, float64)
     step, rank, *_ = _gram_solve(K[None], reference.in_range(K, b)[None], damping, cut)
     c = step[0]
     if not (m and n and p):
@@ -43,9 +43,9 @@ def on_device(u: Tensor, G: Tensor, damping: float, rtol: float | None) -> Resul
     r, squares = views(total, n, m)
     subtract_(out, total, u, G, c)
     for attempt in range(3):
-        counted = not wide and rtol is None and attempt == 0  # a row that looks dependent in float32 may not be
+        counted = not float64 and rtol is None and attempt == 0  # a row that looks dependent in float32 may not be
         b, todo, _ = pending(K, r, squares, c, rank, damping, limit, noise, rtol is not None, counted)
-        if not wide and attempt == 0:
+        if not float64 and attempt == 0:
             gram(G, u[:0], True, todo, K.view(-1))
             if damping:
                 b = r - damping * K.diagonal()[:, None] * c

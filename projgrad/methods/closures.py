@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .._options import kind
-from .common import check_alone, check_replicas, clear, distributed, owned
+from .._torch_private import sequence_number, version
+from .common import check_alone, check_replicas, clear_grads, distributed, trainable_parameters
 
 _running: list[tuple[Closures, str]] = []  # the closures that run now, from the outermost on
 
@@ -38,14 +39,14 @@ class Closures:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, **given: object) -> None:
-        clear(optimizer)
+        clear_grads(optimizer)
         for name, closure in given.items():
             if not callable(closure) or isinstance(closure, nn.Module):
                 raise TypeError(
                     f"{name} must be a function without arguments that runs the model and returns its loss, such as "
                     f"`lambda: cross_entropy(model(x), y)`; got {kind(closure)}"
                 )
-        self.params, self.optimizer = owned(model, optimizer), optimizer
+        self.params, self.optimizer = trainable_parameters(model, optimizer), optimizer
         every = [p for group in optimizer.param_groups for p in group["params"]]
         mine = set(map(id, self.params.values()))
         others = {f"parameter {k} of the optimizer": p for k, p in enumerate(every) if id(p) not in mine}
@@ -70,7 +71,7 @@ class Closures:
     def __exit__(self, _, error: BaseException | None, __) -> None:
         if error is None:
             return
-        clear(self.optimizer)
+        clear_grads(self.optimizer)
         if self._inside or not isinstance(error, RuntimeError):
             return
         if "backward through the graph a second time" in str(error):
@@ -93,11 +94,11 @@ class Closures:
         held = [(p, grad) for p, grad in held if grad is not None]
         for p, _ in held:
             p.grad = None
-        versions = [p._version for p in self.params.values()]
+        versions = [version(p) for p in self.params.values()]
         running = self, name
         _running.append(running)
         self._inside = True
-        self._start = _sequence_nr()
+        self._start = _last_operation()
         try:
             with torch.enable_grad(), self._alone(name) if distributed() else nullcontext():
                 yield
@@ -121,8 +122,8 @@ class Closures:
         later = bool(self.changed)
         self.changed[name] = {
             some: p.detach() if later else p.detach().clone()
-            for (some, p), version in zip(self.params.items(), versions, strict=True)
-            if p._version != version
+            for (some, p), before in zip(self.params.items(), versions, strict=True)
+            if version(p) != before
         }
         self._inside = False
 
@@ -178,7 +179,7 @@ class Closures:
         Raises:
             ValueError: it was made before.
         """
-        old = {node for node in _nodes(losses) if node._sequence_nr() <= self._start}
+        old = {node for node in _nodes(losses) if sequence_number(node) <= self._start}
         if not old:
             return
         with self.watch(name):
@@ -190,10 +191,10 @@ class Closures:
             )
 
 
-def _sequence_nr() -> int:
+def _last_operation() -> int:
     """The number of the last operation that autograd recorded in this thread."""
     with torch.enable_grad():
-        return torch.zeros((), requires_grad=True, device="cpu").clone().grad_fn._sequence_nr()
+        return sequence_number(torch.zeros((), requires_grad=True, device="cpu").clone().grad_fn)
 
 
 def _nodes(losses: Tensor) -> set:

@@ -12,10 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .._options import kind
-from ..tape.losses import instead
+from .._torch_private import BatchNorm
+from ..recording.losses import instead
 
 
-def owned(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """What is updated, by name: the model's parameters that require gradients now and belong to the optimizer.
 
     Warns where a layer was probably replaced after the optimizer was built: it then learns in part only.
@@ -117,7 +118,7 @@ def check_replicas(module: nn.Module, where: str) -> None:
         )
 
 
-def scalar(closure: Callable[[], Tensor], name: str = "forget") -> Tensor:
+def scalar_loss(closure: Callable[[], Tensor], name: str = "forget") -> Tensor:
     """What a closure returns, checked to be one loss that can be differentiated; shape ()."""
     loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -134,7 +135,7 @@ def check_finite(loss: float, name: str = "forget") -> float:
     return loss
 
 
-def clear(optimizer: Optimizer) -> None:
+def clear_grads(optimizer: Optimizer) -> None:
     """No `.grad` for the optimizer to see: a stale one would move what no loss depends on."""
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -143,7 +144,7 @@ def clear(optimizer: Optimizer) -> None:
 
 def check_batch_norm(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        if isinstance(module, BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
                 f"{name or 'the model'} is a {type(module).__name__} that uses batch statistics: what the model makes "
                 "of one sample, and its gradient, then depends on the others. Call model.eval() first"

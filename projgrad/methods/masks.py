@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..ops.feasible import _feasible
-from ..student import quantile
-from ..tape.readings import lengths, read
+from ..ops.t_test import quantile
+from ..recording.host_reads import lengths, to_host
 from ..tape.tape import Tape
 
 Tensors = dict[str, Tensor]
@@ -49,12 +49,12 @@ class Coordinate:
             masked[name], sums = _feasible(*tensors, self.n, level)
             masked[name] = masked[name].view(d.shape)
             parts.append(sums[:5].to(parts[0].device if parts else sums.device))
-        return masked, read(torch.stack(parts).sum(0))
+        return masked, to_host(torch.stack(parts).sum(0))
 
     def _measure(self, masked: Tensors) -> tuple[float, float]:
         """Mean and standard error of ⟨g_j, mΔ⟩ over the samples that test."""
         x = self.tape.dot(self.losses, masked)[self.testing]
-        self.mean, self.error = read(torch.stack([x.mean(), x.std() / math.sqrt(len(x))]))
+        self.mean, self.error = to_host(torch.stack([x.mean(), x.std() / math.sqrt(len(x))]))
         return self.mean, self.error
 
 
@@ -79,7 +79,7 @@ class Aggregate(Coordinate):
 
 
 def check_all(tensors: Tensors, what: str) -> None:
-    norms = read(lengths(list(tensors.values())))
+    norms = to_host(lengths(list(tensors.values())))
     bad = [name for name, norm in zip(tensors, norms, strict=True) if not math.isfinite(norm)]
     if bad:
         raise FloatingPointError(f"NaN or Inf in {what}, at {', '.join(bad[:4])}; no parameter was changed")

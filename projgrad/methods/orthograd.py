@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from .. import _options
 from ..explicit import project_explicit
-from ..tape.jobs import Outer
-from ..tape.losses import check_shape, check_values
+from ..recording.losses import check_shape, check_values
+from ..tape.consumers import FactoredGradient
 from ..tape.project import Projection
 from ..tape.tape import per_sample
 from .closures import Closures
-from .common import check_batch_norm, check_finite, clear, learning_rates, owned, scalar
+from .common import check_batch_norm, check_finite, clear_grads, learning_rates, scalar_loss, trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class OrthoGrad:
         scaler: torch.amp.GradScaler | None = None,
         projector: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        owned(model, optimizer)
+        trainable_parameters(model, optimizer)
         alpha = _options.within("alpha weighs the mean retain gradient and", alpha, "[0, 1]")
         _options.check_choice("scope", scope, ("global", "per_tensor"))
         damping, rtol = _options.check_solver("", damping, rtol)
@@ -132,8 +132,10 @@ class OrthoGrad:
         self.sign = -1.0 if _options.check_flag("ascend", ascend) else 1.0
         self.damping, self.rtol, self.max_norm = damping, rtol, _options.check_max_norm(max_norm)
         self.keep_output_gradients, self.scaler, self.projector = keep_output_gradients, scaler, projector
-        self._flat = False  # whether the factors of the forget gradient save work, as the step before found
-        self._outer: dict[str, Outer] = {}
+        self._wants_forget_factors = (
+            False  # whether the factors of the forget gradient save work, as the step before found
+        )
+        self._forget_factors: dict[str, FactoredGradient] = {}
 
     def step(self, forget: Callable[[], Tensor], retain: Callable[[], Tensor]) -> StepRecord:
         """One update. An error before the optimizer steps leaves the model and the optimizer as they were, with every
@@ -173,7 +175,7 @@ class OrthoGrad:
             except FloatingPointError:
                 if self.scaler is None:
                     raise
-                clear(self.optimizer)
+                clear_grads(self.optimizer)
                 p = next(iter(closures.params.values()))  # infinite: the scaler skips this step and scales less
                 p.grad = torch.full_like(p, float("inf"))
                 forget_loss = retain_loss = float("nan")
@@ -194,15 +196,15 @@ class OrthoGrad:
 
     def _forget(self, forget: Callable[[], Tensor], closures: Closures) -> Tensor:
         """p.grad = ± (1 - α) u; the loss, not looked at yet: the device may still be busy with it."""
-        tape = per_sample(self.model, closures.params) if self._flat else None
+        tape = per_sample(self.model, closures.params) if self._wants_forget_factors else None
         with closures.watch("forget"), tape or nullcontext():
-            loss = scalar(forget)
+            loss = scalar_loss(forget)
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
         weight = self.sign * (1 - self.alpha)
         if tape is None:
             torch.autograd.backward(scaled, torch.full_like(scaled, weight), inputs=list(closures.params.values()))
         else:
-            self._outer = tape.accumulate_(scaled, weight)
+            self._forget_factors = tape.accumulate_(scaled, weight)
         return loss.detach()
 
     def _retain(
@@ -236,8 +238,8 @@ class OrthoGrad:
         if not tape.sites:
             closures.check_made_inside(losses, retain)
         seen: list[float] = []  # the forget loss and those of the retain samples
-        tape.questions.ask(loss, lambda values: seen.append(check_finite(values[0])))
-        tape.questions.ask(losses, lambda values: seen.extend(check_values(values)))
+        tape.host_reads.defer(loss, lambda values: seen.append(check_finite(values[0])))
+        tape.host_reads.defer(losses, lambda values: seen.extend(check_values(values)))
         if all(p.grad is None for p in params.values()):
             raise ValueError("forget() returned a loss that depends on no parameter that the optimizer holds")
         n, share = len(losses), 1.0
@@ -245,7 +247,7 @@ class OrthoGrad:
             share = 2.0 ** -math.ceil(math.log2(n))
             losses = self.scaler.scale(losses) * share
         add = torch.full((n,), self.alpha / n / share, dtype=torch.float64, device=losses.device)
-        tape.outer, self._outer = self._outer, {}
+        tape.forget_factors, self._forget_factors = self._forget_factors, {}
         done = tape.project_(
             losses,
             self.scope,
@@ -255,7 +257,7 @@ class OrthoGrad:
             add=add if self.alpha else None,
             rates=learning_rates(self.optimizer, params),
         )
-        self._flat = tape.flat
+        self._wants_forget_factors = tape.wants_forget_factors
         return seen[0], sum(seen[1:]) / len(seen[1:]), done
 
     def _apply(self, params: dict[str, nn.Parameter]) -> None:

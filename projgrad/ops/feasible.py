@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .. import _options, reference
-from ..layer import library
-from ..student import limits
+from .. import _options
+from . import reference
 from .flat import DTYPES, _check_reverse_mode
-from .transforms import call, one_by_one, register
+from .linear_impl import library
+from .registration import call, one_by_one, register
+from .t_test import feasibility_thresholds
 
 # The schemas. Inside them all tensors are flat [p]; the sums [6] of `reference.feasible` come with the result. The
 # second is what a device computes in its own way.
@@ -18,7 +19,7 @@ from .transforms import call, one_by_one, register
 
 @custom_op("projgrad::feasible", mutates_args=())
 def _feasible(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, level: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.projgrad.feasible_pass(d, u, total, squares, n, *limits(n, level, total.dtype))
+    return torch.ops.projgrad.feasible_pass(d, u, total, squares, n, *feasibility_thresholds(n, level, total.dtype))
 
 
 library.define(

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import custom_op
 
-from .. import _options, reference
-from .transforms import call, one_by_one, refuse_forward_mode, register
+from .. import _options
+from . import reference
+from .registration import call, one_by_one, refuse_forward_mode, register
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -33,8 +34,8 @@ class ProjectionInfo(NamedTuple):
 
 
 @custom_op("projgrad::gram", mutates_args=())
-def _gram(G: Tensor, u: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
-    """`wide`: multiply in float64 even where G is narrower. The reference always does."""
+def _gram(G: Tensor, u: Tensor, float64: bool) -> tuple[Tensor, Tensor]:
+    """`float64`: multiply in float64 even where G is narrower. The reference always does."""
     return reference.gram(G, u)
 
 
@@ -60,7 +61,7 @@ def _project_out(
 
 
 @_gram.register_fake
-def _(G, u, wide):
+def _(G, u, float64):
     n, m = G.shape[0], u.shape[0]
     return G.new_empty((n, n), dtype=torch.float64), G.new_empty((n, m), dtype=torch.float64)
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .readings import Questions, length
+from ..recording.host_reads import HostReads, length
 
 if TYPE_CHECKING:
-    from .routes import Route
+    from .gradient_access import GradientAccess
 
 
-class Weights(NamedTuple):
+class WeightStats(NamedTuple):
     """Of weights w of the samples: the largest |w_j|, their sum, Σ_j |w_j| ‖g_j‖, wᵀ K w and ⟨w, b⟩."""
 
     top: float
@@ -27,18 +27,18 @@ class Weights(NamedTuple):
     product: float
 
 
-def weigh(w: Tensor, Kw: Tensor, rows: Tensor, b: Tensor) -> Tensor:
-    """`Weights` of w [l, m, n] as [l, 5, m], for K w [l, m, n], ‖g_j‖ as rows [l, n] and b [l, n]."""
+def weight_stats(w: Tensor, Kw: Tensor, rows: Tensor, b: Tensor) -> Tensor:
+    """`WeightStats` of w [l, m, n] as [l, 5, m], for K w [l, m, n], ‖g_j‖ as rows [l, n] and b [l, n]."""
     size = w.abs()
     products = [torch.bmm(size, rows[..., None]), torch.bmm(w, b[..., None])]
     scale, product = (p[..., 0] for p in products)
     return torch.stack([size.amax(-1), size.sum(-1), scale, (Kw * w).sum(-1), product], 1)
 
 
-def weights_of(w: Tensor, K: Tensor) -> Tensor:
-    """`Weights` of w [n] alone [5], with b = 0."""
+def weight_stats_of(w: Tensor, K: Tensor) -> Tensor:
+    """`WeightStats` of w [n] alone [5], with b = 0."""
     rows = K.diagonal().clamp_min(0).sqrt()
-    return weigh(w[None, None], (w @ K)[None, None], rows[None], torch.zeros_like(rows)[None]).flatten()
+    return weight_stats(w[None, None], (w @ K)[None, None], rows[None], torch.zeros_like(rows)[None]).flatten()
 
 
 class Measured(NamedTuple):
@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
     growth: Measured | None = None
 
 
-class Checks(Questions):
+class Checks(HostReads):
     """Self-checks of one projection, made together at its end. `worst`: the largest discrepancy, by parameter."""
 
     def __init__(self) -> None:
@@ -66,9 +66,9 @@ class Checks(Questions):
 
     def check(
         self,
-        method: Route,
+        method: GradientAccess,
         found: Outcome,
-        weights: Weights,
+        weights: WeightStats,
         u2: float,
         name: str = "",
         blame: Callable[[], str] = str,
@@ -82,28 +82,30 @@ class Checks(Questions):
             limit = tolerance_of(method.compared, measured.numbers.is_cuda)
 
             def answer(values: list[float], place=place, measured=measured, limit=limit) -> None:
-                error = judge(place, measured.value(values), weights, u2, limit, dtype, blame)
+                error = check_relative_error(place, measured.value(values), weights, u2, limit, dtype, blame)
                 self.worst[name] = max(self.worst[name], error)
 
-            self.ask(measured.numbers, answer)
+            self.defer(measured.numbers, answer)
 
     def check_watched(
-        self, method: Route, name: str, K: Tensor, grad: Tensor | None, total: Tensor, coarsest: torch.dtype
+        self, method: GradientAccess, name: str, K: Tensor, grad: Tensor | None, total: Tensor, coarsest: torch.dtype
     ) -> None:
         """Σ_j g_j of one parameter from plain autograd against its K; `total`: Σ_j ‖g_j‖ over all parameters;
         `coarsest`: in what autograd may have summed over the samples."""
         dtype = method.dtype
-        weights = weights_of(torch.ones_like(K[0]), K)
+        weights = weight_stats_of(torch.ones_like(K[0]), K)
         found = torch.zeros_like(total) if grad is None else length(grad).square()
         limit = tolerance_of(coarser(method.compared, coarsest), K.is_cuda)
 
         def answer(values: list[float]) -> None:
             *some, square, total = values
             floor = 100 * torch.finfo(dtype).eps * total
-            error = judge(0, square, Weights(*some), 0.0, limit, dtype, lambda: f", in {name}", floor)
+            error = check_relative_error(
+                0, square, WeightStats(*some), 0.0, limit, dtype, lambda: f", in {name}", floor
+            )
             self.worst[""] = max(self.worst[""], error)
 
-        self.ask(torch.cat([weights, torch.stack([found, total])]), answer)
+        self.defer(torch.cat([weights, torch.stack([found, total])]), answer)
 
 
 def coarser(*dtypes: torch.dtype) -> torch.dtype:
@@ -134,10 +136,10 @@ def exact_convolutions(cuda: bool) -> Iterator[None]:
             conv.fp32_precision = before
 
 
-def judge(
+def check_relative_error(
     place: int,
     value: float,
-    weights: Weights,
+    weights: WeightStats,
     u2: float,
     tolerance: float,
     dtype: torch.dtype,

@@ -7,12 +7,11 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from .jobs import Job
-from .rules import Rule
-from .sites import Source
+from .._torch_private import TorchDispatchMode, storage_id, tree_leaves
+from ..recording.recording import Source
+from ..rules.rule import Rule
+from .consumers import Consumer
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -49,7 +48,7 @@ class Explanation(list[Line]):
         )
 
 
-class Explain(Job):
+class Explain(Consumer):
     """Computes every Gram matrix under a count of the memory in use."""
 
     def __init__(self, tape: Tape) -> None:
@@ -61,7 +60,7 @@ class Explain(Job):
                     self.uses[name].add(site.name)
         self.lines = Explanation()
 
-    def piece(self, name: str, source: Source, rule: Rule) -> None:
+    def add(self, name: str, source: Source, rule: Rule) -> None:
         with Allocated() as allocated:
             rule.gram(None)
         cost = rule.cost()
@@ -79,11 +78,11 @@ class Allocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        before = {storage_id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for t in tree_leaves(out):
             if not isinstance(t, Tensor):
                 continue
-            address = t.untyped_storage()._cdata
+            address = storage_id(t)
             if address in self.live:
                 self.live[address][1] += 1
             elif address not in before and address:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .rules import Rule
-from .sites import Source
-from .structure import Structure
+from ..recording.recording import Source
+from ..recording.structure import Structure
+from ..rules.rule import Rule
 
 if TYPE_CHECKING:
     from .tape import Tape
 
 
-class Plan:
+class UsePlan:
     """Which sources are read, which uses belong together, and which parameters need their uses mapped back."""
 
     def __init__(self, tape: Tape, structure: Structure) -> None:
@@ -39,7 +39,7 @@ class Plan:
         for site in sites:
             for source in site.sources:
                 if self.wants(source) and not self.mapped(source):
-                    key = self.key(upright(tape, source, None)[0])
+                    key = self.key(undo_transpose(tape, source, None)[0])
                     self.uses[key] += 1
                     self.left[key[0]] += 1
 
@@ -60,7 +60,7 @@ def _direct(tape: Tape, name: str, sources: list[Source]) -> bool:
         return False
     parts = {}
     for source in sources:
-        source = upright(tape, source, None)[0]
+        source = undo_transpose(tape, source, None)[0]
         parts["whole" if source.whole else source.window or id(source)] = source
     if len(parts) == 1:
         return True
@@ -76,7 +76,7 @@ def _disjoint(numel: int, windows: tuple) -> bool:
     return len(touched.unique()) == len(touched)
 
 
-def upright(tape: Tape, source: Source, rule: Rule | None) -> tuple[Source, Rule | None]:
+def undo_transpose(tape: Tape, source: Source, rule: Rule | None) -> tuple[Source, Rule | None]:
     """A use of Wᵀ as a use of W."""
     if source.whole or source.window is None or len(source.window[0]) != 2:
         return source, rule

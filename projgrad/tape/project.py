@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import _options, reference
-from .check import Checks, Weights, check_finite
-from .jobs import Kept
-from .readings import lengths, read
-from .routes import KeptGradients, OneTensor, Route, TwoPasses, next_watched
-from .rules import Rule
-from .sites import Source
-from .solve import Solver, Steps, System
+from .. import _options
+from ..ops import reference
+from ..recording.host_reads import lengths, to_host
+from ..recording.recording import Source
+from ..rules.rule import Rule
+from .check import Checks, WeightStats, check_finite
+from .consumers import CollectRules
+from .gradient_access import GradientAccess, KeptGradients, OneTensor, TwoPasses, next_watched
+from .systems import Solver, Steps, System
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -70,7 +71,7 @@ def project_(
     tape.rates = {} if scope == "per_tensor" else _relative(rates, tape.parameters)
     squares = _ask_squares(tape)
     structure = tape.structure(losses)
-    tape.questions.settle()  # if the structure was known already
+    tape.host_reads.flush()  # if the structure was known already
     keep = keep or structure.coarsest.itemsize == 2  # a second pass with other weights would round too differently
     n = len(losses)
     add = torch.zeros(n, dtype=torch.float64, device=losses.device) if add is None else add.double()
@@ -87,7 +88,7 @@ def project_(
             method.known = sum(method.rate(name) * square for name, square in squares.items())
             solver.start("", _steps(method, n, solver, rtol, checks))
             solver.finish()
-            checks.settle()
+            checks.flush()
             done = solver.done[""]
             done.discrepancy = checks.worst[""]
             return done
@@ -108,42 +109,42 @@ def _relative(rates: Mapping[str, float], parameters: Collection[str]) -> dict[s
 
 
 def _ask_squares(tape: Tape) -> dict[str, float]:
-    """‖p.grad‖² by name, once the questions are settled. Factors of p.grad are kept only if nothing else is in it."""
+    """‖p.grad‖² by name, once the host reads are flushed. Factors of p.grad are kept only if nothing else is in it."""
     grads = {name: p.grad for name, p in tape.parameters.items() if p.grad is not None}
     squares: dict[str, float] = {}
     if grads:
-        tape.questions.ask(
+        tape.host_reads.defer(
             lengths(list(grads.values())),
             lambda found: squares.update((name, size**2) for name, size in zip(grads, found, strict=True)),
         )
 
     def compare(found: list[float]) -> None:
-        for name, square in zip(list(tape.outer), found, strict=True):
+        for name, square in zip(list(tape.forget_factors), found, strict=True):
             if not abs(square - squares.get(name, 0.0)) <= 1e-4 * squares.get(name, 0.0):
-                del tape.outer[name]
+                del tape.forget_factors[name]
 
-    if tape.outer:
-        tape.questions.ask(torch.stack([outer.squared() for outer in tape.outer.values()]), compare)
+    if tape.forget_factors:
+        tape.host_reads.defer(torch.stack([outer.squared() for outer in tape.forget_factors.values()]), compare)
     return squares
 
 
-def _steps(method: Route, n: int, solver: Solver, rtol: float | None, checks: Checks, name: str = "") -> Steps:
+def _steps(method: GradientAccess, n: int, solver: Solver, rtol: float | None, checks: Checks, name: str = "") -> Steps:
     """Project p.grad once; again as long as that leaves more than rounding; then add Gᵀ add."""
     add, plain = solver.add, not solver.damping and rtol is None
-    wide, _ = reference.first_pass(n, method.dtype, rtol)
+    float64, _ = reference.first_pass(n, method.dtype, rtol)
     u2 = method.squares()
     if not math.isfinite(u2):
         raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
 
     def system(b: Tensor) -> System:
-        cut = reference.default_rtol(n, torch.float64 if wide else torch.float32) if rtol is None else rtol
+        cut = reference.default_rtol(n, torch.float64 if float64 else torch.float32) if rtol is None else rtol
         return System(K, b, cut)
 
     def length_left() -> float:
         """‖u - Gᵀ x‖ as the products have it."""
         return max(u2 + 2 * at.minus.product + at.minus.length, 0.0) ** 0.5  # in this order NaN stays NaN
 
-    K, v = _without_underflow(*method.products(wide), method.dtype)
+    K, v = _without_underflow(*method.products(float64), method.dtype)
     at = yield system(v)
     if not at.finite:
         check_finite(K, v)
@@ -151,8 +152,8 @@ def _steps(method: Route, n: int, solver: Solver, rtol: float | None, checks: Ch
     limit = RESIDUAL if method.dtype != torch.float64 else 64 * torch.finfo(torch.float64).eps
     noise = 16 * n * eps * (u2**0.5 + at.minus.scale)  # a result this short has no direction
     after = length_left()
-    if plain and not wide and at.rank < at.used and at.left / (max(after, noise) or 1.0) > limit:
-        wide = True  # rows that look dependent in float32 and are not
+    if plain and not float64 and at.rank < at.used and at.left / (max(after, noise) or 1.0) > limit:
+        float64 = True  # rows that look dependent in float32 and are not
         K, v = _without_underflow(*method.products(True), method.dtype)
         at = yield system(v)
         after = length_left()
@@ -160,9 +161,9 @@ def _steps(method: Route, n: int, solver: Solver, rtol: float | None, checks: Ch
     rounding = coarse * (u2**0.5 + at.spread) if plain else 0.0
     residual = (at.left + rounding) / (max(after, noise) or 1.0)
 
-    def apply(w: Tensor, weights: Weights, wide: bool = False) -> None:
+    def apply(w: Tensor, weights: WeightStats, float64: bool = False) -> None:
         if weights.top != 0:
-            found = method.apply(w, weights.top, wide)
+            found = method.apply(w, weights.top, float64)
             checks.check(method, found, weights, u2, name, method.blame(w))
 
     def nothing_left() -> Projection:
@@ -173,28 +174,28 @@ def _steps(method: Route, n: int, solver: Solver, rtol: float | None, checks: Ch
     rank, refinements, before = at.rank, 0, float("inf")
     if plain and rank >= method.numel():  # nothing is orthogonal to that many
         return nothing_left()
-    if not plain or method.half or residual <= limit or not u2:
+    if not plain or method.has_16bit_factor or residual <= limit or not u2:
         apply(add - at.x, at.both)
         return _projection(rank, u2, after, residual, 0)
     apply(-at.x, at.minus)
     while True:
         rows = K.diagonal().clamp_min(0).sqrt()
-        r = method.dot(wide).masked_fill(rows == 0, 0.0)
+        r = method.dot(float64).masked_fill(rows == 0, 0.0)
         cosine = (r.abs() / rows.where(rows > 0, 1)).max()
-        *sizes, left, product = read(method.sizes(), cosine, add @ r)
+        *sizes, left, product = to_host(method.sizes(), cosine, add @ r)
         method.known = sum(size**2 for size in sizes)
         after = method.known**0.5
         residual = left / (max(after, noise) or 1.0)
         # Whatever is this small beside p.grad has no direction left; more passes only shuffle rounding.
         if residual <= limit / 2 or residual > before / 2 or refinements == 4:
             break
-        if not wide:
-            wide, (K, r) = True, _without_underflow(*method.products(True), method.dtype)
+        if not float64:
+            float64, (K, r) = True, _without_underflow(*method.products(True), method.dtype)
         at = yield system(r)
         rank, before = max(rank, at.rank), residual
         if rank >= method.numel():
             return nothing_left()
-        apply(-at.x, at.minus, wide)
+        apply(-at.x, at.minus, float64)
         refinements += 1
     apply(add, at.added._replace(product=product))
     return _projection(rank, u2, after, residual, refinements)
@@ -229,13 +230,13 @@ def _per_tensor(
         if name == watch:
             watched.append(method)
 
-    job = Kept(tape, finished)
-    grads = tape._run(losses, job, retain_graph=False, watch=[tape.parameters[watch]] if watch else [])
+    consumer = CollectRules(tape, finished)
+    grads = tape._run(losses, consumer, retain_graph=False, watch=[tape.parameters[watch]] if watch else [])
     solver.finish()
     for method in watched:
         total = rows.clamp_min(0).sqrt().sum()
         checks.check_watched(method, watch, method.K, grads[0], total, tape.structure(losses).coarsest)
-    checks.settle()
+    checks.flush()
     tensors = solver.done
     for name, done in tensors.items():
         done.discrepancy = checks.worst[name]

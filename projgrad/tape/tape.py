@@ -9,21 +9,21 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
 
+from .._torch_private import compiles_itself, has_gradient_hooks, is_active, is_compiled, storage_id
+from ..recording.graph import fingerprint
+from ..recording.host_reads import HostReads
+from ..recording.interception import COPIES, VIEWS, Interception, Recomputing, is_in_place
+from ..recording.losses import check_losses, check_shape, check_values
+from ..recording.recording import Call, Site, Source
+from ..recording.structure import Structure, announce, confirm, inspect
+from ..rules.rule import Rows, Rule, joined
+from .consumers import Consumer, FactoredGradient, Moments, Products
 from .explain import Explain, Explanation
-from .explicit_rows import looped, mapped
-from .graph import fingerprint
-from .jobs import Job, Moments, Outer, Products
-from .losses import check_losses, check_shape, check_values
-from .mode import COPIES, VIEWS, Interception, Recomputing, is_in_place
-from .plan import Plan, upright
+from .full_rows import looped, mapped
+from .gradient_access import verify
+from .plan import UsePlan, undo_transpose
 from .project import Projection, project_
-from .readings import Questions
-from .routes import verify
-from .rules import Rows, Rule, joined
-from .sites import Call, Site, Source
-from .structure import Structure, announce, confirm, inspect
 
 KNOWN = 1024  # graphs remembered for each model
 Directions = Mapping[str, Tensor] | Sequence[Tensor]
@@ -55,12 +55,12 @@ def per_sample(model: nn.Module, parameters: Mapping[str, Tensor] | None = None)
     followed = {id(p) for p in parameters.values()}
     fixed: list[Tensor] = []
     for module in model.modules():
-        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
+        if is_compiled(module):
             raise ValueError("a compiled model hides its operations: pass the original module (`model._orig_mod`)")
-        if module._compiled_call_impl is not None:
+        if compiles_itself(module):
             raise ValueError("model.compile() hides the model's operations: pass a module that was not compiled")
-        fixed += [b for b in module._buffers.values() if b is not None]
-        fixed += [p for p in module._parameters.values() if not (p is None or id(p) in followed or p.requires_grad)]
+        fixed += [b for b in module.buffers(recurse=False)]
+        fixed += [p for p in module.parameters(recurse=False) if not (id(p) in followed or p.requires_grad)]
         fixed += _tables(module)
     return Tape(parameters, fixed, _known.setdefault(model, {}))
 
@@ -93,7 +93,7 @@ class Tape:
         for name, p in self.parameters.items():
             if p.is_complex():
                 raise ValueError(f"parameter {name} is complex: inner products of its gradients are not defined here")
-            if p._backward_hooks or p._post_accumulate_grad_hooks:
+            if has_gradient_hooks(p):
                 raise ValueError(
                     f"parameter {name} has gradient hooks, of yours or of a step that another thread takes on this "
                     "model: they would change or see what is not a gradient"
@@ -109,17 +109,17 @@ class Tape:
         self.anchor = torch.zeros((), requires_grad=True, device=device)
         self.recomputing = False
         self.hooked = False  # whether a hook on a tensor of the forward pass may change its gradient
-        self.outer: dict[str, Outer] = {}  # factors of p.grad, as `accumulate_` found them
-        self.flat = False  # whether such factors would have been of use
+        self.forget_factors: dict[str, FactoredGradient] = {}  # factors of p.grad, as `accumulate_` found them
+        self.wants_forget_factors = False  # whether such factors would have been of use
         self.rates: dict[str, float] = {}  # weights of the parameters in a projection, where they differ
-        self.questions = Questions()  # of the forward pass, answered when the structure is wanted
+        self.host_reads = HostReads()  # of the forward pass, answered when the structure is wanted
         self._receive: Callable | None = None
         self._known = {} if known is None else known
         self._structure: tuple[weakref.ref, Structure] | None = None
         self._mode = Interception(weakref.proxy(self))
 
     def __enter__(self) -> Tape:
-        if self._mode in _get_current_function_mode_stack():
+        if is_active(self._mode):
             raise RuntimeError("this tape is already recording")
         self._mode.__enter__()
         return self
@@ -174,23 +174,23 @@ class Tape:
         def answer(distinct: list[float]) -> None:
             source.rows = ids if all(distinct) else None
 
-        self.questions.ask(torch.cat([ordered[:1] >= 0, ordered[1:] != ordered[:-1]]).all(), answer)
+        self.host_reads.defer(torch.cat([ordered[:1] >= 0, ordered[1:] != ordered[:-1]]).all(), answer)
 
     # What users call.
 
     def gram(self, losses: Tensor) -> Tensor:
         """K = G Gᵀ (n, n) in float64, in one backward pass without weight gradients."""
         self._verified(losses)
-        job = Products(self)
-        self._run(losses, job)
-        return job.K
+        consumer = Products(self)
+        self._run(losses, consumer)
+        return consumer.K
 
     def dot(self, losses: Tensor, direction: Directions) -> Tensor:
         """G u (n,) in float64; u: one tensor per parameter, by name or in order."""
         self._verified(losses)
-        job = Products(self, self._named(direction), gram=False)
-        self._run(losses, job)
-        return job.v
+        consumer = Products(self, self._named(direction), gram=False)
+        self._run(losses, consumer)
+        return consumer.v
 
     def combine(self, losses: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """Σ_j w_j g_j by name, one ordinary backward pass; weights (n,)."""
@@ -212,9 +212,9 @@ class Tape:
         self._verified(losses)
         if weights is not None and weights.shape != losses.shape:
             raise ValueError(f"weights must be (n,) = {tuple(losses.shape)}, one per loss; got {tuple(weights.shape)}")
-        job = Moments(self)
-        self._run(losses, job, weights=weights)
-        return job.first, job.second
+        consumer = Moments(self)
+        self._run(losses, consumer, weights=weights)
+        return consumer.first, consumer.second
 
     def project_(
         self,
@@ -254,14 +254,14 @@ class Tape:
 
         One backward pass. Print it for a table; it is a list of named tuples.
         """
-        job = Explain(self)
-        self._run(losses, job)
-        return job.lines
+        consumer = Explain(self)
+        self._run(losses, consumer)
+        return consumer.lines
 
-    def accumulate_(self, loss: Tensor, weight: float) -> dict[str, Outer]:
+    def accumulate_(self, loss: Tensor, weight: float) -> dict[str, FactoredGradient]:
         """p.grad += weight * ∂loss/∂p by plain autograd, for a scalar loss computed while the tape was active; and the
         factors of the gradients of linear layers, where they are shorter than the gradients."""
-        outer: dict[str, Outer] = {}
+        outer: dict[str, FactoredGradient] = {}
         uses = Counter(name for site in self.sites for source in site.sources for name in source.names)
 
         def receive(site: Site, b: Tensor, saved: Sequence[Tensor]) -> None:
@@ -271,7 +271,7 @@ class Tape:
             p, q = b.detach().flatten(0, -2), saved[0].detach().flatten(0, -2)
             (name,) = first.names
             if uses[name] == 1 and 4 * len(p) * (p.shape[1] + q.shape[1]) < first.tensor.numel():
-                outer[name] = Outer(p, q)
+                outer[name] = FactoredGradient(p, q)
 
         self._receive = receive
         try:
@@ -309,11 +309,11 @@ class Tape:
         if self._structure is not None and self._structure[0]() is losses:
             return self._structure[1]
         check_shape(losses)
-        self.questions.ask(losses, lambda values: check_values(values) and None)
+        self.host_reads.defer(losses, lambda values: check_values(values) and None)
         graph, taps = fingerprint(self, losses)
         key = hash((len(losses), tuple(site.key for site in self.sites), graph, self.hooked))
         found = self._known.get(key)
-        self.questions.settle()
+        self.host_reads.flush()
         if found is None or not confirm(self, losses, found, taps):
             before, found = found, inspect(self, losses)
             if before is not None:  # the rules were compared; where the samples are was found anew
@@ -338,16 +338,16 @@ class Tape:
     def _run(
         self,
         losses: Tensor,
-        job: Job,
+        consumer: Consumer,
         retain_graph: bool = True,
         watch: Sequence[Tensor] = (),
         weights: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
-        """One pass for a job, on w_j g_j; their sum for the parameters in `watch`, from plain autograd."""
+        """One pass for a consumer, on w_j g_j; their sum for the parameters in `watch`, from plain autograd."""
         structure = self.structure(losses)
         n = len(losses)
         weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
-        plan = Plan(self, structure)
+        plan = UsePlan(self, structure)
         waiting: dict[tuple, list[tuple[Source, Rule]]] = defaultdict(list)
         dense: dict[int, Tensor] = {}
         arrived: set[str] = set()
@@ -355,11 +355,11 @@ class Tape:
         def flush(key: tuple) -> None:
             pieces = waiting.pop(key)
             rule = joined([rule for _, rule in pieces])
-            job.piece(key[0], pieces[0][0], rule)
+            consumer.add(key[0], pieces[0][0], rule)
             arrived.add(key[0])
             plan.left[key[0]] -= len(pieces)
             if not plan.left[key[0]]:
-                job.done(key[0])
+                consumer.parameter_done(key[0])
 
         def receive(site: Site, b: Tensor, saved: Sequence[Tensor]) -> None:
             layout = structure.layouts[site.index]
@@ -372,7 +372,7 @@ class Tape:
                     d = rule.dense()
                     dense[id(source)] = dense[id(source)] + d if id(source) in dense else d
                     continue
-                source, rule = upright(self, source, rule)
+                source, rule = undo_transpose(self, source, rule)
                 key = plan.key(source)
                 waiting[key].append((source, rule))
                 if len(waiting[key]) == plan.uses[key]:
@@ -385,14 +385,14 @@ class Tape:
                 flush(key)
             for name, left in plan.left.items():  # some uses arrived, and others never will
                 if left and name in arrived:
-                    job.done(name)
+                    consumer.parameter_done(name)
             for name, rows in mapped(self, plan, dense):
-                job.piece(name, self._whole(name), Rows(rows))
-                job.done(name)
+                consumer.add(name, self._whole(name), Rows(rows))
+                consumer.parameter_done(name)
             for name, rows in looped(self, losses, structure.loops):
-                job.piece(name, self._whole(name), Rows(torch.einsum("n,n...->n...", weights.to(rows.dtype), rows)))
-                job.done(name)
-            job.finish(n)
+                consumer.add(name, self._whole(name), Rows(torch.einsum("n,n...->n...", weights.to(rows.dtype), rows)))
+                consumer.parameter_done(name)
+            consumer.finalize(n)
         return watched
 
     def _whole(self, name: str) -> Source:
@@ -411,4 +411,4 @@ class Tape:
 
 
 def _shares(out: Tensor, p: Tensor) -> bool:
-    return out.untyped_storage()._cdata == p.untyped_storage()._cdata
+    return storage_id(out) == storage_id(p)

@@ -1,0 +1,96 @@
+"""Every private name of torch that projgrad uses, in one place. All of them are in torch 2.11 to 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+
+BatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of all batch norms
+Dropout = nn.modules.dropout._DropoutNd  # the base class of all dropouts
+without_torch_function = torch._C.DisableTorchFunction
+
+
+# Tensors.
+
+
+def version(t: Tensor) -> int:
+    """Return how often a tensor was changed in place."""
+    return t._version
+
+
+def is_view(t: Tensor) -> bool:
+    """Return whether autograd knows a tensor as a view of another one."""
+    return t._is_view()
+
+
+def storage_id(t: Tensor) -> int:
+    """Return the address of a tensor's storage object, 0 if it has none."""
+    return t.untyped_storage()._cdata
+
+
+def has_gradient_hooks(t: Tensor) -> bool:
+    """Return whether hooks see or change the gradient of a leaf."""
+    return bool(t._backward_hooks or t._post_accumulate_grad_hooks)
+
+
+def foreach_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return the Euclidean norm of every tensor, in few launches."""
+    return torch._foreach_norm(tensors, 2, dtype=dtype)
+
+
+def keeping_versions(tensors: Sequence[Tensor]) -> AbstractContextManager:
+    """Return a context in which changes in place do not count, so that a graph which saved the tensors stays usable."""
+    return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))
+
+
+# Nodes of the autograd graph.
+
+
+def outputs_of(node: Node) -> Sequence:
+    """Return shape and dtype of every gradient that comes into a node."""
+    return node._input_metadata
+
+
+def sequence_number(node: Node) -> int:
+    """Return the number of the operation among those that its thread recorded."""
+    return node._sequence_nr()
+
+
+def saved(node: Node, name: str) -> object:
+    """Return what a node keeps of its operation's arguments, such as "dim"."""
+    return getattr(node, f"_saved_{name}")
+
+
+# Modules and modes.
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module was made by `torch.compile`."""
+    return isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+
+
+def compiles_itself(module: nn.Module) -> bool:
+    """Return whether `module.compile()` was called."""
+    return module._compiled_call_impl is not None
+
+
+def is_active(mode: TorchFunctionMode) -> bool:
+    """Return whether a mode is already entered."""
+    return mode in _get_current_function_mode_stack()
+
+
+def inside_transform() -> bool:
+    """Return whether vmap, grad or another transformation of torch.func is running."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def name_of(op: object) -> str:
+    """Return the name of a `torch.library.custom_op`."""
+    return op._name

@@ -1,0 +1,263 @@
+"""What projections are compared with: unlearning steps that use only the mean retain gradient.
+
+All have the interface of `projgrad.OrthoGrad`: step(forget, retain) from two closures, the forget loss a scalar, the
+retain losses a scalar or one per sample (their mean is used). They own no mathematics beyond a few lines each.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import _options
+from ..recording.losses import instead
+from .closures import Closures
+from .common import check_finite, clear_grads, scalar_loss, trainable_parameters
+
+Closure = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class BaselineRecord:
+    """Losses before the step, None where a closure was not called; wall seconds of the step."""
+
+    forget_loss: float | None
+    retain_loss: float | None
+    seconds: float
+
+
+class NegGradPlus:
+    """Ascent on the forget loss and descent on the mean retain loss at once.
+
+    update = α mean_j(g_j) - (1 - α) u
+
+    alpha = 1 is fine-tuning and alpha = 0 plain gradient ascent: a closure of weight 0 is not called.
+
+    Args:
+        model, optimizer: the model's parameters that require gradients and belong to the optimizer are updated.
+        alpha: weight of the mean retain gradient, in [0, 1].
+        ascend: False: the forget loss is an objective to minimise.
+        max_norm: clip the norm of the whole update, or None.
+
+    Raises:
+        TypeError: a wrong type of model, optimizer, option or closure.
+        ValueError: an option out of its range, no trainable parameter in the optimizer, a loss that is not one scalar,
+            a closure that leaves gradients behind or changes the weights that the other one used.
+        FloatingPointError (step): NaN or Inf in a loss or the update; nothing was changed.
+
+    Source: Kurmanji et al., "Towards Unbounded Machine Unlearning", arXiv 2302.09880, section 5 (NegGrad+).
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> method = projgrad.baselines.NegGradPlus(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.9)
+        >>> x, y = torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> method.step(lambda: loss(model(-x), y), lambda: loss(model(x), y)).retain_loss > 0
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        alpha: float = 0.95,
+        *,
+        ascend: bool = True,
+        max_norm: float | None = None,
+    ) -> None:
+        trainable_parameters(model, optimizer)
+        self.model, self.optimizer, self.max_norm = model, optimizer, _options.check_max_norm(max_norm)
+        self.alpha = _options.within("alpha weighs the mean retain gradient and", alpha, "[0, 1]")
+        self.sign = -1.0 if _options.check_flag("ascend", ascend) else 1.0
+
+    def step(self, forget: Closure, retain: Closure) -> BaselineRecord:
+        """One update. What was in `.grad` before is dropped. An error leaves the model and the optimizer as they were,
+        with every `.grad` set to None."""
+        start = time.perf_counter()
+        with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures, torch.enable_grad():
+            losses = self._update(forget, retain, closures)
+        return BaselineRecord(*losses, time.perf_counter() - start)
+
+    def _update(self, forget: Closure, retain: Closure, closures: Closures) -> tuple[float | None, float | None]:
+        u = _loss(forget, closures, "forget") if self.alpha < 1 else None
+        params = closures.params
+        early = u is not None and self.alpha > 0 and closures.changed["forget"]
+        if early:  # the graph would not outlive a retain() that normalises weights in its forward pass too
+            torch.autograd.backward(self.sign * (1 - self.alpha) * u, inputs=list(params.values()))
+
+        def forgotten(names: list[str]) -> Sequence[Tensor | None]:
+            some = [params[name] for name in names]
+            return [p.grad for p in some] if early else _grads(u, some, keep=True)
+
+        r = _loss(retain, closures, "retain") if self.alpha > 0 else None
+        if u is not None and r is not None:
+            closures.compare(r, forgotten)
+        seen = _seen(u, "forget"), _seen(r, "retain")
+        parts = (self.alpha, r), (self.sign * (1 - self.alpha), None if early else u)
+        grads = self._grads(sum(w * loss for w, loss in parts if loss is not None))
+        if early:
+            grads = tuple(_total(p.grad, g) for p, g in zip(params.values(), grads, strict=True))
+        self._apply(grads)
+        return seen
+
+    def _grads(self, loss: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(loss, self._params(), allow_unused=True)
+
+    def _params(self) -> list[nn.Parameter]:
+        return list(trainable_parameters(self.model, self.optimizer).values())
+
+    def _apply(self, grads: tuple[Tensor | None, ...]) -> None:
+        """Clip, and let the optimizer step with these gradients."""
+        params = self._params()
+        norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None])
+        if not norm.isfinite():
+            raise FloatingPointError("NaN or Inf in the update; nothing was changed")
+        clear_grads(self.optimizer)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        if self.max_norm is not None:
+            nn.utils.clip_grad_norm_(params, self.max_norm)
+        self.optimizer.step()
+
+
+class PCGrad(NegGradPlus):
+    """NegGrad+ whose two gradients lose their conflicting parts: what in one points against the mean of the other.
+
+    With r the mean retain gradient and d = -u what forgetting descends on: where ⟨d, r⟩ < 0,
+    d' = d - ⟨d, r⟩ r / ‖r‖² and r' = r - ⟨d, r⟩ d / ‖d‖²; update = α r' + (1 - α) d'.
+
+    This is one projection with the *mean* retain gradient, where `OrthoGrad` takes out the gradient of every sample.
+    Arguments and errors as `NegGradPlus`.
+
+    Source: Yu et al., "Gradient Surgery for Multi-Task Learning", arXiv 2001.06782; GDR-GMA rectifies the direction in
+    the same way, without its adjustment of magnitudes here.
+    """
+
+    def _update(self, forget: Closure, retain: Closure, closures: Closures) -> tuple[float, float]:
+        params = self._params()
+        u = _loss(forget, closures, "forget")
+        d = _grads(self.sign * u, params)
+        r_loss = _loss(retain, closures, "retain")
+        by_name = dict(zip(closures.params, d, strict=True))
+        closures.compare(r_loss, lambda names: [by_name[name] for name in names])
+        r = _grads(r_loss, params)
+        seen = _seen(u, "forget"), _seen(r_loss, "retain")
+        conflict = min(_dot(d, r), 0.0)
+        # In d and r: α (r - conflict d / ‖d‖²) + (1 - α) (d - conflict r / ‖r‖²).
+        weight_d = (1 - self.alpha) - (self.alpha * conflict / _dot(d, d) if conflict else 0.0)
+        weight_r = self.alpha - ((1 - self.alpha) * conflict / _dot(r, r) if conflict else 0.0)
+        self._apply(tuple(weight_d * a + weight_r * b for a, b in zip(d, r, strict=True)))
+        return seen
+
+
+class SalUn(NegGradPlus):
+    """Random labels on the forget set and the retain loss, for the parameters with the largest forget gradients only.
+
+    update = m ∘ (α mean_j(g_j) + (1 - α) g_random), m = 1 where |∂L_f/∂θ| is in the top `share` of the whole model
+
+    Args:
+        saliency: closure of the ordinary forget loss, over the whole forget set; called once, here.
+        share: kept share of the parameters, in (0, 1].
+        Others as `NegGradPlus`. The forget closure of `step` returns the loss on randomly relabelled forget samples,
+        which is minimised.
+
+    Source: Fan et al., "SalUn", arXiv 2310.12508, equations 3 to 5.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        saliency: Closure,
+        alpha: float = 0.5,
+        *,
+        share: float = 0.5,
+        max_norm: float | None = None,
+    ) -> None:
+        super().__init__(model, optimizer, alpha, ascend=False, max_norm=max_norm)
+        share = _options.within("share of the parameters to update", share, "(0, 1]")
+        with Closures(model, optimizer, saliency=saliency) as closures:
+            sizes = [g.abs() for g in _grads(_loss(saliency, closures, "saliency"), self._params())]
+        flat = torch.cat([g.flatten() for g in sizes])
+        kept = torch.zeros_like(flat, dtype=torch.bool)
+        kept[flat.topk(max(1, round(share * len(flat)))).indices] = True
+        parts = kept.split([g.numel() for g in sizes])
+        self.masks = [part.view_as(g) for part, g in zip(parts, sizes, strict=True)]
+
+    def _apply(self, grads: tuple[Tensor | None, ...]) -> None:
+        if [m.shape for m in self.masks] != [p.shape for p in self._params()]:
+            raise ValueError("there are other parameters than when the saliency was found: make a new SalUn")
+        masked = zip(grads, self.masks, strict=True)
+        super()._apply(tuple(None if g is None else g * m for g, m in masked))
+
+
+class SCRUB(NegGradPlus):
+    """Away from the original model on the forget set, towards it on the retain set, in turns.
+
+    For the first `max_steps` steps: one step up the forget divergence KL(original ‖ model), then one down the retain
+    objective (α KL + γ cross-entropy, the caller's retain closure); afterwards only down. The paper takes turns by
+    epochs. An error restores the parameters; the state of an optimizer with momentum may have advanced.
+
+    Args:
+        max_steps: steps that also ascend.
+        model, optimizer, max_norm: as `NegGradPlus`.
+
+    Source: Kurmanji et al., "Towards Unbounded Machine Unlearning", arXiv 2302.09880, section 3.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, max_steps: int, *, max_norm: float | None = None
+    ) -> None:
+        super().__init__(model, optimizer, max_norm=max_norm)
+        self.max_steps, self.done = _options.check_integer("max_steps", max_steps, 0), 0
+
+    def _update(self, forget: Closure, retain: Closure, closures: Closures) -> tuple[float | None, float]:
+        up, params = None, self._params()
+        before = [p.detach().clone() for p in params] if self.done < self.max_steps else []
+        try:
+            if self.done < self.max_steps:
+                u = _loss(forget, closures, "forget")
+                up = _seen(u, "forget")
+                self._apply(self._grads(-u))
+            r = _loss(retain, closures, "retain")
+            down = _seen(r, "retain")
+            self._apply(self._grads(r))
+        except BaseException:
+            with torch.no_grad():
+                for p, b in zip(params, before, strict=False):
+                    p.copy_(b)
+            raise
+        self.done += 1
+        return up, down
+
+
+def _loss(closure: Closure, closures: Closures, name: str) -> Tensor:
+    """The scalar loss of a closure; of retain losses the mean."""
+
+    def mean() -> Tensor:
+        losses = closure()
+        if not isinstance(losses, Tensor):
+            raise ValueError(f"retain() must return losses, of shape () or (n,); got {instead(losses, 'losses')}")
+        return losses.mean()
+
+    with closures.watch(name):
+        return scalar_loss(mean if name == "retain" else closure, name)
+
+
+def _seen(loss: Tensor | None, name: str) -> float | None:
+    return None if loss is None else check_finite(float(loss.detach()), name)
+
+
+def _grads(loss: Tensor, params: Sequence[nn.Parameter], keep: bool = False) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, params, retain_graph=keep, materialize_grads=True, allow_unused=True)
+
+
+def _total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _dot(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:
+    return float(torch.stack([(x.double() * y).sum() for x, y in zip(a, b, strict=True)]).sum())  # one wait

@@ -1,0 +1,145 @@
+"""Eigendecompositions of second moments, how many directions of each are kept, and the projection off them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...ops.basis_project import basis_project
+from .input_moments import View
+
+PIECE = 256 << 20  # bytes of matrices that are decomposed together: many small ones in one call, large ones alone
+MOST = 1 << 14  # matrices in one call: cuSOLVER refuses twice as many
+RULES = ("singular", "energy")
+
+
+class Spectrum(NamedTuple):
+    """C = U diag(λ) Uᵀ: U (g, i, i), λ (g, i) descending and not negative, both float64."""
+
+    vectors: Tensor
+    values: Tensor
+
+
+class Basis(NamedTuple):
+    """Kept directions M (g, i, k), zero columns where a group keeps fewer; k of every group; the weight of every column
+    in a soft projection, or None."""
+
+    M: Tensor
+    ranks: list[int]
+    soft: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        return sum(self.ranks)
+
+    @property
+    def applied(self) -> Tensor:
+        return self.M if self.soft is None else self.M * self.soft.sqrt()[:, None]
+
+
+def decompose(moments: Mapping[str, Tensor]) -> tuple[dict[str, Spectrum], dict[str, float]]:
+    """Spectra of second moments (g, i, i), which are overwritten, with negative eigenvalues clamped at 0; and the
+    lowest eigenvalue of each before that."""
+    widths: dict[tuple[torch.device, int], list[tuple[str, int]]] = {}
+    for name, C in moments.items():
+        widths.setdefault((C.device, C.shape[2]), []).extend((name, g) for g in range(len(C)))
+    values = {name: C.new_empty(C.shape[:2]) for name, C in moments.items()}
+    for (_, i), systems in widths.items():
+        count = max(1, min(MOST, PIECE // (8 * i * i)))
+        for start in range(0, len(systems), count):
+            piece = systems[start : start + count]
+            found, vectors = torch.linalg.eigh(torch.stack([moments[name][g] for name, g in piece]))
+            for (name, g), value, vector in zip(piece, found, vectors, strict=True):
+                values[name][g] = value.flip(0)
+                moments[name][g] = vector.flip(1)
+    lowest = {name: float(v.min()) for name, v in values.items()}
+    return {name: Spectrum(moments[name], v.clamp_min_(0)) for name, v in values.items()}, lowest
+
+
+def rank(values: Tensor, gamma: float, rule: str = "singular") -> Tensor:
+    """How many of the eigenvalues λ (..., i), descending, are kept (...,).
+
+    k = #{ j : cumsum(s)_j / sum(s) ≤ γ },  s = √λ with rule="singular", as published, λ with rule="energy"
+
+    A spectrum of zeros keeps none, and neither does one whose first direction alone holds more than γ.
+    """
+    s = values.sqrt() if rule == "singular" else values
+    total = s.sum(-1, keepdim=True)
+    return ((s.cumsum(-1) <= gamma * total) & (total > 0)).sum(-1)
+
+
+def basis(spectrum: Spectrum, gamma: float, rule: str, soft: float, dtype: torch.dtype) -> Basis:
+    """The leading directions, in the dtype that the gradient is multiplied in.
+
+    Raises:
+        ArithmeticError: their columns are not orthonormal.
+    """
+    U, values = spectrum
+    ranks = rank(values, gamma, rule)
+    k = int(ranks.max()) if len(ranks) else 0
+    kept = torch.arange(k, device=U.device) < ranks[:, None]  # [g, k]
+    M = (U[:, :, :k] * kept[:, None]).to(dtype)
+    error = (M.mT.double() @ M.double() - torch.diag_embed(kept.double())).abs()
+    bound = 4 * torch.finfo(dtype).eps + U.shape[1] * torch.finfo(torch.float64).eps
+    if error.numel() and not error.max() <= bound:
+        raise ArithmeticError(f"kept directions are orthonormal only to {float(error.max()):.1e}, not to {bound:.1e}")
+    weights = None
+    if soft:
+        mean = values.mean(1, keepdim=True)
+        shares = values[:, :k] / (values[:, :k] + soft * mean)  # 0 / 0 in a group of zeros, which keeps none
+        weights = torch.where(kept, shares, 0.0).to(dtype)
+    return Basis(M, ranks.tolist(), weights)
+
+
+def exposed(spectrum: Spectrum, kept: Basis) -> float:
+    """Share of Σ ‖x‖² = trace C that an update acts on: Σ λ outside the kept directions; 0 without inputs."""
+    values = spectrum.values.clone()
+    total = float(values.sum())
+    for g, k in enumerate(kept.ranks):
+        values[g, :k] *= 0.0 if kept.soft is None else (1 - kept.soft[g, :k].double()).square()
+    return float(values.sum()) / total if total else 0.0
+
+
+class Projected(NamedTuple):
+    """What a projection of gradients did: see the fields of the same names of `PGURecord`."""
+
+    preserved_norm: float
+    residual: float
+
+
+def project_(params: Mapping[str, nn.Parameter], bases: Mapping[str, Basis], views: Mapping[str, View]) -> Projected:
+    """p.grad <- D - D M Mᵀ; all of them have a gradient.
+
+    Raises:
+        FloatingPointError: NaN or Inf in a gradient; nothing was changed.
+    """
+    before, after, inside = _read([_norm(p.grad) for p in params.values()]), [], []
+    for name, norm in zip(params, before, strict=True):
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient of {name} holds NaN or Inf; nothing was changed")
+    for name, p in params.items():
+        view, kept = views[name], bases[name]
+        with torch.autocast(p.device.type, enabled=False):
+            D = basis_project(view.matrix(p.grad), kept.applied)
+            along = D.to(kept.M.dtype) @ kept.M
+        p.grad.copy_(view.weight(D, p.shape))
+        after.append(_norm(D))
+        inside.append(_norm(along))
+    after, inside = _read(after), _read(inside)
+    noise = [16 * torch.finfo(p.grad.dtype).eps * norm for p, norm in zip(params.values(), before, strict=True)]
+    shares = [b / a for a, b, small in zip(after, inside, noise, strict=True) if a > small]  # else nothing is left
+    total = math.hypot(*before)
+    return Projected(math.hypot(*after) / total if total else 1.0, max(shares, default=0.0))
+
+
+def _norm(t: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(t, dtype=torch.float64)
+
+
+def _read(numbers: list[Tensor]) -> list[float]:
+    """One wait for the device."""
+    return torch.stack([number.to(numbers[0].device) for number in numbers]).tolist()

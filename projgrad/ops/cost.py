@@ -1,0 +1,147 @@
+"""What the routes to the Gram matrix of a layer cost, and how large a chunk may be."""
+
+import functools
+import math
+from typing import Literal, NamedTuple
+
+ALIGN = 16  # columns; one 64-byte line of float32
+TOKENS = 128  # rows of a token product: what the CPU kernel of `gram` keeps in L1 and L2
+
+
+class Rates(NamedTuple):
+    """Nanoseconds; only their ratios matter. A multiplication and an addition count as two.
+
+    call: one product with what surrounds it. product: the ordinary weight gradient. gram: lower triangle of an explicit
+    matrix, products added in float64. token_gram: with hundreds of rows, which no longer fit beside each other.
+    element: a per-sample gradient written into the chunk and read again. pack: an element of a factor laid out for one
+    block product. pair: a pair of tokens, two products multiplied and summed. chunk: bytes of one chunk.
+    """
+
+    call: float
+    product: float
+    gram: float
+    token_gram: float
+    element: float
+    pack: float
+    pair: float
+    chunk: int
+
+
+# Measured on two Zen 4 cores in float32 (`python -m bench.cost`); a chunk stays in a common L3.
+CPU = Rates(30_000.0, 1 / 190, 1 / 190, 1 / 60, 0.09, 0.25, 2.0, 8 << 20)
+# Predicted, not measured, for a GPU with 4.3 TB/s and 790 TFLOP/s in 16 bits, of which a kernel reaches 60 to 70 %:
+# float32 in six of those products or by its own units. A chunk written and read costs 8 bytes of bandwidth an element;
+# smaller ones would stay in L2 and pay more for launches, which are 20 microseconds a chunk.
+HALF = Rates(20_000.0, 1 / 500e3, 1 / 80e3, 1 / 400e3, 0.002, 0.0, 0.0, 128 << 20)
+FLOAT = HALF._replace(product=1 / 45e3, token_gram=1 / 80e3)
+DOUBLE = FLOAT._replace(gram=1 / 30e3, token_gram=1 / 30e3, element=0.004, pair=0.02)  # composed of library products
+
+
+def rates(device: str = "cpu", itemsize: int = 4) -> Rates:
+    """For a type of device and the bytes of a factor's element."""
+    return CPU if device != "cuda" else HALF if itemsize == 2 else FLOAT if itemsize == 4 else DOUBLE
+
+
+def chunk_bytes(device: str) -> int:
+    return rates(device).chunk
+
+
+class GramRoute(NamedTuple):
+    """How to compute the Gram matrix of a layer.
+
+    name: "factors" (token products) or "chunks" (blocks of per-sample gradients).
+    rows, columns: the block of W [o, i] that one chunk covers; for factors, samples in one tile of the token product,
+        and 0.
+    flops: of the whole layer, a multiplication and an addition counting as two.
+    bytes: workspace at one time, besides K and v.
+    """
+
+    name: Literal["factors", "chunks"]
+    rows: int
+    columns: int
+    flops: int
+    bytes: int
+
+
+@functools.lru_cache(4096)
+def linear_route(
+    n: int,
+    t: int,
+    i: int,
+    o: int,
+    *,
+    m: int = 0,
+    itemsize: int = 4,
+    budget: int | None = None,
+    only: Literal["factors", "chunks"] | None = None,
+    device: str = "cpu",
+) -> GramRoute:
+    """The faster route to K [n, n] and v [n, m] of a linear layer, and the size of its pieces.
+
+    factors: K = Σ_tt' (a aᵀ) ∘ (b bᵀ), lower triangle of n t tokens, and v by m products of the size of a backward pass
+        flops    n t (n t + 1) (i + o) + 2 m n t i o
+        time     token_gram or gram per flop of the first, product of the second, pair per pair of tokens, call per tile
+    chunks: blocks of rows x columns of all per-sample gradients, in one buffer, then their Gram matrix
+        flops    2 n t i o + n (n + 1) i o + 2 n m i o
+        time     product per flop of the first, gram of the others, and per block of W
+                 element n rows columns + pack n t (rows + columns) + call
+
+    A token product on the CPU is `gram` on n t rows: at its best while they fit in the first-level cache together
+    (`TOKENS`); on a GPU, for t > 1, it is one kernel, `linear_gram`. Factors win for t = 1 and few tokens, chunks for
+    long sequences; the rule known from clipping, 2 t² ≤ i o, is for n norms and forgets that here n² pairs are needed.
+
+    Args:
+        n, t, i, o: samples, positions, inputs, outputs of the layer. m: directions of v.
+        itemsize: bytes of a factor's element; 2 are multiplied as 4 on the CPU.
+        budget: bytes of one chunk, or of one tile of the token product (which holds at least one sample against all
+            others: where that exceeds the budget only chunks are considered). Default: that of the device.
+        only: take this route, whatever it costs.
+        device: "cpu" or "cuda".
+
+    Returns:
+        A `GramRoute`.
+
+    Example:
+        >>> from projgrad.ops.cost import linear_route
+        >>> linear_route(64, 1, 784, 1024).name, linear_route(16, 128, 512, 2048).name
+        ('factors', 'chunks')
+    """
+    on_cpu, rate = device != "cuda", rates(device, itemsize)
+    multiplied = max(4, itemsize)  # bytes of a number in a chunk
+    slower = multiplied / 4 if on_cpu else 1.0
+    budget = rate.chunk if budget is None else budget
+    # Chunks: square blocks need the fewest passes over the factors.
+    elements = max(1, budget // (multiplied * max(1, n)))
+    columns = _even(i, elements // max(1, min(o, math.isqrt(elements))))
+    rows = _even(o, elements // columns)
+    blocks = -(-o // rows) * -(-i // columns)
+    product, grams = 2 * n * t * i * o, n * (n + 1 + 2 * m) * i * o
+    packed = n * t * (i * -(-o // rows) + o * -(-i // columns))
+    work = rate.product * product + rate.gram * grams + rate.element * n * i * o + rate.pack * packed
+    chunks_time = slower * work + rate.call * blocks
+    chunks = GramRoute("chunks", rows, columns, product + grams, multiplied * n * rows * columns)
+    # Factors.
+    tokens, pair_bytes = n * t, 2 * 8
+    pairs = tokens * (tokens + 1)
+    if on_cpu or itemsize == 8 or t == 1:
+        fit = budget // max(1, pair_bytes * t * tokens)
+        samples = max(1, min(n, fit, TOKENS // max(1, t) if on_cpu else n))
+        tiles, tile_bytes = -(-n // samples), pair_bytes * samples * t * tokens
+    else:  # the kernel stores at most that many numbers
+        samples, tiles, tile_bytes = n, 1, 4 * (n + tokens // 64 + 1) ** 2
+    each = rate.gram if (t == 1 and not on_cpu) or tokens <= TOKENS else rate.token_gram
+    work = each * pairs * (i + o) + m * rate.product * product
+    factors_time = slower * work + rate.pair * pairs / 2 + rate.call * (tiles + m)
+    factors = GramRoute("factors", samples, 0, pairs * (i + o) + m * product, tile_bytes)
+    if only is not None:
+        return factors if only == "factors" else chunks
+    return factors if factors_time <= chunks_time and tile_bytes <= budget else chunks
+
+
+def _even(size: int, limit: int) -> int:
+    """The length of equal pieces of `size`, at most `limit` and whole cache lines where they fit."""
+    limit = max(1, limit - limit % ALIGN if limit >= ALIGN else limit)
+    if size <= limit:
+        return max(1, size)
+    piece = -(-size // -(-size // limit))
+    return min(limit, -(-piece // ALIGN) * ALIGN)

@@ -1,0 +1,90 @@
+"""Convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...rules.convolution import Convolution
+from ...rules.layout import Layout
+from ...rules.rule import Rows, Rule
+
+if TYPE_CHECKING:
+    from ...tape.tape import Tape
+
+
+def _numbers(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    value = (value,) if isinstance(value, int) else tuple(value)
+    return value * dims if len(value) == 1 else value
+
+
+def geometry(weight: Tensor, stride, padding, dilation) -> tuple[Sequence[int], Sequence[int], Sequence[int], list]:
+    """Kernel, stride, dilation and (before, after) padding of a convolution, a number each for every dimension."""
+    kernel, dims = weight.shape[2:], weight.ndim - 2
+    gaps = _numbers(dilation, dims)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(gaps, kernel, strict=True)]
+        pad = [(t // 2, t - t // 2) for t in total]
+    else:
+        pad = [(p, p) for p in _numbers(0 if padding == "valid" else padding, dims)]
+    return kernel, _numbers(stride, dims), gaps, pad
+
+
+def _convolve(function, dims: int):
+    def conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, tape: Tape) -> Tensor:
+        call = tape.call(function.__name__, input, weight, bias)
+        y = function(input, weight, bias, stride, padding, dilation, groups)
+        kernel, steps, gaps, pad = geometry(weight, stride, padding, dilation)
+        batched = y.ndim == dims + 2
+
+        def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
+            small = layout.split(b, n)
+            rules: list[Rule] = []
+            if call.follows(weight):
+                large = layout.split(saved[0], n)
+                rules.append(Convolution(large, small, kernel, steps, pad, gaps, groups))
+            if call.follows(bias):
+                rules.append(Rows(small.flatten(3).sum((1, 3))))
+            return rules
+
+        saved = [input] if call.follows(weight) else []
+        return call.tap(y, make, [weight, bias] if batched else [], (0,), saved)
+
+    conv.__name__ = function.__name__
+    conv.__doc__ = f"`torch.nn.functional.{function.__name__}`, padding as numbers or a string."
+    return conv
+
+
+def _convolve_transposed(function, dims: int):
+    def conv_transpose(
+        input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, *, tape: Tape
+    ) -> Tensor:
+        call = tape.call(function.__name__, input, weight, bias)
+        y = function(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        kernel, steps, gaps = weight.shape[2:], _numbers(stride, dims), _numbers(dilation, dims)
+        pad = [(p, p) for p in _numbers(padding, dims)]
+
+        def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
+            large = layout.split(b, n)
+            rules: list[Rule] = []
+            if call.follows(weight):
+                rules.append(Convolution(large, layout.split(saved[0], n), kernel, steps, pad, gaps, groups))
+            if call.follows(bias):
+                rules.append(Rows(large.flatten(3).sum((1, 3))))
+            return rules
+
+        saved = [input] if call.follows(weight) else []
+        return call.tap(y, make, [weight, bias] if y.ndim == dims + 2 else [], (0,), saved)
+
+    conv_transpose.__name__ = function.__name__
+    conv_transpose.__doc__ = f"`torch.nn.functional.{function.__name__}`."
+    return conv_transpose
+
+
+conv1d, conv2d, conv3d = (_convolve(f, d) for d, f in enumerate((F.conv1d, F.conv2d, F.conv3d), 1))
+conv_transpose1d, conv_transpose2d, conv_transpose3d = (
+    _convolve_transposed(f, d) for d, f in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1)
+)

@@ -1,0 +1,151 @@
+"""Linear layers and products with a parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...rules.layout import Layout
+from ...rules.rule import Grouped, Product, Rows, Rule
+from .elementwise import fold
+
+if TYPE_CHECKING:
+    from ...tape.tape import Tape
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, tape: Tape) -> Tensor:
+    """`torch.nn.functional.linear`: input (..., i), weight (o, i), bias (o,)."""
+    call = tape.call("linear", input, weight, bias)
+    y = F.linear(input, weight, bias)
+
+    def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
+        p = layout.split(b, n).flatten(1, -2)
+        rules: list[Rule] = []
+        if call.follows(weight):
+            q = layout.split(saved[0], n).flatten(1, -2)
+            rules.append(Product(p, q, p.shape[2:], q.shape[2:], (0, 1)))
+        if call.follows(bias):
+            rules.append(Rows(p.sum(1)))
+        return rules
+
+    saved = [input] if call.follows(weight) else []
+    return call.tap(y, make, [weight, bias] if weight.ndim == 2 else [], range(y.ndim - 1), saved)
+
+
+def contract(y: Tensor, x: Tensor, sx: str, weight: Tensor, sw: str, sy: str, call, extra=None) -> Tensor:
+    """Tap y = einsum(sx, sw -> sy), one letter a dimension. `extra`: (parameter added to y, its factor, y's factor)."""
+    positions = [s for s in sy if s in sx and s not in sw]
+    left = [s for s in sw if s in sy and s not in sx]
+    right = [s for s in sw if s in sx and s not in sy]
+    groups = [s for s in sw if s in sx and s in sy]
+    lost = set(sw) - set(left + right + groups) or set(sx) - set(positions + right + groups)
+    claimed = [] if lost or len(set(sx)) < len(sx) or len(set(sw)) < len(sw) else [weight]
+    added, beta, alpha = extra or (None, 1, 1)
+    order = [sw.index(s) for s in groups + left + right]
+    sizes = [*zip(sx, x.shape, strict=True), *zip(sw, weight.shape, strict=True)]
+    shape = dict(sizes)
+    if any(shape[s] != size for s, size in sizes):  # size 1 against another: broadcasting
+        claimed = []
+    left_sizes, right_sizes = [shape[s] for s in left], [shape[s] for s in right]
+
+    def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule | None]:
+        rules: list[Rule | None] = []
+        if claimed and call.follows(weight) and sy[layout.axis] in groups:
+            rules.append(None)  # a parameter spread over the samples before: nothing more comes from here
+        elif claimed and call.follows(weight):
+            where = layout._replace(axis=positions.index(sy[layout.axis]))
+            p = b.permute([sy.index(s) for s in positions + groups + left])
+            q = saved[0].permute([sx.index(s) for s in positions + groups + right])
+            count = math.prod(shape[s] for s in groups)
+            p, q = (where.split(f, n) for f in (p, q))
+            t = math.prod(p.shape[1 : 1 + len(positions)])
+            p = p.reshape(n, t, count, math.prod(left_sizes)) * alpha
+            q = q.reshape(n, t, count, math.prod(right_sizes))
+            if groups:
+                rules.append(Grouped(p, q, [shape[s] for s in groups], left_sizes, right_sizes, order))
+            else:
+                rules.append(Product(p[:, :, 0], q[:, :, 0], left_sizes, right_sizes, order))
+        if call.follows(added):
+            rules.append(Rows(fold(layout.split(b, n), added.shape) * beta))
+        return rules
+
+    shared = [sy.index(s) for s in groups] if call.spread(weight) else []
+    axes = [sy.index(s) for s in positions] + shared
+    if call.follows(added):  # it may not be spread along the samples
+        axes = [a for a in axes if a - len(sy) + added.ndim < 0 or added.shape[a - len(sy) + added.ndim] == 1]
+    return call.tap(y, make, [*claimed, added], axes, [x] if claimed and call.follows(weight) else [], shared=shared)
+
+
+def matmul(input: Tensor, other: Tensor, *, tape: Tape) -> Tensor:
+    """`torch.matmul` with a parameter on either side."""
+    call = tape.call("matmul", input, other)
+    y = torch.matmul(input, other)
+    return _tap_matmul(call, y, input, other)
+
+
+def _tap_matmul(call, y: Tensor, input: Tensor, other: Tensor, extra=None) -> Tensor:
+    batch = [chr(ord("A") + d) for d in range(max(input.ndim, other.ndim, 2) - 2)]  # right-aligned
+    s1 = "".join(batch[len(batch) - (input.ndim - 2) :] if input.ndim > 2 else "") + ("ic"[2 - min(input.ndim, 2) :])
+    s2 = "".join(batch[len(batch) - (other.ndim - 2) :] if other.ndim > 2 else "") + ("co" if other.ndim > 1 else "c")
+    sy = "".join(batch) + ("i" if input.ndim > 1 else "") + ("o" if other.ndim > 1 else "")
+    (x, sx), (weight, sw) = ((input, s1), (other, s2)) if call.follows(other) else ((other, s2), (input, s1))
+    for tensor, letters in ((x, sx), (weight, sw)):
+        if any(s.isupper() and tensor.shape[d] == 1 != y.shape[sy.index(s)] for d, s in enumerate(letters)):
+            return call.tap(y, None, [], (), [])  # broadcast batches of size 1
+    return contract(y, x, sx, weight, sw, sy, call, extra)
+
+
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1, tape: Tape) -> Tensor:
+    """`torch.addmm` and `torch.baddbmm`."""
+    call = tape.call("addmm", input, mat1, mat2)
+    y = (torch.addmm if mat1.ndim == 2 else torch.baddbmm)(input, mat1, mat2, beta=beta, alpha=alpha)
+    return _tap_matmul(call, y, mat1, mat2, (input, beta, alpha))
+
+
+def einsum(equation: str, *operands: Tensor, tape: Tape) -> Tensor:
+    """`torch.einsum` of two operands, one of them a parameter."""
+    operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+    call = tape.call("einsum", *operands)
+    y = torch.einsum(equation, *operands)
+    sides = _subscripts(equation, operands)
+    if len(operands) != 2 or sides is None or len(sides[2]) != y.ndim:
+        return call.tap(y, None, [], (), [])
+    (x, sx), (weight, sw) = zip(operands, sides[:2], strict=True)
+    if not call.follows(weight):
+        x, sx, weight, sw = weight, sw, x, sx
+    return contract(y, x, sx, weight, sw, sides[2], call)
+
+
+def _subscripts(equation: str, operands: Sequence[Tensor]) -> list[str] | None:
+    """The letters of both operands and of the result, the ellipsis spelled out; None where that is not simple."""
+    if "->" not in equation or equation.count(",") != 1:
+        return None
+    left, out = equation.replace(" ", "").split("->")
+    terms = left.split(",")
+    hidden = [o.ndim - len(t.replace("...", "")) if "..." in t else 0 for t, o in zip(terms, operands, strict=True)]
+    letters = "".join(chr(ord("À") + d) for d in range(max(hidden)))
+    spelled = [t.replace("...", letters[len(letters) - h :]) for t, h in zip(terms, hidden, strict=True)]
+    return [*spelled, out.replace("...", letters)]
+
+
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None, *, tape: Tape) -> Tensor:
+    """`torch.nn.functional.bilinear`: y_o = x₁ᵀ W_o x₂ + b_o, weight (o, i, i₂)."""
+    call = tape.call("bilinear", input1, input2, weight, bias)
+    y = F.bilinear(input1, input2, weight, bias)
+
+    def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
+        p, x1, x2 = (layout.split(f, n).flatten(1, -2) for f in (b, *saved))
+        rules: list[Rule] = []
+        if call.follows(weight):
+            q = torch.einsum("nti,ntj->ntij", x1, x2)
+            rules.append(Product(p, q, p.shape[2:], q.shape[2:], (0, 1, 2)))
+        if call.follows(bias):
+            rules.append(Rows(p.sum(1)))
+        return rules
+
+    return call.tap(y, make, [weight, bias], range(y.ndim - 1), [input1, input2])

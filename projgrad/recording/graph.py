@@ -1,0 +1,127 @@
+"""Walks through the graph of a forward pass: what identifies it, and which parameters no site accounts for."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from .._torch_private import outputs_of
+from ..tape.check import coarser
+from . import carry
+from .recording import Site
+from .refusals import NESTED_TENSORS, REENTRANT
+
+if TYPE_CHECKING:
+    from torch.autograd.graph import Node
+
+    from ..tape.tape import Tape
+
+
+def own_site(tape: Tape, node: Node) -> Site | None:
+    """The site of this tape whose tap a node is."""
+    site = getattr(node, "site", None)
+    return site if isinstance(site, Site) and site.index < len(tape.sites) and tape.sites[site.index] is site else None
+
+
+def nodes_of(losses: Tensor) -> list[Node]:
+    """All nodes of the graph, each once."""
+    nodes: dict[Node, None] = {losses.grad_fn: None}
+    waiting = [losses.grad_fn]
+    while waiting:
+        for following, _ in waiting.pop().next_functions:
+            if following is not None and following not in nodes:
+                nodes[following] = None
+                waiting.append(following)
+    return list(nodes)
+
+
+def coarsest_of(losses: Tensor, nodes: list[Node]) -> torch.dtype:
+    """The floating-point type with the fewest digits."""
+    found = {losses.dtype, *(m.dtype for node in nodes for m in outputs_of(node))}
+    return coarser(*(d for d in found if d.is_floating_point))
+
+
+def audit(tape: Tape, losses: Tensor) -> set[str]:
+    """Parameters that reach the losses other than through active sites, by a walk of the graph around the sites."""
+    accumulators = {get_gradient_edge(p).node: name for name, p in tape.parameters.items()}
+    seen, nodes, found = set(), [losses.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in accumulators:
+            found.add(accumulators[node])
+            continue
+        if "CompiledFunction" in node.name():
+            raise ValueError(
+                "a function from torch.compile lies between the losses and the parameters and hides its operations: "
+                "call the original function"
+            )
+        site = own_site(tape, node)
+        if site is not None and site.active:
+            nodes += site.stops
+            # Sources that an earlier site accounts for, and those without a rule here, are inputs like any other.
+            nodes += [s.edge.node for s in (*site.sources, *site.unclaimed) if s in site.unclaimed or s.settled]
+            continue
+        nodes += [following for following, _ in node.next_functions]
+    return found
+
+
+def fingerprint(tape: Tape, losses: Tensor) -> tuple[int, dict[int, Node]]:
+    """A hash of the whole graph: operations, shapes and axes, how they are connected, which parameters and sites; and
+    the taps of the sites, by their indices.
+
+    Raises:
+        ValueError: no parameter that the tape follows is in it, or reentrant checkpointing.
+    """
+    accumulators = {get_gradient_edge(p).node: name for name, p in tape.parameters.items()}
+    numbers: dict[object, int] = {}
+    taps: dict[int, Node] = {}
+    nodes, parts = [losses.grad_fn], []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in numbers:
+            parts.append(numbers.get(node, -1))
+            continue
+        if "CheckpointFunctionBackward" in node.name():
+            raise ValueError(REENTRANT)
+        numbers[node] = len(numbers)
+        site = own_site(tape, node)
+        if site is not None:
+            taps[site.index] = node
+        parts.append(
+            (
+                accumulators.get(node) or node.name(),
+                -1 if site is None else site.index,  # of several forward passes, the one that is used
+                *[_form(m) for m in outputs_of(node)],
+                *[_setting(getattr(node, a)) for a in _shaped(type(node))],
+            )
+        )
+        nodes += [following for following, _ in node.next_functions]
+    if not any(part[0] in tape.parameters for part in parts if isinstance(part, tuple)):
+        raise ValueError("the losses do not depend on any parameter that the tape follows")
+    return hash(tuple(parts)), taps
+
+
+def _form(output) -> tuple:
+    try:
+        return tuple(output.shape), output.dtype
+    except RuntimeError:  # of a nested tensor the shape cannot be read
+        raise ValueError(NESTED_TENSORS) from None
+
+
+def _setting(value: object) -> object:
+    """What of an attribute of a node belongs to the graph: of a tensor the numbers only if they are integers."""
+    if not isinstance(value, Tensor):
+        return str(value)
+    return value.dtype, tuple(value.shape), *(() if value.is_floating_point() else value.flatten().tolist())
+
+
+@functools.cache
+def _shaped(kind: type) -> tuple[str, ...]:
+    return tuple(a for a in dir(kind) if carry.SHAPED.match(a) and "philox" not in a)  # a random generator's state

@@ -1,0 +1,89 @@
+"""Numbers that the host needs from the device: asked for together, and waited for as late as possible.
+
+On a GPU every wait empties the queue of work: a step may have a few, but not one for every tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .._torch_private import foreach_norms
+
+
+class HostReads:
+    """Numbers on the device and what to do with them; all of them are brought to the host at once."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Tensor, Callable[[list[float]], None]]] = []
+
+    def defer(self, numbers: Tensor, answer: Callable[[list[float]], None]) -> None:
+        self.asked.append((numbers.detach().flatten(), answer))
+
+    def flush(self) -> None:
+        """Bring all numbers to the host and call back in the order of `defer`; a callback that raises ends it."""
+        asked, self.asked = self.asked, []
+        if not asked:
+            return
+        values = to_host(*(numbers for numbers, _ in asked))
+        for numbers, answer in asked:
+            count = len(numbers)
+            answer(values[:count])
+            values = values[count:]
+
+
+class Reading:
+    """A copy to the host that is under way. `wait` waits for it and for nothing that was queued after it."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers, self.event = numbers.to("cpu", non_blocking=True), None
+        if numbers.is_cuda:
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(numbers.device))
+
+    def wait(self) -> list:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.numbers.tolist()
+
+
+def to_host(*numbers: Tensor) -> list[float]:
+    """All numbers of these tensors, now."""
+    if len(numbers) == 1:
+        return numbers[0].flatten().tolist()
+    device = numbers[0].device
+    return torch.cat([t.flatten().to(device, torch.float64) for t in numbers]).tolist()
+
+
+def length(t: Tensor) -> Tensor:
+    """‖t‖ in float64, ()."""
+    return lengths([t])[0]
+
+
+def lengths(tensors: Sequence[Tensor]) -> Tensor:
+    """The length of each, [len(tensors)] float64 on the device of the first."""
+    device = tensors[0].device
+    if device.type == "cuda":  # one launch for hundreds of tensors; float64 costs nothing where reading takes the time
+        return torch.stack([norm.to(device) for norm in foreach_norms(tensors, torch.float64)])
+    return torch.tensor([_length(t) for t in tensors], dtype=torch.float64, device=device)
+
+
+def _length(t: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)))
+    if not 1e-15 < norm < 1e15:  # squares may have left the range of float32
+        norm = float(torch.linalg.vector_norm(t, dtype=torch.float64))
+    return norm
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ in float64, ()."""
+    a, b = a.flatten(), b.flatten()
+    if not a.is_cuda:
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        product = torch.dot(a.to(dtype), b.to(dtype))
+        if 1e-30 < abs(float(product)) < 1e30:
+            return product.double()
+    parts = [torch.dot(x.double(), y.double()) for x, y in zip(a.split(1 << 24), b.split(1 << 24), strict=True)]
+    return torch.stack(parts).sum()

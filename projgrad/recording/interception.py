@@ -1,0 +1,247 @@
+"""Interception: which calls of a forward pass use a followed tensor, and who handles them."""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from . import functional as pf
+from .functional.elementwise import add_, spread, sub_, vmap_batch_first, vmap_broadcast
+from .functional.lookups import lookup
+from .functional.recurrent import CELLS, recurrent, recurrent_cell
+from .recording import Source
+from .refusals import CHECKPOINTING
+
+if TYPE_CHECKING:
+    from ..tape.tape import Tape
+
+Handler = Callable[..., Any]
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+HANDLERS: dict[str, Handler] = {
+    **{name: getattr(pf, name) for name in pf.__all__},
+    **{name: pf.matmul for name in ("mm", "bmm", "mv", "__matmul__")},
+    **{name: pf.addmm for name in ("baddbmm",)},
+    "__rmatmul__": lambda a, b, *, tape: pf.matmul(b, a, tape=tape),
+    "__add__": pf.add,
+    "__radd__": pf.add,
+    "__sub__": pf.sub,
+    "subtract": pf.sub,
+    "__mul__": pf.mul,
+    "__rmul__": pf.mul,
+    "multiply": pf.mul,
+    "add_": add_,
+    "__iadd__": add_,
+    "sub_": sub_,
+    "__isub__": sub_,
+    **{name: functools.partial(recurrent, name) for name in CELLS},
+    **{f"{name}_cell": functools.partial(recurrent_cell, f"{name}_cell") for name in CELLS},
+}
+
+# Names that torch uses twice, for a Python function and for a builtin with other arguments: which of them is meant.
+PYTHON = _names("embedding layer_norm group_norm instance_norm batch_norm rms_norm")
+
+# Functions that treat every sample alike; elementwise ones broadcast from the right, the others have samples first.
+ALIGNED = _names(
+    "div true_divide __truediv__ pow __pow__ where maximum minimum fmax fmin lerp addcmul addcdiv clamp clamp_min "
+    "clamp_max max min atan2 hypot xlogy logaddexp copysign masked_fill"
+)
+FIRST = _names("prelu scaled_dot_product_attention")
+SPREAD = _names("expand expand_as broadcast_to repeat tile")
+FACTORIES = _names("arange zeros ones full eye linspace logspace empty tril_indices triu_indices scalar_tensor")
+BROADCAST = _names("add __add__ __radd__ sub __sub__ mul __mul__ __rmul__")
+VIEWS = _names(
+    "t T mT transpose permute view reshape unsqueeze squeeze flatten unflatten chunk split split_with_sizes "
+    "__getitem__ narrow select unbind movedim moveaxis swapaxes swapdims view_as tensor_split"
+)
+COPIES = _names("to float half double bfloat16 type type_as contiguous clone")
+GRAD_FN = Tensor.grad_fn.__get__
+BACKWARD = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
+
+
+class Interception(TorchFunctionMode):
+    """While active, every torch function that meets a followed tensor goes through `tape`."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+        self.constants: dict[int, weakref.ref] = {}  # tensors that depend on neither parameters nor samples
+
+    def __torch_function__(self, func, _, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and self.tape.source(args[0]) is None:  # x.shape, x.dtype: most of the calls
+            out = func(*args)
+            if func == GRAD_FN:  # whoever asks for a node may register a hook on it
+                self.tape.hooked = True
+            if isinstance(out, Tensor) and self._constant(args[0]):
+                self._remember(out)
+            return out
+        if name == "register_hook" and torch.is_grad_enabled():
+            self.tape.hooked = True
+        if is_in_place(name) and args and isinstance(args[0], Tensor):
+            return self._in_place(func, name, args, kwargs)
+        return self._handle(func, name, args, kwargs)
+
+    def _in_place(self, func, name: str, args: tuple, kwargs: dict):
+        """What is changed in place by the samples depends on them from then on."""
+        target, others = args[0], _tensors(args[1:], kwargs)
+        alone = all(self.tape.source(t) is not None or self._constant(t) for t in others)
+        source, constant = self.tape.source(target), self._constant(target)
+        out = self._handle(func, name, args, kwargs)
+        if source is not None and not alone and torch.is_grad_enabled():  # else it is the same leaf with other numbers
+            self.tape.sources.pop(id(target), None)
+        elif constant and not all(self._constant(t) for t in others):
+            self.constants.pop(id(target), None)
+        return out
+
+    def _handle(self, func, name: str, args: tuple, kwargs: dict):
+        tape = self.tape
+        tensors = _tensors(args, kwargs)
+        if func in BACKWARD:  # what checkpointing runs again in there is to be seen
+            with self:
+                return _opened(func)(*args, **kwargs)
+        followed = [s for t in tensors if (s := tape.source(t)) is not None]
+        if not followed or not torch.is_grad_enabled():
+            out = func(*args, **kwargs)
+            if isinstance(out, Tensor) and (tensors or name in FACTORIES) and all(map(self._constant, tensors)):
+                self._remember(out)
+            return out
+        if name == "__get__":  # a property: x.T, x.shape
+            out = func(*args, **kwargs)
+            return tape.derive(out, followed, "T") if isinstance(out, Tensor) and out.grad_fn is not None else out
+        if all(tape.source(t) is not None or self._constant(t) for t in tensors):
+            return self._derived(func, name, followed, args, kwargs)
+        handler = HANDLERS.get(name)
+        if isinstance(func, types.FunctionType) != (name in PYTHON):
+            handler = None if name in PYTHON or name == "embedding_bag" else handler  # same name, other arguments
+        try:
+            if handler is not None:
+                return handler(*args, **kwargs, tape=tape)
+        except TypeError as error:
+            if "argument" not in str(error):
+                raise
+            handler = None  # a call signature that the drop-in does not have
+        if name in ALIGNED:
+            return vmap_broadcast(func, args, kwargs, tape=tape)
+        if name in FIRST:
+            return vmap_batch_first(func, args, kwargs, tape=tape)
+        if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype in (torch.int64, torch.int32):
+            return _index(func, *args, tape=tape)
+        if name == "index_select":
+            weight, dim, ids = _index_select(*args, **kwargs)
+            if dim % weight.ndim == 0:
+                return _index(lambda w, ids: torch.index_select(w, 0, ids), weight, ids, tape=tape)
+        if isinstance(func, types.FunctionType):  # written in Python: look inside
+            with self:
+                return _opened(func)(*args, **kwargs)
+        call = tape.call(name, *tensors)
+        return call.unknown(func(*args, **kwargs))
+
+    def _derived(self, func, name: str, followed: list[Source], args: tuple, kwargs: dict):
+        """A call that mixes parameters and constants only."""
+        tape = self.tape
+        if name in BROADCAST and len(followed) == 1 and _grows(followed[0].tensor, args):  # over the samples, perhaps
+            return tape.derive(HANDLERS[name](*args, **kwargs, tape=tape), followed, name)
+        if name in SPREAD:
+            return tape.derive(spread(func, *args, **kwargs, tape=tape), followed, name)
+        if name == "embedding" and kwargs.get("max_norm") is None:
+            out = pf.embedding(*args, **kwargs, tape=tape)
+            ids = args[0] if kwargs.get("padding_idx") is None else None
+            return tape.derive(out, followed, name, ids)
+        if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype in (torch.int64, torch.int32):
+            return tape.derive(_index(func, *args, tape=tape), followed, name, args[1])
+        out = func(*args, **kwargs)
+        if name == "__setitem__":
+            out = args[0]
+        for some in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(some, Tensor) and some.grad_fn is not None:
+                tape.derive(some, followed, name)
+            elif isinstance(some, Tensor) and not some.requires_grad:
+                self._remember(some)
+        return None if name == "__setitem__" else out
+
+    def _constant(self, t: Tensor) -> bool:
+        ref = self.constants.get(id(t))
+        return (ref is not None and ref() is t) or id(t) in self.tape.buffers
+
+    def _remember(self, t: Tensor) -> None:
+        self.constants[id(t)] = weakref.ref(t)
+
+
+def _index_select(input: Tensor, dim: int, index: Tensor) -> tuple[Tensor, int, Tensor]:
+    return input, dim, index
+
+
+@functools.cache
+def is_in_place(name: str) -> bool:
+    """Whether a torch function of this name changes its first argument."""
+    if name.startswith("__"):
+        return (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")) or name == "__setitem__"
+    return name.endswith("_") and name != "requires_grad_"
+
+
+def _grows(t: Tensor, args: tuple) -> bool:
+    shapes = [a.shape for a in args if isinstance(a, Tensor)]
+    return torch.broadcast_shapes(*shapes).numel() > t.numel()
+
+
+class Recomputing:
+    """Interception during a backward pass: what checkpointing runs again must save the same tensors."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+
+    def __enter__(self) -> None:
+        self.before, self.tape.recomputing = self.tape.recomputing, True
+        self.tape._mode.__enter__()
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.tape._mode.__exit__(kind, error, trace)
+        self.tape.recomputing = self.before
+        if isinstance(error, RuntimeError):
+            for words, meaning in CHECKPOINTING.items():
+                if words in str(error):
+                    raise ValueError(meaning) from error
+
+
+def _index(func, weight: Tensor, ids: Tensor, *, tape: Tape) -> Tensor:
+    call = tape.call("index", weight, ids)
+    return lookup(call, func(weight, ids), ids, weight)
+
+
+def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
+    found = []
+    for a in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(a, Tensor):
+            found.append(a)
+        elif isinstance(a, (tuple, list)):
+            found += _tensors(tuple(a), {})
+    return found
+
+
+@functools.cache
+def _opened(func: types.FunctionType) -> Callable:
+    """The body of a torch function written in Python, without the check that sends it back to the mode."""
+    inner = getattr(func, "__wrapped__", None)
+    if inner is not None:
+        return inner
+    no = dict.fromkeys(
+        ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False
+    )
+    opened = types.FunctionType(
+        func.__code__, {**func.__globals__, **no}, func.__name__, func.__defaults__, func.__closure__
+    )
+    opened.__kwdefaults__ = func.__kwdefaults__
+    return opened

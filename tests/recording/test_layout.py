@@ -1,0 +1,80 @@
+"""The weights by which a gradient says whose it is."""
+
+import itertools
+
+import pytest
+import torch
+
+from projgrad.rules.layout import Codes, Layout, gather
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def passes(codes, shares):
+    """Signatures [r, 1] in every pass, for the shares of the samples in every entry [r, n]."""
+    return [(shares * w.double()).sum(1, keepdim=True) for w in codes.weights]
+
+
+def owners(codes, shares):
+    return codes.owners(passes(codes, shares), 1e-10, torch.tensor(1e-300))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 7, 31, 36, 37, 96, 97, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_sample_is_known_by_its_factors(dtype, n):
+    codes = Codes(n, torch.zeros(n, dtype=torch.float64), dtype)
+    owner, mixed = owners(codes, torch.eye(n, dtype=torch.float64) * torch.randn(n, 1, dtype=torch.float64))
+    assert owner.tolist() == list(range(n)) and not mixed.any()
+    assert len({tuple(f[j].item() for f in codes.factors) for j in range(n)}) == n
+    if dtype == torch.float16:
+        assert all(w.abs().min() >= 0.18 and w.abs().max() <= 1 for w in codes.weights)
+    for f in codes.factors:
+        assert (f.abs().log2() == f.abs().log2().round()).all()  # scaling by them does not round
+
+
+@pytest.mark.parametrize("n", [2, 3, 6, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_share_of_another_sample_shows(dtype, n):
+    codes = Codes(n, torch.zeros(n, dtype=torch.float64), dtype)
+    for a, b in itertools.permutations(range(min(n, 6)), 2):
+        for share in (1.0, -1.0, 0.5, 1e-6):
+            shares = torch.zeros(1, n, dtype=torch.float64)
+            shares[0, a], shares[0, b] = 1.0, share
+            owner, mixed = owners(codes, shares)
+            assert mixed.all() and owner.tolist() == [-1]
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 32])
+def test_what_cancels_in_one_pass_shows_in_another(n):
+    """Also what was found only with these weights in mind."""
+    codes = Codes(n, torch.zeros(n, dtype=torch.float64), torch.float32)
+    for j in range(1, n):
+        shares = torch.zeros(1, n, dtype=torch.float64)
+        shares[0, 0], shares[0, j] = codes.base[j], -codes.base[0]
+        assert not passes(codes, shares)[0].any()
+        assert owners(codes, shares)[1].all()
+    centred = torch.eye(n, dtype=torch.float64) - 1 / n
+    assert owners(codes, centred)[1].all()
+
+
+def test_nothing_belongs_to_nobody():
+    codes = Codes(4, torch.zeros(4, dtype=torch.float64), torch.float32)
+    owner, mixed = owners(codes, torch.zeros(3, 4, dtype=torch.float64))
+    assert owner.tolist() == [-1] * 3 and not mixed.any()
+
+
+@pytest.mark.parametrize("owner", [[0, 1, 2], [2, 2, -1, 0], [1, -1, 1, 1, 0, 2], [-1, -1, -1]])
+def test_rows_anywhere(owner):
+    """Split, and what every entry belongs to; also over two leading dimensions."""
+    owner = torch.tensor(owner)
+    layout = gather(owner, 3)
+    assert layout.owner(len(owner), 3, owner.device).tolist() == owner.tolist()
+    x = torch.randn(len(owner), 2)
+    two = Layout(rows=layout.rows, lead=(1, len(owner)))
+    for j in range(3):
+        expected = x[owner == j]
+        for found in (layout.split(x, 3)[j], two.split(x[None], 3)[j][:, 0]):
+            assert torch.equal(found[: len(expected)], expected) and not found[len(expected) :].any()
+        if len(expected):
+            filled = layout.split(x, 3, fill=None)[j]
+            assert torch.equal(filled[len(expected) :], expected[:1].expand(len(filled) - len(expected), 2))
