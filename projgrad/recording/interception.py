@@ -18,15 +18,24 @@ from .functional.lookups import lookup
 from .functional.recurrent import CELLS, recurrent, recurrent_cell
 from .recording import Source
 from .refusals import CHECKPOINTING
+from .torch_names import (
+    ALIGNED,
+    BACKWARD,
+    BROADCAST,
+    FACTORIES,
+    FIRST,
+    GRAD_FN,
+    PYTHON,
+    SPREAD,
+    is_in_place,
+    opened,
+    tensors_in,
+)
 
 if TYPE_CHECKING:
     from ..tape.tape import Tape
 
 Handler = Callable[..., Any]
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
 
 
 HANDLERS: dict[str, Handler] = {
@@ -48,26 +57,6 @@ HANDLERS: dict[str, Handler] = {
     **{name: functools.partial(recurrent, name) for name in CELLS},
     **{f"{name}_cell": functools.partial(recurrent_cell, f"{name}_cell") for name in CELLS},
 }
-
-# Names that torch uses twice, for a Python function and for a builtin with other arguments: which of them is meant.
-PYTHON = _names("embedding layer_norm group_norm instance_norm batch_norm rms_norm")
-
-# Functions that treat every sample alike; elementwise ones broadcast from the right, the others have samples first.
-ALIGNED = _names(
-    "div true_divide __truediv__ pow __pow__ where maximum minimum fmax fmin lerp addcmul addcdiv clamp clamp_min "
-    "clamp_max max min atan2 hypot xlogy logaddexp copysign masked_fill"
-)
-FIRST = _names("prelu scaled_dot_product_attention")
-SPREAD = _names("expand expand_as broadcast_to repeat tile")
-FACTORIES = _names("arange zeros ones full eye linspace logspace empty tril_indices triu_indices scalar_tensor")
-BROADCAST = _names("add __add__ __radd__ sub __sub__ mul __mul__ __rmul__")
-VIEWS = _names(
-    "t T mT transpose permute view reshape unsqueeze squeeze flatten unflatten chunk split split_with_sizes "
-    "__getitem__ narrow select unbind movedim moveaxis swapaxes swapdims view_as tensor_split"
-)
-COPIES = _names("to float half double bfloat16 type type_as contiguous clone")
-GRAD_FN = Tensor.grad_fn.__get__
-BACKWARD = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
 
 
 class Interception(TorchFunctionMode):
@@ -96,7 +85,7 @@ class Interception(TorchFunctionMode):
 
     def _in_place(self, func, name: str, args: tuple, kwargs: dict):
         """What is changed in place by the samples depends on them from then on."""
-        target, others = args[0], _tensors(args[1:], kwargs)
+        target, others = args[0], tensors_in(args[1:], kwargs)
         alone = all(self.tape.source(t) is not None or self._constant(t) for t in others)
         source, constant = self.tape.source(target), self._constant(target)
         out = self._handle(func, name, args, kwargs)
@@ -108,10 +97,10 @@ class Interception(TorchFunctionMode):
 
     def _handle(self, func, name: str, args: tuple, kwargs: dict):
         tape = self.tape
-        tensors = _tensors(args, kwargs)
+        tensors = tensors_in(args, kwargs)
         if func in BACKWARD:  # what checkpointing runs again in there is to be seen
             with self:
-                return _opened(func)(*args, **kwargs)
+                return opened(func)(*args, **kwargs)
         followed = [s for t in tensors if (s := tape.source(t)) is not None]
         if not followed or not torch.is_grad_enabled():
             out = func(*args, **kwargs)
@@ -145,7 +134,7 @@ class Interception(TorchFunctionMode):
                 return _index(lambda w, ids: torch.index_select(w, 0, ids), weight, ids, tape=tape)
         if isinstance(func, types.FunctionType):  # written in Python: look inside
             with self:
-                return _opened(func)(*args, **kwargs)
+                return opened(func)(*args, **kwargs)
         call = tape.call(name, *tensors)
         return call.unknown(func(*args, **kwargs))
 
@@ -184,14 +173,6 @@ def _index_select(input: Tensor, dim: int, index: Tensor) -> tuple[Tensor, int, 
     return input, dim, index
 
 
-@functools.cache
-def is_in_place(name: str) -> bool:
-    """Whether a torch function of this name changes its first argument."""
-    if name.startswith("__"):
-        return (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")) or name == "__setitem__"
-    return name.endswith("_") and name != "requires_grad_"
-
-
 def _grows(t: Tensor, args: tuple) -> bool:
     shapes = [a.shape for a in args if isinstance(a, Tensor)]
     return torch.broadcast_shapes(*shapes).numel() > t.numel()
@@ -219,29 +200,3 @@ class Recomputing:
 def _index(func, weight: Tensor, ids: Tensor, *, tape: Tape) -> Tensor:
     call = tape.call("index", weight, ids)
     return lookup(call, func(weight, ids), ids, weight)
-
-
-def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
-    found = []
-    for a in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(a, Tensor):
-            found.append(a)
-        elif isinstance(a, (tuple, list)):
-            found += _tensors(tuple(a), {})
-    return found
-
-
-@functools.cache
-def _opened(func: types.FunctionType) -> Callable:
-    """The body of a torch function written in Python, without the check that sends it back to the mode."""
-    inner = getattr(func, "__wrapped__", None)
-    if inner is not None:
-        return inner
-    no = dict.fromkeys(
-        ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False
-    )
-    opened = types.FunctionType(
-        func.__code__, {**func.__globals__, **no}, func.__name__, func.__defaults__, func.__closure__
-    )
-    opened.__kwdefaults__ = func.__kwdefaults__
-    return opened

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from .._torch_private import compiles_itself, has_gradient_hooks, is_active, is_compiled, storage_id
 from ..recording.graph import fingerprint
 from ..recording.host_reads import HostReads
-from ..recording.interception import COPIES, VIEWS, Interception, Recomputing, is_in_place
+from ..recording.interception import Interception, Recomputing
 from ..recording.losses import check_losses, check_shape, check_values
 from ..recording.recording import Call, Site, Source
 from ..recording.structure import Structure, announce, confirm, inspect
+from ..recording.torch_names import COPIES, VIEWS, is_in_place
 from ..rules.rule import Rows, Rule, joined
 from .consumers import Consumer, FactoredGradient, Moments, Products
 from .explain import Explain, Explanation

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..._torch_private import inside_transform
 from ...ops.cost import chunk_bytes
 from ...recording.functional.convolutions import geometry
-from ...recording.interception import VIEWS, _opened, _tensors, is_in_place
+from ...recording.torch_names import VIEWS, is_in_place, opened, tensors_in
 from .uses import Uses
 
 EMBEDDINGS = frozenset({"embedding", "embedding_bag"})
@@ -86,7 +86,7 @@ class InputMoments(TorchFunctionMode):
     def __torch_function__(self, func, _, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         self.convolved |= name.startswith("conv")
-        given = list(_tensors(args, kwargs))
+        given = list(tensors_in(args, kwargs))
         used = {s[0] for t in given if (s := self.source(t)) is not None}
         self.uses.reach(given)
         inputs = [t.grad_fn for t in given if self.source(t) is None and t.grad_fn is not None]  # before it is in place
@@ -99,7 +99,7 @@ class InputMoments(TorchFunctionMode):
                 self._refuse({other}, f"it enters {name} other than as the weight")
         elif used and isinstance(func, types.FunctionType):  # written in Python, such as attention: look inside
             with self:
-                return _opened(func)(*args, **kwargs)
+                return opened(func)(*args, **kwargs)
         out = func(*args, **kwargs)
         found = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
         self.uses.reach(found)
