@@ -12,7 +12,8 @@ from .ops.basis_project import basis_project
 from .ops.feasible import feasible
 from .ops.flat import ProjectionInfo, gram, gram_solve, project_out
 from .ops.linear import linear_combine, linear_dot, linear_gram, linear_moments
-from .tape.tape import Tape, per_sample
+from .tape.per_sample import per_sample
+from .tape.tape import Tape
 from .version import __version__
 
 __all__ = [

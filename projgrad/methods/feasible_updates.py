@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import _options
 from .._torch_private import keeping_versions
 from ..recording.losses import check_losses
-from ..tape.tape import per_sample
+from ..tape.per_sample import per_sample
 from .closures import Closures
 from .common import check_batch_norm, check_finite, check_types, clear_grads, scalar_loss, trainable_parameters
 from .masks import Aggregate, Coordinate, Tensors, check_all
@@ -171,7 +171,7 @@ class FeasibleUpdates:
                 losses = samples()
             check_losses(losses)
             closures.compare(losses, lambda names: [u[name] for name in names])
-            if not tape.sites:
+            if not tape.recording.sites:
                 closures.check_made_inside(losses, samples, used)
             test = (Coordinate if self.test == "coordinate" else Aggregate)(tape, losses, u, self.delta)
             retain_loss = float(losses.detach().double().mean())

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import _options
-from ..explicit import project_explicit
 from ..recording.losses import check_shape, check_values
-from ..tape.consumers import FactoredGradient
-from ..tape.project import Projection
-from ..tape.tape import per_sample
+from ..tape.factors import ForgetFactors
+from ..tape.per_sample import per_sample
+from ..tape.records import Projection
 from .closures import Closures
 from .common import check_batch_norm, check_finite, clear_grads, learning_rates, scalar_loss, trainable_parameters
 
@@ -132,10 +131,8 @@ class OrthoGrad:
         self.sign = -1.0 if _options.check_flag("ascend", ascend) else 1.0
         self.damping, self.rtol, self.max_norm = damping, rtol, _options.check_max_norm(max_norm)
         self.keep_output_gradients, self.scaler, self.projector = keep_output_gradients, scaler, projector
-        self._wants_forget_factors = (
-            False  # whether the factors of the forget gradient save work, as the step before found
-        )
-        self._forget_factors: dict[str, FactoredGradient] = {}
+        self._factors_help = False  # whether the factors of the forget gradient saved work in the step before
+        self._factors = ForgetFactors()
 
     def step(self, forget: Callable[[], Tensor], retain: Callable[[], Tensor]) -> StepRecord:
         """One update. An error before the optimizer steps leaves the model and the optimizer as they were, with every
@@ -166,12 +163,12 @@ class OrthoGrad:
             ArithmeticError: the projection contradicts plain autograd, or a second backward pass the first one.
         """
         start = time.perf_counter()
-        skipped, done = False, None
+        skipped, projection = False, None
         with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures:
             check_batch_norm(self.model)
             try:
                 loss = self._forget(forget, closures)
-                forget_loss, retain_loss, done = self._retain(loss, retain, closures)
+                forget_loss, retain_loss, projection = self._retain(loss, retain, closures)
             except FloatingPointError:
                 if self.scaler is None:
                     raise
@@ -182,21 +179,21 @@ class OrthoGrad:
                 skipped = True
             self._apply(closures.params)
         return StepRecord(
-            rank=None if done is None or self.projector else done.rank,
-            preserved_norm=done.preserved_norm if done else float("nan"),
-            residual=done.residual if done else float("nan"),
-            refinements=done.refinements if done else 0,
-            discrepancy=done.discrepancy if done else 0.0,
+            rank=projection.rank if projection else None,
+            preserved_norm=projection.preserved_norm if projection else float("nan"),
+            residual=projection.residual if projection else float("nan"),
+            refinements=projection.refinements if projection else 0,
+            discrepancy=projection.discrepancy if projection else 0.0,
             forget_loss=forget_loss,
             retain_loss=retain_loss,
             seconds=time.perf_counter() - start,
             skipped=skipped,
-            tensors=done.tensors if done else {},
+            tensors=projection.tensors if projection else {},
         )
 
     def _forget(self, forget: Callable[[], Tensor], closures: Closures) -> Tensor:
-        """p.grad = ± (1 - α) u; the loss, not looked at yet: the device may still be busy with it."""
-        tape = per_sample(self.model, closures.params) if self._wants_forget_factors else None
+        """Set p.grad to ± (1 - α) u; return the loss, not looked at yet: the device may still be busy with it."""
+        tape = per_sample(self.model, closures.params) if self._factors_help else None
         with closures.watch("forget"), tape or nullcontext():
             loss = scalar_loss(forget)
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
@@ -204,42 +201,28 @@ class OrthoGrad:
         if tape is None:
             torch.autograd.backward(scaled, torch.full_like(scaled, weight), inputs=list(closures.params.values()))
         else:
-            self._forget_factors = tape.accumulate_(scaled, weight)
+            self._factors = tape.accumulate_(scaled, weight)
         return loss.detach()
 
     def _retain(
         self, loss: Tensor, retain: Callable[[], Tensor], closures: Closures
     ) -> tuple[float, float, Projection]:
-        """p.grad = ± (1 - α) u_perp + α mean_j(g_j); both losses, and what was done."""
+        """Set p.grad to ± (1 - α) u_perp + α mean_j(g_j); return both losses and the record of the projection."""
         params = closures.params
 
         def forgotten(names: list[str]) -> list[Tensor | None]:
             return [params[name].grad for name in names]
 
-        if self.projector is not None:
-
-            def watched() -> Tensor:
-                with closures.watch("retain"):
-                    losses = retain()
-                check_shape(losses)
-                closures.compare(losses, forgotten)
-                closures.check_made_inside(losses, retain)
-                return losses
-
-            check_finite(float(loss))
-            per_tensor = self.scope == "per_tensor"
-            rates = learning_rates(self.optimizer, params)
-            done = project_explicit(self.model, watched, params, self.projector, per_tensor, self.alpha, rates)
-            return float(loss), *done
         with closures.watch("retain"), per_sample(self.model, params) as tape:
             losses = retain()
         check_shape(losses)
         closures.compare(losses, forgotten)
-        if not tape.sites:
+        if not tape.recording.sites:
             closures.check_made_inside(losses, retain)
         seen: list[float] = []  # the forget loss and those of the retain samples
-        tape.host_reads.defer(loss, lambda values: seen.append(check_finite(values[0])))
-        tape.host_reads.defer(losses, lambda values: seen.extend(check_values(values)))
+        reads = tape.recording.host_reads
+        reads.defer(loss, lambda values: seen.append(check_finite(values[0])))
+        reads.defer(losses, lambda values: seen.extend(check_values(values)))
         if all(p.grad is None for p in params.values()):
             raise ValueError("forget() returned a loss that depends on no parameter that the optimizer holds")
         n, share = len(losses), 1.0
@@ -247,18 +230,24 @@ class OrthoGrad:
             share = 2.0 ** -math.ceil(math.log2(n))
             losses = self.scaler.scale(losses) * share
         add = torch.full((n,), self.alpha / n / share, dtype=torch.float64, device=losses.device)
-        tape.forget_factors, self._forget_factors = self._forget_factors, {}
-        done = tape.project_(
-            losses,
-            self.scope,
-            self.damping,
-            self.rtol,
-            keep_output_gradients=self.keep_output_gradients,
-            add=add if self.alpha else None,
-            rates=learning_rates(self.optimizer, params),
-        )
-        self._wants_forget_factors = tape.wants_forget_factors
-        return seen[0], sum(seen[1:]) / len(seen[1:]), done
+        weights = add if self.alpha else None
+        rates = learning_rates(self.optimizer, params)
+        if self.projector is not None:
+            projection = tape.project_with_(losses, self.projector, self.scope, add=weights, rates=rates)
+        else:
+            factors, self._factors = self._factors, ForgetFactors()
+            projection = tape.project_(
+                losses,
+                self.scope,
+                self.damping,
+                self.rtol,
+                keep_output_gradients=self.keep_output_gradients,
+                add=weights,
+                rates=rates,
+                factors=factors,
+            )
+            self._factors_help = factors.useful
+        return seen[0], sum(seen[1:]) / len(seen[1:]), projection
 
     def _apply(self, params: dict[str, nn.Parameter]) -> None:
         if self.scaler is not None:

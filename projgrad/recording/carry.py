@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .._torch_private import saved
-from .recording import Site
+from .sites import Site
 
 if TYPE_CHECKING:
     from torch.autograd.graph import Node

@@ -10,21 +10,19 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from .._torch_private import outputs_of
-from ..tape.check import coarser
 from . import carry
-from .recording import Site
+from .recording import Recording
 from .refusals import NESTED_TENSORS, REENTRANT
+from .sites import Site
 
 if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
-    from ..tape.tape import Tape
 
-
-def own_site(tape: Tape, node: Node) -> Site | None:
-    """The site of this tape whose tap a node is."""
-    site = getattr(node, "site", None)
-    return site if isinstance(site, Site) and site.index < len(tape.sites) and tape.sites[site.index] is site else None
+def own_site(recording: Recording, node: Node) -> Site | None:
+    """Return the site whose tap a node is, if it belongs to this recording."""
+    site, sites = getattr(node, "site", None), recording.sites
+    return site if isinstance(site, Site) and site.index < len(sites) and sites[site.index] is site else None
 
 
 def nodes_of(losses: Tensor) -> list[Node]:
@@ -39,15 +37,20 @@ def nodes_of(losses: Tensor) -> list[Node]:
     return list(nodes)
 
 
+def coarser(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the type with the fewest digits."""
+    return max(dtypes, key=lambda d: torch.finfo(d).eps)
+
+
 def coarsest_of(losses: Tensor, nodes: list[Node]) -> torch.dtype:
     """The floating-point type with the fewest digits."""
     found = {losses.dtype, *(m.dtype for node in nodes for m in outputs_of(node))}
     return coarser(*(d for d in found if d.is_floating_point))
 
 
-def audit(tape: Tape, losses: Tensor) -> set[str]:
+def audit(recording: Recording, losses: Tensor) -> set[str]:
     """Parameters that reach the losses other than through active sites, by a walk of the graph around the sites."""
-    accumulators = {get_gradient_edge(p).node: name for name, p in tape.parameters.items()}
+    accumulators = {get_gradient_edge(p).node: name for name, p in recording.parameters.items()}
     seen, nodes, found = set(), [losses.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -62,7 +65,7 @@ def audit(tape: Tape, losses: Tensor) -> set[str]:
                 "a function from torch.compile lies between the losses and the parameters and hides its operations: "
                 "call the original function"
             )
-        site = own_site(tape, node)
+        site = own_site(recording, node)
         if site is not None and site.active:
             nodes += site.stops
             # Sources that an earlier site accounts for, and those without a rule here, are inputs like any other.
@@ -72,14 +75,14 @@ def audit(tape: Tape, losses: Tensor) -> set[str]:
     return found
 
 
-def fingerprint(tape: Tape, losses: Tensor) -> tuple[int, dict[int, Node]]:
+def fingerprint(recording: Recording, losses: Tensor) -> tuple[int, dict[int, Node]]:
     """A hash of the whole graph: operations, shapes and axes, how they are connected, which parameters and sites; and
     the taps of the sites, by their indices.
 
     Raises:
         ValueError: no parameter that the tape follows is in it, or reentrant checkpointing.
     """
-    accumulators = {get_gradient_edge(p).node: name for name, p in tape.parameters.items()}
+    accumulators = {get_gradient_edge(p).node: name for name, p in recording.parameters.items()}
     numbers: dict[object, int] = {}
     taps: dict[int, Node] = {}
     nodes, parts = [losses.grad_fn], []
@@ -91,7 +94,7 @@ def fingerprint(tape: Tape, losses: Tensor) -> tuple[int, dict[int, Node]]:
         if "CheckpointFunctionBackward" in node.name():
             raise ValueError(REENTRANT)
         numbers[node] = len(numbers)
-        site = own_site(tape, node)
+        site = own_site(recording, node)
         if site is not None:
             taps[site.index] = node
         parts.append(
@@ -103,7 +106,7 @@ def fingerprint(tape: Tape, losses: Tensor) -> tuple[int, dict[int, Node]]:
             )
         )
         nodes += [following for following, _ in node.next_functions]
-    if not any(part[0] in tape.parameters for part in parts if isinstance(part, tuple)):
+    if not any(part[0] in recording.parameters for part in parts if isinstance(part, tuple)):
         raise ValueError("the losses do not depend on any parameter that the tape follows")
     return hash(tuple(parts)), taps
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import types
-import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ from . import functional as pf
 from .functional.elementwise import add_, spread, sub_, vmap_batch_first, vmap_broadcast
 from .functional.lookups import lookup
 from .functional.recurrent import CELLS, recurrent, recurrent_cell
-from .recording import Source
-from .refusals import CHECKPOINTING
+from .recording import Recorder, Recording
+from .sites import Source
 from .torch_names import (
     ALIGNED,
     BACKWARD,
@@ -31,9 +30,6 @@ from .torch_names import (
     opened,
     tensors_in,
 )
-
-if TYPE_CHECKING:
-    from ..tape.tape import Tape
 
 Handler = Callable[..., Any]
 
@@ -60,113 +56,105 @@ HANDLERS: dict[str, Handler] = {
 
 
 class Interception(TorchFunctionMode):
-    """While active, every torch function that meets a followed tensor goes through `tape`."""
+    """While active, every torch function that meets a followed tensor reports to the recording."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, recording: Recording) -> None:
         super().__init__()
-        self.tape = tape
-        self.constants: dict[int, weakref.ref] = {}  # tensors that depend on neither parameters nor samples
+        self.recording = recording
 
     def __torch_function__(self, func, _, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name == "__get__" and self.tape.source(args[0]) is None:  # x.shape, x.dtype: most of the calls
+        if name == "__get__" and self.recording.source(args[0]) is None:  # x.shape, x.dtype: most of the calls
             out = func(*args)
             if func == GRAD_FN:  # whoever asks for a node may register a hook on it
-                self.tape.hooked = True
-            if isinstance(out, Tensor) and self._constant(args[0]):
-                self._remember(out)
+                self.recording.hooked = True
+            if isinstance(out, Tensor) and self.recording.is_constant(args[0]):
+                self.recording.note_constant(out)
             return out
         if name == "register_hook" and torch.is_grad_enabled():
-            self.tape.hooked = True
+            self.recording.hooked = True
         if is_in_place(name) and args and isinstance(args[0], Tensor):
             return self._in_place(func, name, args, kwargs)
         return self._handle(func, name, args, kwargs)
 
     def _in_place(self, func, name: str, args: tuple, kwargs: dict):
-        """What is changed in place by the samples depends on them from then on."""
+        """Handle a call that changes its first argument; once the samples did that, it depends on them."""
         target, others = args[0], tensors_in(args[1:], kwargs)
-        alone = all(self.tape.source(t) is not None or self._constant(t) for t in others)
-        source, constant = self.tape.source(target), self._constant(target)
+        alone = all(self.recording.source(t) is not None or self.recording.is_constant(t) for t in others)
+        source, constant = self.recording.source(target), self.recording.is_constant(target)
         out = self._handle(func, name, args, kwargs)
         if source is not None and not alone and torch.is_grad_enabled():  # else it is the same leaf with other numbers
-            self.tape.sources.pop(id(target), None)
-        elif constant and not all(self._constant(t) for t in others):
-            self.constants.pop(id(target), None)
+            self.recording.forget(target)
+        elif constant and not all(self.recording.is_constant(t) for t in others):
+            self.recording.forget_constant(target)
         return out
 
     def _handle(self, func, name: str, args: tuple, kwargs: dict):
-        tape = self.tape
+        recording = self.recording
         tensors = tensors_in(args, kwargs)
         if func in BACKWARD:  # what checkpointing runs again in there is to be seen
             with self:
                 return opened(func)(*args, **kwargs)
-        followed = [s for t in tensors if (s := tape.source(t)) is not None]
+        followed = [s for t in tensors if (s := recording.source(t)) is not None]
         if not followed or not torch.is_grad_enabled():
             out = func(*args, **kwargs)
-            if isinstance(out, Tensor) and (tensors or name in FACTORIES) and all(map(self._constant, tensors)):
-                self._remember(out)
+            if isinstance(out, Tensor) and (tensors or name in FACTORIES) and all(map(recording.is_constant, tensors)):
+                recording.note_constant(out)
             return out
         if name == "__get__":  # a property: x.T, x.shape
             out = func(*args, **kwargs)
-            return tape.derive(out, followed, "T") if isinstance(out, Tensor) and out.grad_fn is not None else out
-        if all(tape.source(t) is not None or self._constant(t) for t in tensors):
+            return recording.derive(out, followed, "T") if isinstance(out, Tensor) and out.grad_fn is not None else out
+        if all(recording.source(t) is not None or self.recording.is_constant(t) for t in tensors):
             return self._derived(func, name, followed, args, kwargs)
         handler = HANDLERS.get(name)
         if isinstance(func, types.FunctionType) != (name in PYTHON):
             handler = None if name in PYTHON or name == "embedding_bag" else handler  # same name, other arguments
         try:
             if handler is not None:
-                return handler(*args, **kwargs, tape=tape)
+                return handler(*args, **kwargs, tape=recording)
         except TypeError as error:
             if "argument" not in str(error):
                 raise
             handler = None  # a call signature that the drop-in does not have
         if name in ALIGNED:
-            return vmap_broadcast(func, args, kwargs, tape=tape)
+            return vmap_broadcast(func, args, kwargs, tape=recording)
         if name in FIRST:
-            return vmap_batch_first(func, args, kwargs, tape=tape)
+            return vmap_batch_first(func, args, kwargs, tape=recording)
         if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype in (torch.int64, torch.int32):
-            return _index(func, *args, tape=tape)
+            return _index(func, *args, tape=recording)
         if name == "index_select":
             weight, dim, ids = _index_select(*args, **kwargs)
             if dim % weight.ndim == 0:
-                return _index(lambda w, ids: torch.index_select(w, 0, ids), weight, ids, tape=tape)
+                return _index(lambda w, ids: torch.index_select(w, 0, ids), weight, ids, tape=recording)
         if isinstance(func, types.FunctionType):  # written in Python: look inside
             with self:
                 return opened(func)(*args, **kwargs)
-        call = tape.call(name, *tensors)
+        call = recording.call(name, *tensors)
         return call.unknown(func(*args, **kwargs))
 
     def _derived(self, func, name: str, followed: list[Source], args: tuple, kwargs: dict):
-        """A call that mixes parameters and constants only."""
-        tape = self.tape
+        """Handle a call that mixes parameters and constants only: its result is followed too."""
+        recording = self.recording
         if name in BROADCAST and len(followed) == 1 and _grows(followed[0].tensor, args):  # over the samples, perhaps
-            return tape.derive(HANDLERS[name](*args, **kwargs, tape=tape), followed, name)
+            return recording.derive(HANDLERS[name](*args, **kwargs, tape=recording), followed, name)
         if name in SPREAD:
-            return tape.derive(spread(func, *args, **kwargs, tape=tape), followed, name)
+            return recording.derive(spread(func, *args, **kwargs, tape=recording), followed, name)
         if name == "embedding" and kwargs.get("max_norm") is None:
-            out = pf.embedding(*args, **kwargs, tape=tape)
+            out = pf.embedding(*args, **kwargs, tape=recording)
             ids = args[0] if kwargs.get("padding_idx") is None else None
-            return tape.derive(out, followed, name, ids)
+            return recording.derive(out, followed, name, ids)
         if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype in (torch.int64, torch.int32):
-            return tape.derive(_index(func, *args, tape=tape), followed, name, args[1])
+            return recording.derive(_index(func, *args, tape=recording), followed, name, args[1])
         out = func(*args, **kwargs)
         if name == "__setitem__":
             out = args[0]
         for some in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(some, Tensor) and some.grad_fn is not None:
-                tape.derive(some, followed, name)
+                recording.derive(some, followed, name)
             elif isinstance(some, Tensor) and not some.requires_grad:
-                self._remember(some)
+                self.recording.note_constant(some)
         return None if name == "__setitem__" else out
-
-    def _constant(self, t: Tensor) -> bool:
-        ref = self.constants.get(id(t))
-        return (ref is not None and ref() is t) or id(t) in self.tape.buffers
-
-    def _remember(self, t: Tensor) -> None:
-        self.constants[id(t)] = weakref.ref(t)
 
 
 def _index_select(input: Tensor, dim: int, index: Tensor) -> tuple[Tensor, int, Tensor]:
@@ -178,25 +166,6 @@ def _grows(t: Tensor, args: tuple) -> bool:
     return torch.broadcast_shapes(*shapes).numel() > t.numel()
 
 
-class Recomputing:
-    """Interception during a backward pass: what checkpointing runs again must save the same tensors."""
-
-    def __init__(self, tape: Tape) -> None:
-        self.tape = tape
-
-    def __enter__(self) -> None:
-        self.before, self.tape.recomputing = self.tape.recomputing, True
-        self.tape._mode.__enter__()
-
-    def __exit__(self, kind, error, trace) -> None:
-        self.tape._mode.__exit__(kind, error, trace)
-        self.tape.recomputing = self.before
-        if isinstance(error, RuntimeError):
-            for words, meaning in CHECKPOINTING.items():
-                if words in str(error):
-                    raise ValueError(meaning) from error
-
-
-def _index(func, weight: Tensor, ids: Tensor, *, tape: Tape) -> Tensor:
+def _index(func, weight: Tensor, ids: Tensor, *, tape: Recorder) -> Tensor:
     call = tape.call("index", weight, ids)
     return lookup(call, func(weight, ids), ids, weight)

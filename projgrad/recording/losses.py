@@ -1,7 +1,7 @@
-"""What losses of n samples must be like."""
+"""What losses of n samples, and what comes with them, must be like."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -28,6 +28,25 @@ def check_values(losses: list[float]) -> list[float]:
     if bad:
         raise FloatingPointError(f"NaN or Inf in the losses of samples {bad[:8]}; nothing was changed")
     return losses
+
+
+def check_weights(weights: Tensor | None, losses: Tensor) -> None:
+    """Check that there is one weight per loss, or None."""
+    if weights is not None and weights.shape != losses.shape:
+        raise ValueError(f"weights must be (n,) = {tuple(losses.shape)}, one per loss; got {tuple(weights.shape)}")
+
+
+def named(direction: Mapping[str, Tensor] | Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a direction by name, one tensor like each parameter; without names they come in order."""
+    if not isinstance(direction, Mapping):
+        direction = dict(zip(parameters, direction, strict=True))
+    for name, u in direction.items():
+        if name not in parameters:
+            raise ValueError(f"direction has {name!r}, which the tape does not follow")
+        if u.shape != parameters[name].shape:
+            shape = tuple(parameters[name].shape)
+            raise ValueError(f"direction[{name!r}] must be {shape} like the parameter; got {tuple(u.shape)}")
+    return dict(direction)
 
 
 def instead(found: object, wanted: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from .._torch_private import outputs_of
 from ..rules.layout import Layout
 from .carry import Along, Op, Shape, Where, carry, is_tap
-from .recording import Site
+from .sites import Site
 
 if TYPE_CHECKING:
     from torch.autograd.graph import Node

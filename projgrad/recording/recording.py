@@ -1,118 +1,32 @@
-"""What the tape keeps of a forward pass: sources (tensors made of parameters alone) and sites (calls that mix a source
-with the samples)."""
+"""The recording of one forward pass: what is followed, and how calls add their sites."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
-from .._torch_private import inside_transform, is_view, without_torch_function
-from ..rules.layout import Layout
-from ..rules.rule import Rule
+from .._torch_private import has_gradient_hooks, inside_transform, is_view, storage_id, without_torch_function
+from .host_reads import HostReads
 from .refusals import NESTED_TENSORS
-
-if TYPE_CHECKING:
-    from ..tape.tape import Tape
-
-
-@dataclass(eq=False)
-class Source:
-    """A tensor that depends on parameters but not on the samples: a parameter, a view of one, or computed from some.
-
-    names: the parameters it is made of. parents: the sources it is made of.
-    whole: it is the one parameter itself.
-    window: (size, stride, offset from the parameter's first element) where it is a view of one contiguous parameter.
-    rows: where it holds distinct rows of one parameter, their indices.
-    site: the site that made it, if samples may already have been mixed in there (an expanded token, a lookup).
-    """
-
-    tensor: Tensor
-    names: frozenset[str]
-    parents: tuple[Source, ...] = ()
-    whole: bool = False
-    window: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
-    rows: Tensor | None = None
-    site: Site | None = None
-
-    def __post_init__(self) -> None:
-        self.edge = get_gradient_edge(self.tensor)  # of this moment: the tensor may be changed in place later
-
-    @property
-    def settled(self) -> bool:
-        """Its gradient is complete where it was made: later uses of it do not count again."""
-        if self.site is not None and self.site.active:
-            return True
-        return bool(self.parents) and all(p.settled for p in self.parents)
-
-    @property
-    def spread(self) -> bool:
-        """Whether it may already lie along the samples."""
-        return self.site is not None or any(p.spread for p in self.parents)
-
-    def view(self, t: Tensor) -> Tensor:
-        """The elements of t [m, *parameter shape] (contiguous) that this source holds, [m, *shape]."""
-        if self.whole:
-            return t
-        if self.rows is not None:
-            return t[:, self.rows.flatten()].view(len(t), *self.tensor.shape)
-        size, stride, offset = self.window
-        return t.as_strided((len(t), *size), (t[0].numel(), *stride), t.storage_offset() + offset)
-
-
-Make = Callable[[Tensor, Sequence[Tensor], Layout, int], Sequence[Rule | None]]
-
-
-@dataclass(eq=False)
-class Site:
-    """One call in the forward pass that used sources.
-
-    sources: the sources whose per-sample gradients `make` gives, in its order.
-    make(b, saved, layout, n): rules from the gradient b at the output, once the backward pass brings it.
-    axes: dimensions of the output that may hold the samples.
-    stops: nodes of the graph where the call's other inputs come from.
-    unclaimed: other sources that the call uses.
-    shared: axes that hold samples only if the sources were spread over them before.
-    guarded: the call keeps its output for the backward pass: nothing may change it in place.
-    derived: the inputs do not depend on the samples; whether the output does shows in the backward pass.
-    """
-
-    name: str
-    sources: list[Source]
-    make: Make
-    shape: torch.Size
-    axes: Sequence[int]
-    stops: set
-    saved: int
-    unclaimed: list[Source]
-    shared: Sequence[int] = ()
-    guarded: bool = False
-    derived: bool = False
-    index: int = -1
-    active: bool = True
-
-    @property
-    def key(self) -> tuple:
-        """What identifies the site in the next forward pass of the same model."""
-        where = tuple((tuple(sorted(s.names)), s.window) for s in self.sources)
-        return self.name, tuple(self.shape), where, self.derived
+from .sites import Make, Site, Source
+from .torch_names import COPIES, VIEWS, is_in_place
 
 
 class Tap(torch.autograd.Function):
-    """Identity, in place on the output of a call; its backward pass hands the gradient to the tape.
+    """Identity, in place on the output of a call; its backward pass hands the gradient to the recording.
 
-    `anchor` is a leaf whose only use is to be what a backward pass of the tape asks for: autograd then visits every
-    tap, and skips everything that only weight gradients need.
+    `anchor` is a leaf whose only use is to be what a backward pass asks for: autograd then visits every tap, and skips
+    everything that only weight gradients need.
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor, anchor: Tensor, tape: Tape, site: Site, *saved: Tensor) -> Tensor:
-        ctx.tape, ctx.site = tape.ref, site
+    def forward(ctx, y: Tensor, anchor: Tensor, recording: Recording, site: Site, *saved: Tensor) -> Tensor:
+        ctx.recording, ctx.site = weakref.ref(recording), site
         ctx.save_for_backward(*saved)
         if site.guarded:
             return y.view_as(y)
@@ -123,30 +37,30 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, b: Tensor):
-        tape = ctx.tape()
-        if tape is not None and tape._receive is not None:
+        recording = ctx.recording()
+        if recording is not None and recording.receive is not None:
             saved, mixed = ctx.saved_tensors, torch.is_autocast_enabled(b.device.type)
             exact = torch.autocast(b.device.type, enabled=False) if mixed else nullcontext()
             with without_torch_function(), torch.no_grad(), exact:
-                tape._receive(ctx.site, b, saved)
+                recording.receive(ctx.site, b, saved)
         return b, None, None, None, *[None] * ctx.site.saved
 
 
 class Call:
     """A call about to be made: what it follows, and where its other inputs come from."""
 
-    def __init__(self, tape: Tape, name: str, tensors: Sequence[object]) -> None:
-        self.tape, self.name = tape.ref, name  # weakly: the tape holds sites, and they what `tap` is given
+    def __init__(self, recording: Recording, name: str, tensors: Sequence[object]) -> None:
+        self.recording, self.name = weakref.ref(recording), name  # weakly: the recording holds sites, and they the call
         given = [t for t in tensors if isinstance(t, Tensor)]
-        self.sources = {id(t): s for t in given if (s := tape.source(t)) is not None}
+        self.sources = {id(t): s for t in given if (s := recording.source(t)) is not None}
         self.stops = {t.grad_fn for t in given if id(t) not in self.sources and t.grad_fn is not None}
 
     def follows(self, t: object) -> bool:
-        """Whether per-sample gradients of this argument are wanted."""
+        """Return whether per-sample gradients of this argument are wanted."""
         return id(t) in self.sources
 
     def spread(self, t: object) -> bool:
-        """Whether this argument may already have been spread over the samples."""
+        """Return whether this argument may already have been spread over the samples."""
         return self.follows(t) and self.sources[id(t)].spread
 
     def tap(
@@ -159,16 +73,17 @@ class Call:
         guarded: bool = False,
         shared: Sequence[int] = (),
     ) -> Tensor:
-        """y, watched by the tape: `make` gives rules for those of `claimed` that are followed.
+        """Return y, watched: `make` gives rules for those of `claimed` that are followed.
 
-        axes: dimensions of y that may hold the samples; saved: what `make` needs in the backward pass; guarded,
-        shared: see `Site`.
+        axes: dimensions of y that may hold the samples.
+        saved: what `make` needs in the backward pass.
+        guarded, shared: see `Site`.
         """
         sources = [self.sources[id(t)] for t in claimed if id(t) in self.sources]
         rest = [s for s in self.sources.values() if s not in sources]
-        tape = self.tape()
+        recording = self.recording()
         for source in rest:
-            tape.note_unknown(source.names, self.name)
+            recording.note_unknown(source.names, self.name)
         if not sources or make is None or not y.requires_grad:
             return y
         if y.is_nested:
@@ -178,11 +93,136 @@ class Call:
         site = Site(
             self.name, sources, make, y.shape, tuple(axes), self.stops, len(saved), rest, tuple(shared), guarded
         )
-        tape.register(site)
-        return Tap.apply(y, tape.anchor, tape, site, *saved)
+        recording.register(site)
+        return Tap.apply(y, recording.anchor, recording, site, *saved)
 
     def unknown(self, out):
-        """The result of a call that no rule knows."""
+        """Return the result of a call that no rule knows."""
         for source in self.sources.values():
-            self.tape().note_unknown(source.names, self.name)
+            self.recording().note_unknown(source.names, self.name)
         return out
+
+
+class Recorder(Protocol):
+    """What drop-in functions report to: a `Recording`, or the tape around it."""
+
+    def call(self, name: str, *tensors: object) -> Call: ...
+
+
+class Recording:
+    """One forward pass: the tensors made of followed parameters, and the calls that used them.
+
+    Args:
+        parameters: what to follow, by name.
+        fixed: other tensors that do not depend on the samples, such as buffers.
+
+    Attributes:
+        sources, sites: see there.
+        unknown: by parameter, the first operation without a rule that used it.
+        anchor: a leaf that every tap depends on.
+        hooked: whether a hook on a tensor of the forward pass may change its gradient.
+        host_reads: numbers of the forward pass, brought to the host once the structure is wanted.
+        receive: called with (site, gradient, saved) by every tap that a backward pass reaches; None: nothing is wanted.
+        recomputing: whether a backward pass runs parts of the forward pass again.
+
+    Raises:
+        ValueError: a complex parameter, or one with gradient hooks.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], fixed: Iterable[Tensor] = ()) -> None:
+        self.parameters = dict(parameters)
+        self.sources: dict[int, Source] = {}
+        for name, p in self.parameters.items():
+            _check_parameter(name, p)
+            window = (tuple(p.shape), p.stride(), 0) if p.is_contiguous() else None
+            self.sources[id(p)] = Source(p, frozenset([name]), whole=True, window=window)
+        self.sites: list[Site] = []
+        self.unknown: dict[str, str] = {}
+        self.anchor = torch.zeros((), requires_grad=True, device=next(iter(self.parameters.values())).device)
+        self.hooked = self.recomputing = False
+        self.host_reads = HostReads()
+        self.receive: Callable[[Site, Tensor, Sequence[Tensor]], None] | None = None
+        self._fixed = {id(t) for t in fixed}
+        self._constants: dict[int, weakref.ref] = {}  # tensors that depend on neither parameters nor samples
+
+    def call(self, name: str, *tensors: object) -> Call:
+        """Begin a call of these arguments."""
+        return Call(self, name, tensors)
+
+    def register(self, site: Site) -> None:
+        """Add a site, unless it belongs to a forward pass that checkpointing repeats for its inputs alone."""
+        if not self.recomputing:
+            site.index = len(self.sites)
+            self.sites.append(site)
+
+    def note_unknown(self, names: Iterable[str], operation: str) -> None:
+        """Note that no rule covers an operation on these parameters."""
+        for name in names:
+            self.unknown.setdefault(name, operation)
+
+    def source(self, t: Tensor) -> Source | None:
+        """Return the source that a tensor is, or None."""
+        source = self.sources.get(id(t))
+        return source if source is not None and source.tensor is t else None
+
+    def whole(self, name: str) -> Source:
+        """Return the source of a parameter itself."""
+        return self.sources[id(self.parameters[name])]
+
+    def forget(self, t: Tensor) -> None:
+        """Follow a tensor no longer: it was changed in place by the samples."""
+        self.sources.pop(id(t), None)
+
+    def forget_constant(self, t: Tensor) -> None:
+        """Count a tensor as constant no longer."""
+        self._constants.pop(id(t), None)
+
+    def is_constant(self, t: Tensor) -> bool:
+        """Return whether a tensor is known to depend on neither parameters nor samples."""
+        ref = self._constants.get(id(t))
+        return (ref is not None and ref() is t) or id(t) in self._fixed
+
+    def note_constant(self, t: Tensor) -> None:
+        """Note that a tensor depends on neither parameters nor samples."""
+        self._constants[id(t)] = weakref.ref(t)
+
+    def derive(self, out: Tensor, parents: Sequence[Source], name: str, ids: Tensor | None = None) -> Tensor:
+        """Follow a tensor that the function `name` made of followed ones and constants; ids: of a table's rows."""
+        in_place = is_in_place(name)
+        if self.source(out) is not None and not in_place:
+            return out
+        source = Source(out, frozenset().union(*(p.names for p in parents)), tuple(parents))
+        parent = parents[0]
+        if len(parents) == 1 and not in_place and parent.window is not None:
+            (only,) = parent.names
+            p = self.parameters[only]
+            if name in VIEWS and out.dtype == p.dtype and storage_id(out) == storage_id(p):
+                source.window = (tuple(out.shape), out.stride(), out.storage_offset() - p.storage_offset())
+            elif name in COPIES and out.shape == parent.tensor.shape:
+                source.window = parent.window
+        if ids is not None and ids.ndim and ids.numel() and parent.whole:
+            self._read_rows(source, ids.to(out.device))
+        site = getattr(out.grad_fn, "site", None)
+        if isinstance(site, Site):
+            site.derived, source.site = True, site
+        self.sources[id(out)] = source
+        return out
+
+    def _read_rows(self, source: Source, ids: Tensor) -> None:
+        """Set `source.rows` to these rows of a table, once the host knows that no row is read twice."""
+        ordered = ids.flatten().sort().values
+
+        def keep(distinct: list[float]) -> None:
+            source.rows = ids if all(distinct) else None
+
+        self.host_reads.defer(torch.cat([ordered[:1] >= 0, ordered[1:] != ordered[:-1]]).all(), keep)
+
+
+def _check_parameter(name: str, p: Tensor) -> None:
+    if p.is_complex():
+        raise ValueError(f"parameter {name} is complex: inner products of its gradients are not defined here")
+    if has_gradient_hooks(p):
+        raise ValueError(
+            f"parameter {name} has gradient hooks, of yours or of a step that another thread takes on this "
+            "model: they would change or see what is not a gradient"
+        )

@@ -6,55 +6,65 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..recording.graph import coarser
 from ..recording.host_reads import HostReads, length
-
-if TYPE_CHECKING:
-    from .gradient_access import GradientAccess
 
 
 class WeightStats(NamedTuple):
-    """Of weights w of the samples: the largest |w_j|, their sum, Σ_j |w_j| ‖g_j‖, wᵀ K w and ⟨w, b⟩."""
+    """Numbers of weights w of the samples, as the rules have them.
 
-    top: float
-    total: float
-    scale: float
-    length: float
+    max_abs: max_j |w_j|. sum_abs: Σ_j |w_j|. weighted_norms: Σ_j |w_j| ‖g_j‖. squared_norm: ‖Gᵀ w‖² = wᵀ K w.
+    product: ⟨u, Gᵀ w⟩ = ⟨w, v⟩.
+    """
+
+    max_abs: float
+    sum_abs: float
+    weighted_norms: float
+    squared_norm: float
     product: float
 
 
-def weight_stats(w: Tensor, Kw: Tensor, rows: Tensor, b: Tensor) -> Tensor:
-    """`WeightStats` of w [l, m, n] as [l, 5, m], for K w [l, m, n], ‖g_j‖ as rows [l, n] and b [l, n]."""
+def weight_stats(w: Tensor, Kw: Tensor, norms: Tensor, v: Tensor) -> Tensor:
+    """Compute `WeightStats` of w [l, m, n] as [l, 5, m], for K w [l, m, n], ‖g_j‖ [l, n] and v [l, n]."""
     size = w.abs()
-    products = [torch.bmm(size, rows[..., None]), torch.bmm(w, b[..., None])]
-    scale, product = (p[..., 0] for p in products)
-    return torch.stack([size.amax(-1), size.sum(-1), scale, (Kw * w).sum(-1), product], 1)
+    weighted_norms, product = (torch.bmm(a, b[..., None])[..., 0] for a, b in ((size, norms), (w, v)))
+    return torch.stack([size.amax(-1), size.sum(-1), weighted_norms, (Kw * w).sum(-1), product], 1)
 
 
 def weight_stats_of(w: Tensor, K: Tensor) -> Tensor:
-    """`WeightStats` of w [n] alone [5], with b = 0."""
-    rows = K.diagonal().clamp_min(0).sqrt()
-    return weight_stats(w[None, None], (w @ K)[None, None], rows[None], torch.zeros_like(rows)[None]).flatten()
+    """Compute `WeightStats` of w [n] alone [5], with v = 0."""
+    norms = K.diagonal().clamp_min(0).sqrt()
+    return weight_stats(w[None, None], (w @ K)[None, None], norms[None], torch.zeros_like(norms)[None]).flatten()
 
 
 class Measured(NamedTuple):
+    """A number that the host makes of some on the device."""
+
     numbers: Tensor
     value: Callable[[list[float]], float] = sum
 
 
 class Outcome(NamedTuple):
-    """What adding Gᵀ w to u did, measured: ‖Gᵀ w‖², ⟨u, Gᵀ w⟩ and the growth of ‖u‖²; None where not known.
+    """Measured effect of u += Gᵀ w: ‖Gᵀ w‖², ⟨u, Gᵀ w⟩ and the growth of ‖u‖²; None where it was not measured."""
 
-    Each as numbers on the device and what to make of them on the host.
-    """
-
-    length: Measured | None = None
+    squared_norm: Measured | None = None
     product: Measured | None = None
     growth: Measured | None = None
+
+
+class Precision(NamedTuple):
+    """Types that limit what a check may ask for.
+
+    products: in which inner products are computed. compared: the coarsest in which the two sides may differ.
+    """
+
+    products: torch.dtype
+    compared: torch.dtype
 
 
 class Checks(HostReads):
@@ -66,56 +76,67 @@ class Checks(HostReads):
 
     def check(
         self,
-        method: GradientAccess,
-        found: Outcome,
+        outcome: Outcome,
         weights: WeightStats,
         u2: float,
+        precision: Precision,
         name: str = "",
         blame: Callable[[], str] = str,
     ) -> None:
-        """The self-check of adding Gᵀ w: K and v come from the rules, the correction from plain autograd."""
-        dtype = method.dtype
-        for place, measured in enumerate(found):
+        """Check u += Gᵀ w: the rules predict its effect, which was measured.
+
+        Args:
+            outcome: the effect.
+            weights: of w.
+            u2: ‖u‖² before.
+            name: of the parameter, "" for all.
+            blame: what to add to the message of a failure.
+        """
+        for quantity, measured in zip(Outcome._fields, outcome, strict=True):
             if measured is None:
                 continue
+            limit = tolerance_of(precision.compared, measured.numbers.is_cuda)
 
-            limit = tolerance_of(method.compared, measured.numbers.is_cuda)
-
-            def answer(values: list[float], place=place, measured=measured, limit=limit) -> None:
-                error = check_relative_error(place, measured.value(values), weights, u2, limit, dtype, blame)
+            def compare(values: list[float], quantity=quantity, measured=measured, limit=limit) -> None:
+                value = measured.value(values)
+                error = check_relative_error(quantity, value, weights, u2, limit, precision.products, blame)
                 self.worst[name] = max(self.worst[name], error)
 
-            self.defer(measured.numbers, answer)
+            self.defer(measured.numbers, compare)
 
     def check_watched(
-        self, method: GradientAccess, name: str, K: Tensor, grad: Tensor | None, total: Tensor, coarsest: torch.dtype
+        self, name: str, K: Tensor, grad: Tensor | None, total: Tensor, precision: Precision, coarsest: torch.dtype
     ) -> None:
-        """Σ_j g_j of one parameter from plain autograd against its K; `total`: Σ_j ‖g_j‖ over all parameters;
-        `coarsest`: in what autograd may have summed over the samples."""
-        dtype = method.dtype
-        weights = weight_stats_of(torch.ones_like(K[0]), K)
-        found = torch.zeros_like(total) if grad is None else length(grad).square()
-        limit = tolerance_of(coarser(method.compared, coarsest), K.is_cuda)
+        """Check Σ_j g_j of one parameter, from plain autograd, against its K.
 
-        def answer(values: list[float]) -> None:
-            *some, square, total = values
-            floor = 100 * torch.finfo(dtype).eps * total
+        Args:
+            K: of this parameter alone.
+            grad: Σ_j g_j, None for zero.
+            total: Σ_j ‖g_j‖ over all parameters.
+            coarsest: the type in which autograd may have summed over the samples.
+        """
+        weights = weight_stats_of(torch.ones_like(K[0]), K)
+        square = torch.zeros_like(total) if grad is None else length(grad).square()
+        limit = tolerance_of(coarser(precision.compared, coarsest), K.is_cuda)
+
+        def compare(values: list[float]) -> None:
+            *stats, square, total = values
+            floor = 100 * torch.finfo(precision.products).eps * total
+            blame = lambda: f", in {name}"  # noqa: E731
             error = check_relative_error(
-                0, square, WeightStats(*some), 0.0, limit, dtype, lambda: f", in {name}", floor
+                "squared_norm", square, WeightStats(*stats), 0.0, limit, precision.products, blame, floor
             )
             self.worst[""] = max(self.worst[""], error)
 
-        self.defer(torch.cat([weights, torch.stack([found, total])]), answer)
-
-
-def coarser(*dtypes: torch.dtype) -> torch.dtype:
-    """The one with the fewest digits."""
-    return max(dtypes, key=lambda d: torch.finfo(d).eps)
+        self.defer(torch.cat([weights, torch.stack([square, total])]), compare)
 
 
 def tolerance_of(dtype: torch.dtype, cuda: bool) -> float:
-    """How far two ways to the same number may be apart, if `dtype` is the coarsest that lies on one of them and not on
-    the other; on a GPU torch may round float32 to ten bits, cuDNN does unless told."""
+    """Return how far two ways to the same number may be apart, relative.
+
+    dtype: the coarsest type that lies on one of them and not on the other. On a GPU torch may round float32 to ten
+    bits; cuDNN does unless told.
+    """
     if dtype != torch.float32:
         return 1e-9 if dtype == torch.float64 else 5e-2
     precisions = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
@@ -124,7 +145,7 @@ def tolerance_of(dtype: torch.dtype, cuda: bool) -> float:
 
 @contextmanager
 def exact_convolutions(cuda: bool) -> Iterator[None]:
-    """Float32 convolutions of cuDNN as exact as the rules; while this lasts, the older `allow_tf32` cannot be read."""
+    """Make float32 convolutions of cuDNN as exact as the rules; meanwhile the older `allow_tf32` cannot be read."""
     conv = torch.backends.cudnn.conv
     before = conv.fp32_precision
     if cuda:
@@ -137,7 +158,7 @@ def exact_convolutions(cuda: bool) -> Iterator[None]:
 
 
 def check_relative_error(
-    place: int,
+    quantity: str,
     value: float,
     weights: WeightStats,
     u2: float,
@@ -146,18 +167,22 @@ def check_relative_error(
     blame: Callable[[], str],
     floor: float = 0.0,
 ) -> float:
-    """The relative error of what was found, by its place in `Outcome`.
+    """Return the relative error of a measured quantity, a field of `Outcome`.
 
-    A tensor whose gradient is the rounding of much larger terms is noise on both sides: `floor` is the length of that.
+    floor: norm of the rounding to expect where a gradient is the small difference of much larger terms: it is noise on
+    both sides.
 
     Raises:
-        FloatingPointError: what was found is not a number.
+        FloatingPointError: the value is not a number.
         ArithmeticError: rules and autograd disagree.
     """
-    scale = max(weights.scale, floor)
-    expected = (weights.length, weights.product, weights.length + 2 * weights.product)[place]
-    size = (scale**2, scale * u2**0.5, (scale + u2**0.5) ** 2)[place]
-    lost = weights.total * 1e3 * torch.finfo(dtype).tiny  # near the smallest numbers digits are missing
+    scale, u = max(weights.weighted_norms, floor), u2**0.5
+    expected, size = {
+        "squared_norm": (weights.squared_norm, scale**2),
+        "product": (weights.product, scale * u),
+        "growth": (weights.squared_norm + 2 * weights.product, (scale + u) ** 2),
+    }[quantity]
+    lost = weights.sum_abs * 1e3 * torch.finfo(dtype).tiny  # near the smallest numbers digits are missing
     error = abs(value - expected)
     if not math.isfinite(value):
         raise FloatingPointError(f"the projection overflowed{blame()}: gradients are too large, or differ too much")
@@ -171,6 +196,11 @@ def check_relative_error(
 
 
 def check_finite(K: Tensor, v: Tensor) -> None:
+    """Check the products of all samples.
+
+    Raises:
+        FloatingPointError: NaN or Inf, with the samples that have it.
+    """
     if not (K.isfinite().all() and v.isfinite().all()):
         bad = (~K.diagonal().isfinite()).nonzero().flatten().tolist()
         raise FloatingPointError(f"NaN or Inf in the gradients of samples {bad[:8]}; nothing was changed")

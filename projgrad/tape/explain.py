@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .._torch_private import TorchDispatchMode, storage_id, tree_leaves
-from ..recording.recording import Source
+from ..recording.recording import Recording
+from ..recording.sites import Source
 from ..rules.rule import Rule
 from .consumers import Consumer
-
-if TYPE_CHECKING:
-    from .tape import Tape
 
 
 class Line(NamedTuple):
@@ -51,10 +49,9 @@ class Explanation(list[Line]):
 class Explain(Consumer):
     """Computes every Gram matrix under a count of the memory in use."""
 
-    def __init__(self, tape: Tape) -> None:
-        super().__init__(tape)
+    def __init__(self, recording: Recording) -> None:
         self.uses: dict[str, set[str]] = defaultdict(set)
-        for site in tape.sites:
+        for site in recording.sites:
             for source in site.sources:
                 for name in source.names:
                     self.uses[name].add(site.name)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..recording.recording import Source
+from ..recording.backward import recomputing
+from ..recording.recording import Recording
+from ..recording.sites import Source
 from .plan import UsePlan
 
-if TYPE_CHECKING:
-    from .tape import Tape
 
-
-def mapped(tape: Tape, plan: UsePlan, dense: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Per-sample gradients of parameters that are used through something computed from them."""
+def mapped(recording: Recording, plan: UsePlan, dense: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the per-sample gradients of parameters that are used through something computed from them."""
     rows: dict[str, Tensor] = {}
-    used = {id(source): source for site in tape.sites for source in site.sources}
+    used = {id(source): source for site in recording.sites for source in site.sources}
     for source in used.values():
         d = dense.get(id(source))
         if d is None:
@@ -28,8 +26,8 @@ def mapped(tape: Tape, plan: UsePlan, dense: dict[int, Tensor]) -> Iterator[tupl
         if source.whole:
             grads: Sequence[Tensor | None] = [d]
         else:
-            with tape._again():  # it may have been computed inside of a checkpoint
-                grads = _vjps(source, [tape.parameters[name] for name in names], d)
+            with recomputing(recording):  # it may have been computed inside of a checkpoint
+                grads = _vjps(source, [recording.parameters[name] for name in names], d)
         for name, g in zip(names, grads, strict=True):
             if g is not None:
                 rows[name] = rows[name] + g if name in rows else g
@@ -38,15 +36,15 @@ def mapped(tape: Tape, plan: UsePlan, dense: dict[int, Tensor]) -> Iterator[tupl
             yield name, rows[name]
 
 
-def looped(tape: Tape, losses: Tensor, loops: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """The fallback: one backward pass per sample, for the parameters that no rule covers."""
+def looped(recording: Recording, losses: Tensor, loops: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the per-sample gradients of parameters that no rule covers, from one backward pass per sample."""
     if not loops:
         return
     names = list(loops)
-    inputs = [tape.parameters[name] for name in names]
+    inputs = [recording.parameters[name] for name in names]
     rows = {name: p.new_zeros((len(losses), *p.shape)) for name, p in zip(names, inputs, strict=True)}
     for j, one in enumerate(torch.eye(len(losses), dtype=losses.dtype, device=losses.device)):
-        with tape._again():
+        with recomputing(recording):
             grads = torch.autograd.grad(losses, inputs, one, retain_graph=True, allow_unused=True)
         for name, g in zip(names, grads, strict=True):
             if g is not None:
@@ -55,7 +53,7 @@ def looped(tape: Tape, losses: Tensor, loops: Mapping[str, str]) -> Iterator[tup
 
 
 def _vjps(source: Source, inputs: list[Tensor], d: Tensor) -> Sequence[Tensor | None]:
-    """dᵀ ∂source/∂inputs for every row of d [n, *source shape]."""
+    """Return dᵀ ∂source/∂inputs for every row of d [n, *source shape]."""
     d = d.to(source.tensor.dtype)
     vjp = functools.partial(torch.autograd.grad, source.edge, inputs, retain_graph=True, allow_unused=True)
     try:

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
 import torch
 
-from ..recording.recording import Source
+from ..recording.recording import Recording
+from ..recording.sites import Source
 from ..recording.structure import Structure
 from ..rules.rule import Rule
 
-if TYPE_CHECKING:
-    from .tape import Tape
-
 
 class UsePlan:
-    """Which sources are read, which uses belong together, and which parameters need their uses mapped back."""
+    """What a pass does with the uses it meets.
 
-    def __init__(self, tape: Tape, structure: Structure) -> None:
-        self.tape, self.loops = tape, structure.loops
+    uses: how many arrive for each key (a parameter, or a part of one), to be joined. missing: uses of every parameter
+    that are still to come. maps: parameters used through something computed from them, to be mapped back.
+    """
+
+    def __init__(self, recording: Recording, structure: Structure) -> None:
+        self.loops = structure.loops
         self.uses: dict[tuple, int] = defaultdict(int)
-        self.left: dict[str, int] = defaultdict(int)
+        self.missing: dict[str, int] = defaultdict(int)
         used: dict[str, dict[int, Source]] = defaultdict(dict)
-        sites = [s for s, layout in zip(tape.sites, structure.layouts, strict=True) if layout is not None]
+        sites = [s for s, layout in zip(recording.sites, structure.layouts, strict=True) if layout is not None]
         for site in sites:
             for source in site.sources:
                 if not source.settled or source.site is site:
                     for name in source.names - self.loops.keys():
                         used[name][id(source)] = source
-        self.maps = {name for name, some in used.items() if not _direct(tape, name, list(some.values()))}
+        self.maps = {name for name, some in used.items() if not _direct(recording, name, list(some.values()))}
         while True:  # a source of several parameters makes all of them mapped
             more = {n for some in used.values() for s in some.values() if s.names & self.maps for n in s.names}
             if more - self.loops.keys() <= self.maps:
@@ -39,9 +40,9 @@ class UsePlan:
         for site in sites:
             for source in site.sources:
                 if self.wants(source) and not self.mapped(source):
-                    key = self.key(undo_transpose(tape, source, None)[0])
+                    key = self.key(undo_transpose(recording, source, None)[0])
                     self.uses[key] += 1
-                    self.left[key[0]] += 1
+                    self.missing[key[0]] += 1
 
     def wants(self, source: Source) -> bool:
         return not source.settled and bool(source.names - self.loops.keys())
@@ -54,19 +55,19 @@ class UsePlan:
         return (name, "whole") if source.whole else (name, source.window or id(source))
 
 
-def _direct(tape: Tape, name: str, sources: list[Source]) -> bool:
-    """Whether the parameter is used only through disjoint parts of itself (or the same part again)."""
+def _direct(recording: Recording, name: str, sources: list[Source]) -> bool:
+    """Return whether the parameter is used only through disjoint parts of itself (or the same part again)."""
     if any(len(s.names) > 1 or not (s.whole or s.window or s.rows is not None) for s in sources):
         return False
     parts = {}
     for source in sources:
-        source = undo_transpose(tape, source, None)[0]
+        source = undo_transpose(recording, source, None)[0]
         parts["whole" if source.whole else source.window or id(source)] = source
     if len(parts) == 1:
         return True
     if any(s.window is None for s in parts.values()):
         return False
-    return _disjoint(tape.parameters[name].numel(), tuple(s.window for s in parts.values()))
+    return _disjoint(recording.parameters[name].numel(), tuple(s.window for s in parts.values()))
 
 
 @functools.lru_cache(4096)
@@ -76,12 +77,12 @@ def _disjoint(numel: int, windows: tuple) -> bool:
     return len(touched.unique()) == len(touched)
 
 
-def undo_transpose(tape: Tape, source: Source, rule: Rule | None) -> tuple[Source, Rule | None]:
-    """A use of Wᵀ as a use of W."""
+def undo_transpose(recording: Recording, source: Source, rule: Rule | None) -> tuple[Source, Rule | None]:
+    """Return a use of Wᵀ as a use of W, and any other use as it is."""
     if source.whole or source.window is None or len(source.window[0]) != 2:
         return source, rule
     (name,) = source.names
-    whole = tape._whole(name)
+    whole = recording.whole(name)
     size, stride, offset = source.window
     if whole.window == source.window:
         return whole, rule

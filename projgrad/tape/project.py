@@ -4,75 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import _options
 from ..ops import reference
-from ..recording.host_reads import lengths, to_host
-from ..recording.recording import Source
-from ..rules.rule import Rule
+from ..recording.host_reads import HostReads, lengths, to_host
 from .check import Checks, WeightStats, check_finite
-from .consumers import CollectRules
+from .consumers import CollectRules, Pieces
+from .factors import ForgetFactors
 from .gradient_access import GradientAccess, KeptGradients, OneTensor, TwoPasses, next_watched
+from .passes import Passes
+from .records import Projection
 from .systems import Solver, Steps, System
-
-if TYPE_CHECKING:
-    from .tape import Tape
+from .verify import verify
 
 RESIDUAL = 1e-6  # max_j |cos(g_j, result)| that float32 promises; above it the result is projected again
 
 
-@dataclass
-class Projection:
-    """What a projection did.
-
-    rank: independent per-sample gradients projected out, summed over tensors with scope="per_tensor".
-    preserved_norm: ‖result‖ / ‖p.grad‖ over all parameters, before anything is added.
-    residual: max_j |cos(g_j, result)|, the largest over tensors: what solving left, and the rounding to expect;
-        measured with another pass where the result had to be refined.
-    refinements: times the result was projected again.
-    discrepancy: largest relative difference between ‖Gᵀ w‖², ⟨u, Gᵀ w⟩ as the rules predict them and as they came out.
-    squares: ‖p.grad‖² and ‖result‖².
-    tensors: the same for every tensor, with scope="per_tensor".
-    """
-
-    rank: int
-    preserved_norm: float
-    residual: float
-    refinements: int
-    discrepancy: float
-    squares: tuple[float, float]
-    tensors: dict[str, Projection] = field(default_factory=dict)
-
-
 def project_(
-    tape: Tape,
+    passes: Passes,
     losses: Tensor,
-    scope: str,
-    damping: float,
-    rtol: float | None,
-    keep: bool,
-    add: Tensor | None,
-    rates: Mapping[str, float],
+    scope: str = "global",
+    damping: float = 0.0,
+    rtol: float | None = None,
+    keep_output_gradients: bool = True,
+    add: Tensor | None = None,
+    rates: Mapping[str, float] | None = None,
+    factors: ForgetFactors | None = None,
 ) -> Projection:
+    """Project every p.grad in place; see `Tape.project_`. factors: of p.grad, where known."""
     _options.check_choice("scope", scope, ("global", "per_tensor"))
     damping, rtol = _options.check_solver("", damping, rtol)
-    for name, p in tape.parameters.items():
-        if p.grad is None:
-            continue
-        if p.grad.layout != torch.strided:
-            raise ValueError(f"the gradient of {name} is sparse: build the layer with sparse=False")
-        if not p.grad.is_contiguous():
-            p.grad = p.grad.contiguous()
-    tape.rates = {} if scope == "per_tensor" else _relative(rates, tape.parameters)
-    squares = _ask_squares(tape)
-    structure = tape.structure(losses)
-    tape.host_reads.flush()  # if the structure was known already
-    keep = keep or structure.coarsest.itemsize == 2  # a second pass with other weights would round too differently
+    parameters, reads = passes.recording.parameters, passes.recording.host_reads
+    factors = ForgetFactors() if factors is None else factors
+    _check_gradients(parameters)
+    rates = {} if scope == "per_tensor" else _relative(rates or {}, parameters)
+    squares = _defer_squares(parameters, factors, reads)
+    structure = passes.structure(losses)
+    reads.flush()  # if the structure was known already
+    # A second pass with other weights would round too differently in 16 bits.
+    keep = keep_output_gradients or structure.coarsest.itemsize == 2
     n = len(losses)
     add = torch.zeros(n, dtype=torch.float64, device=losses.device) if add is None else add.double()
     checks, solver = Checks(), Solver(damping, add)
@@ -81,123 +54,145 @@ def project_(
             if not all(map(math.isfinite, squares.values())):  # also of tensors that the losses do not use
                 raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
             if keep or scope == "per_tensor":
-                tape._verified(losses)
+                verify(passes, losses)
             if scope == "per_tensor":
-                return _per_tensor(tape, losses, solver, rtol, squares, checks)
-            method = KeptGradients(tape, losses, checks) if keep else TwoPasses(tape, losses)
-            method.known = sum(method.rate(name) * square for name, square in squares.items())
-            solver.start("", _steps(method, n, solver, rtol, checks))
+                return _per_tensor(passes, losses, solver, rtol, squares, checks, factors)
+            if keep:
+                access = KeptGradients(passes, losses, checks, rates, factors)
+            else:
+                access = TwoPasses(passes, losses, rates, factors)
+            access.known = sum(access.rate(name) * square for name, square in squares.items())
+            solver.start("", _steps(access, n, solver, rtol, checks))
             solver.finish()
             checks.flush()
-            done = solver.done[""]
-            done.discrepancy = checks.worst[""]
-            return done
+            projection = solver.projections[""]
+            projection.discrepancy = checks.worst[""]
+            return projection
         except BaseException:
-            for p in tape.parameters.values():
+            for p in parameters.values():
                 p.grad = None  # half-made: nothing that an optimizer should see
             raise
 
 
+def _check_gradients(parameters: Mapping[str, Tensor]) -> None:
+    """Make every p.grad contiguous.
+
+    Raises:
+        ValueError: one is sparse.
+    """
+    for name, p in parameters.items():
+        if p.grad is None:
+            continue
+        if p.grad.layout != torch.strided:
+            raise ValueError(f"the gradient of {name} is sparse: build the layer with sparse=False")
+        if not p.grad.is_contiguous():
+            p.grad = p.grad.contiguous()
+
+
 def _relative(rates: Mapping[str, float], parameters: Collection[str]) -> dict[str, float]:
-    """Rates over the largest; none if all are the same."""
+    """Return the rates over the largest; none if all are the same."""
     for name, rate in rates.items():
         if name not in parameters or not (rate >= 0 and math.isfinite(rate)):
             raise ValueError(f"rates must be finite, not negative, and of followed parameters; got {name!r}: {rate}")
     largest = max((rates.get(name, 1.0) for name in parameters), default=0.0)
-    found = {name: rates.get(name, 1.0) / largest for name in parameters} if largest else {}
-    return {} if len(set(found.values())) <= 1 else found
+    relative = {name: rates.get(name, 1.0) / largest for name in parameters} if largest else {}
+    return {} if len(set(relative.values())) <= 1 else relative
 
 
-def _ask_squares(tape: Tape) -> dict[str, float]:
-    """‖p.grad‖² by name, once the host reads are flushed. Factors of p.grad are kept only if nothing else is in it."""
-    grads = {name: p.grad for name, p in tape.parameters.items() if p.grad is not None}
+def _defer_squares(parameters: Mapping[str, Tensor], factors: ForgetFactors, reads: HostReads) -> dict[str, float]:
+    """Return a dictionary that holds ‖p.grad‖² by name once the host reads are flushed.
+
+    Factors whose product is not p.grad are dropped then: something else was accumulated too.
+    """
+    grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     squares: dict[str, float] = {}
     if grads:
-        tape.host_reads.defer(
+        reads.defer(
             lengths(list(grads.values())),
-            lambda found: squares.update((name, size**2) for name, size in zip(grads, found, strict=True)),
+            lambda norms: squares.update((name, norm**2) for name, norm in zip(grads, norms, strict=True)),
         )
 
-    def compare(found: list[float]) -> None:
-        for name, square in zip(list(tape.forget_factors), found, strict=True):
+    def compare(products: list[float]) -> None:
+        for name, square in zip(list(factors), products, strict=True):
             if not abs(square - squares.get(name, 0.0)) <= 1e-4 * squares.get(name, 0.0):
-                del tape.forget_factors[name]
+                del factors[name]
 
-    if tape.forget_factors:
-        tape.host_reads.defer(torch.stack([outer.squared() for outer in tape.forget_factors.values()]), compare)
+    if factors:
+        reads.defer(torch.stack([factored.squared_norm() for factored in factors.values()]), compare)
     return squares
 
 
-def _steps(method: GradientAccess, n: int, solver: Solver, rtol: float | None, checks: Checks, name: str = "") -> Steps:
-    """Project p.grad once; again as long as that leaves more than rounding; then add Gᵀ add."""
+def _steps(access: GradientAccess, n: int, solver: Solver, rtol: float | None, checks: Checks, name: str = "") -> Steps:
+    """Project p.grad, repeat while the residual exceeds rounding, then add Gᵀ add. Yield each system to be solved."""
     add, plain = solver.add, not solver.damping and rtol is None
-    float64, _ = reference.first_pass(n, method.dtype, rtol)
-    u2 = method.squares()
+    float64, _ = reference.first_pass(n, access.dtype, rtol)
+    u2 = access.squares()
     if not math.isfinite(u2):
         raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
 
-    def system(b: Tensor) -> System:
+    def system(v: Tensor) -> System:
         cut = reference.default_rtol(n, torch.float64 if float64 else torch.float32) if rtol is None else rtol
-        return System(K, b, cut)
+        return System(K, v, cut)
 
-    def length_left() -> float:
-        """‖u - Gᵀ x‖ as the products have it."""
-        return max(u2 + 2 * at.minus.product + at.minus.length, 0.0) ** 0.5  # in this order NaN stays NaN
+    def predicted_norm() -> float:
+        """Return ‖u - Gᵀ x‖ as the products have it."""
+        # In this order NaN stays NaN.
+        return max(u2 + 2 * solved.projection.product + solved.projection.squared_norm, 0.0) ** 0.5
 
-    K, v = _without_underflow(*method.products(float64), method.dtype)
-    at = yield system(v)
-    if not at.finite:
+    K, v = _without_underflow(*access.products(float64), access.dtype)
+    solved = yield system(v)
+    if not solved.finite:
         check_finite(K, v)
-    eps = torch.finfo(method.dtype).eps / 2
-    limit = RESIDUAL if method.dtype != torch.float64 else 64 * torch.finfo(torch.float64).eps
-    noise = 16 * n * eps * (u2**0.5 + at.minus.scale)  # a result this short has no direction
-    after = length_left()
-    if plain and not float64 and at.rank < at.used and at.left / (max(after, noise) or 1.0) > limit:
+    eps = torch.finfo(access.dtype).eps / 2
+    limit = RESIDUAL if access.dtype != torch.float64 else 64 * torch.finfo(torch.float64).eps
+    noise = 16 * n * eps * (u2**0.5 + solved.projection.weighted_norms)  # a result this short has no direction
+    after = predicted_norm()
+    if plain and not float64 and solved.rank < solved.used and solved.residual / (max(after, noise) or 1.0) > limit:
         float64 = True  # rows that look dependent in float32 and are not
-        K, v = _without_underflow(*method.products(True), method.dtype)
-        at = yield system(v)
-        after = length_left()
-    coarse = torch.finfo(method.stored).eps / 2  # what p.grad is rounded to
-    rounding = coarse * (u2**0.5 + at.spread) if plain else 0.0
-    residual = (at.left + rounding) / (max(after, noise) or 1.0)
+        K, v = _without_underflow(*access.products(True), access.dtype)
+        solved = yield system(v)
+        after = predicted_norm()
+    coarse = torch.finfo(access.stored).eps / 2  # what p.grad is rounded to
+    rounding = coarse * (u2**0.5 + solved.spread) if plain else 0.0
+    residual = (solved.residual + rounding) / (max(after, noise) or 1.0)
 
     def apply(w: Tensor, weights: WeightStats, float64: bool = False) -> None:
-        if weights.top != 0:
-            found = method.apply(w, weights.top, float64)
-            checks.check(method, found, weights, u2, name, method.blame(w))
+        if weights.max_abs != 0:
+            outcome = access.apply(w, weights.max_abs, float64)
+            checks.check(outcome, weights, u2, access.precision, name, access.blame(w))
 
     def nothing_left() -> Projection:
-        method.erase()
-        apply(add, at.added._replace(product=0.0))
+        access.erase()
+        apply(add, solved.retain_term._replace(product=0.0))
         return _projection(rank, u2, 0.0, 0.0, refinements)
 
-    rank, refinements, before = at.rank, 0, float("inf")
-    if plain and rank >= method.numel():  # nothing is orthogonal to that many
+    rank, refinements, before = solved.rank, 0, float("inf")
+    if plain and rank >= access.numel():  # nothing is orthogonal to that many
         return nothing_left()
-    if not plain or method.has_16bit_factor or residual <= limit or not u2:
-        apply(add - at.x, at.both)
+    if not plain or access.has_16bit_factor or residual <= limit or not u2:
+        apply(add - solved.x, solved.combined)
         return _projection(rank, u2, after, residual, 0)
-    apply(-at.x, at.minus)
+    apply(-solved.x, solved.projection)
     while True:
-        rows = K.diagonal().clamp_min(0).sqrt()
-        r = method.dot(float64).masked_fill(rows == 0, 0.0)
-        cosine = (r.abs() / rows.where(rows > 0, 1)).max()
-        *sizes, left, product = to_host(method.sizes(), cosine, add @ r)
-        method.known = sum(size**2 for size in sizes)
-        after = method.known**0.5
-        residual = left / (max(after, noise) or 1.0)
+        norms = K.diagonal().clamp_min(0).sqrt()
+        r = access.dot(float64).masked_fill(norms == 0, 0.0)
+        cosine = (r.abs() / norms.where(norms > 0, 1)).max()
+        *tensor_norms, largest, product = to_host(access.norms(), cosine, add @ r)
+        access.known = sum(norm**2 for norm in tensor_norms)
+        after = access.known**0.5
+        residual = largest / (max(after, noise) or 1.0)
         # Whatever is this small beside p.grad has no direction left; more passes only shuffle rounding.
         if residual <= limit / 2 or residual > before / 2 or refinements == 4:
             break
         if not float64:
-            float64, (K, r) = True, _without_underflow(*method.products(True), method.dtype)
-        at = yield system(r)
-        rank, before = max(rank, at.rank), residual
-        if rank >= method.numel():
+            float64, (K, r) = True, _without_underflow(*access.products(True), access.dtype)
+        solved = yield system(r)
+        rank, before = max(rank, solved.rank), residual
+        if rank >= access.numel():
             return nothing_left()
-        apply(-at.x, at.minus, float64)
+        apply(-solved.x, solved.projection, float64)
         refinements += 1
-    apply(add, at.added._replace(product=product))
+    apply(add, solved.retain_term._replace(product=product))
     return _projection(rank, u2, after, residual, refinements)
 
 
@@ -207,40 +202,49 @@ def _projection(rank: int, u2: float, after: float, residual: float, refinements
 
 
 def _without_underflow(K: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Gradients shorter than 1e-31 in float32 count as zero: some digits of theirs are below the smallest number, and
-    their weights would be near the largest."""
+    """Count gradients shorter than 1e-31 in float32 as zero.
+
+    Some of their digits are below the smallest number, and their weights would be near the largest.
+    """
     limits = torch.finfo(dtype)
     lost = K.diagonal().sqrt() < limits.tiny / limits.eps
     return K.masked_fill(lost | lost[:, None], 0.0), v.masked_fill(lost, 0.0)
 
 
 def _per_tensor(
-    tape: Tape, losses: Tensor, solver: Solver, rtol: float | None, squares: dict[str, float], checks: Checks
+    passes: Passes,
+    losses: Tensor,
+    solver: Solver,
+    rtol: float | None,
+    squares: dict[str, float],
+    checks: Checks,
+    factors: ForgetFactors,
 ) -> Projection:
-    """Every tensor as soon as its last use has come by, in the one backward pass."""
-    n, watch = len(losses), next_watched(tape, losses)
+    """Project every tensor as soon as its last use has come by, in the one backward pass."""
+    n, watch, parameters = len(losses), next_watched(passes, losses), passes.recording.parameters
     watched: list[OneTensor] = []
-    rows = torch.zeros(n, dtype=torch.float64, device=losses.device)  # ‖g_j‖² over all tensors
+    row_squares = torch.zeros(n, dtype=torch.float64, device=losses.device)  # ‖g_j‖² over all tensors
 
-    def finished(name: str, pieces: list[tuple[Source, Rule]]) -> None:
-        method = OneTensor(tape, name, pieces, n)
-        method.known = squares.get(name, 0.0)
-        solver.start(name, _steps(method, n, solver, rtol, checks, name))
-        rows.add_(method.K.diagonal())
+    def complete(name: str, pieces: Pieces) -> None:
+        access = OneTensor(parameters[name], name, pieces, n, factors)
+        access.known = squares.get(name, 0.0)
+        solver.start(name, _steps(access, n, solver, rtol, checks, name))
+        row_squares.add_(access.K.diagonal())
         if name == watch:
-            watched.append(method)
+            watched.append(access)
 
-    consumer = CollectRules(tape, finished)
-    grads = tape._run(losses, consumer, retain_graph=False, watch=[tape.parameters[watch]] if watch else [])
+    watch_tensors = [parameters[watch]] if watch else []
+    grads = passes.run(losses, CollectRules(complete), retain_graph=False, watch=watch_tensors)
     solver.finish()
-    for method in watched:
-        total = rows.clamp_min(0).sqrt().sum()
-        checks.check_watched(method, watch, method.K, grads[0], total, tape.structure(losses).coarsest)
+    for access in watched:
+        total = row_squares.clamp_min(0).sqrt().sum()
+        coarsest = passes.structure(losses).coarsest
+        checks.check_watched(watch, access.K, grads[0], total, access.precision, coarsest)
     checks.flush()
-    tensors = solver.done
-    for name, done in tensors.items():
-        done.discrepancy = checks.worst[name]
-    for name, p in tape.parameters.items():
+    tensors = solver.projections
+    for name, projection in tensors.items():
+        projection.discrepancy = checks.worst[name]
+    for name, p in parameters.items():
         if name not in tensors and p.grad is not None:  # the losses do not use it
             tensors[name] = _projection(0, squares[name], squares[name] ** 0.5, 0.0, 0)
     before, after = (sum(t.squares[k] for t in tensors.values()) for k in (0, 1))
@@ -251,5 +255,5 @@ def _per_tensor(
         refinements=max((t.refinements for t in tensors.values()), default=0),
         discrepancy=max((t.discrepancy for t in tensors.values()), default=0.0),
         squares=(before, after),
-        tensors={name: tensors[name] for name in tape.parameters if name in tensors},
+        tensors={name: tensors[name] for name in parameters if name in tensors},
     )

@@ -89,7 +89,7 @@ def check(first, second, relative):
 
 # Where a step waits: for the losses and the lengths of p.grad, for the ids of every table, for the solution,
 # and for the self-check. What a graph is like was found in the first step.
-START, TABLE, SOLVED, END = "tape/tape.py", "rules/lookup.py", "tape/systems.py", "tape/project.py"
+START, TABLE, SOLVED, END = "recording/structure.py", "rules/lookup.py", "tape/systems.py", "tape/project.py"
 MODES = {
     "global": ({}, [START, TABLE, SOLVED, END]),
     "two_passes": ({"keep_output_gradients": False, "alpha": 0.0, "ascend": False}, [START, TABLE, SOLVED, END]),

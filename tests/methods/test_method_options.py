@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import projgrad
-from projgrad.explicit import ExplicitGradients
 from projgrad.methods.baselines import SCRUB, NegGradPlus, PCGrad, SalUn
 
 NAN, INF = float("nan"), float("inf")
@@ -39,11 +38,6 @@ def project_(**options):
         losses = closures(model)[1]()
     saliency(model)().backward()
     return tape.project_(losses, **options)
-
-
-def explicit(**options):
-    model, _ = model_and_optimizer()
-    return ExplicitGradients(model, closures(model)[1], dict(model.named_parameters()), **options).rows(["0.weight"])
 
 
 def orthograd(**options):
@@ -125,7 +119,6 @@ def test_what_is_no_number(function, option, interval, right):
     [
         (feasible, "n", 2, [2, np.int64(3)]),
         (scrub, "max_steps", 0, [0, 3]),
-        (explicit, "chunk_size", 1, [None, 1, 4, 100]),
     ],
 )
 def test_integers(function, option, least, right):

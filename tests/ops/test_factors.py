@@ -27,7 +27,7 @@ def test_gram(name, dtypes, device):
 
 
 @pytest.mark.parametrize("budget", [SMALL, CPU.chunk])
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("float64", [False, True])
 @pytest.mark.parametrize("only", ["factors", "chunks"])
 @pytest.mark.parametrize("name", FACTORS)
 def test_both_routes(name, only, float64, budget):

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from projgrad.rules.layout import Codes, Layout, gather
+from projgrad.recording.codes import Codes
+from projgrad.rules.layout import Layout, gather
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

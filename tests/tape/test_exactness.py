@@ -103,6 +103,12 @@ def test_dot(built):
     assert (found - expected).abs().max() <= ERROR * expected.abs().max()
 
 
+def test_rows_in_full(built):
+    case, G = built
+    tape, losses = record(case)
+    check_tensors(tape.rows(losses), G, G)
+
+
 def test_combine(built):
     case, G = built
     weights = torch.randn(case.n, dtype=torch.float64)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from zoo.functional import Uses
 
 import projgrad
+from projgrad.recording import structure
 from projgrad.tape import tape as tapes
 
 EACH = 4096  # bytes of one graph: a dictionary entry, two small dataclasses, lists of a few dozen layouts
@@ -36,7 +37,7 @@ def kept(model):
     return len(known), sum(map(sys.getsizeof, everything)), [t for t in everything if isinstance(t, Tensor)]
 
 
-def check(model, most=tapes.KNOWN):
+def check(model, most=structure.KNOWN):
     count, size, tensors = kept(model)
     assert 0 < count <= most
     assert not tensors
@@ -98,13 +99,13 @@ def test_graphs_found_anew_each_time_leave_no_indices(use):
         with projgrad.per_sample(model) as tape:
             losses = torch.zeros(4).index_add(0, owner, model(x).tanh().square().sum(1))
         getattr(tape, use)(losses)
-        assert tape.structure(losses).layouts[0].rows is not None
+        assert tape.passes.structure(losses).layouts[0].rows is not None
         del tape, losses
         check(model)
 
 
 def test_the_number_of_graphs_is_bounded(monkeypatch):
-    monkeypatch.setattr(tapes, "KNOWN", 7)
+    monkeypatch.setattr(structure, "KNOWN", 7)
     model = Recurrent()
     for t in (*range(1, 20), *range(1, 20)):
         ids = torch.randint(11, (3, t))

@@ -178,13 +178,13 @@ def test_every_step_is_orthogonal_as_far_as_the_arithmetic_goes(name, mode):
     run(model, closure, known_to(limit, t), mode)
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("in_float64", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["llama_grouped_queries", "t5", "mixtral_batched_experts", "mamba"])
-def test_transformers_in_float64_whose_norms_are_in_float32(name, mode, float64):
+def test_transformers_in_float64_whose_norms_are_in_float32(name, mode, in_float64):
     """As they are, and with everything in float64."""
     case = ZOO[name]()
-    loss = case.loss if float64 else case.loss.__wrapped__
+    loss = case.loss if in_float64 else case.loss.__wrapped__
     vocabulary = VOCABULARY
 
     def closure(step):
@@ -194,13 +194,13 @@ def test_transformers_in_float64_whose_norms_are_in_float32(name, mode, float64)
         return lambda: loss(case.model, *inputs)
 
     t = case.inputs[0].shape[1]
-    run(case.model, closure, 1e-9 if float64 else known_to(F32, t), mode, steps=3)
+    run(case.model, closure, 1e-9 if in_float64 else known_to(F32, t), mode, steps=3)
 
 
 @pytest.mark.parametrize("difference", [1e-3, 1e-8, 1e-11, 1e-15])
 def test_numbers_that_disagree_are_printed_with_the_digits_in_which_they_do(difference):
     with pytest.raises(ArithmeticError, match=r"disagree \((\S+) against (?!\1)\S+\)"):
-        check_relative_error(0, 1.0 + difference, WeightStats(1.0, 1.0, 1.0, 1.0, 0.0), 0.0, difference / 4, F64, str)
+        check_relative_error("squared_norm", 1.0 + difference, WeightStats(1.0, 1.0, 1.0, 1.0, 0.0), 0.0, difference / 4, F64, str)
 
 
 # float16: what plain training can do, a step can do.

@@ -297,7 +297,7 @@ def test_frozen_and_unused_parameters():
     model[0].requires_grad_(False)
     model.add_module("unused", nn.Linear(2, 2))
     tape, losses = record(model, lambda: to_ramp(model[2](model[1](model[0](x)))))
-    assert [site.name for site in tape.sites] == ["linear"]
+    assert [site.name for site in tape.recording.sites] == ["linear"]
     sums = tape.combine(losses, torch.ones(5))
     assert list(sums) == ["2.weight", "2.bias", "unused.weight", "unused.bias"]
     first, second = tape.moments(losses)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,9 +10,7 @@ from torch import Tensor
 from ...rules.convolution import Convolution
 from ...rules.layout import Layout
 from ...rules.rule import Rows, Rule
-
-if TYPE_CHECKING:
-    from ...tape.tape import Tape
+from ..recording import Recorder
 
 
 def _numbers(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
@@ -34,7 +31,7 @@ def geometry(weight: Tensor, stride, padding, dilation) -> tuple[Sequence[int], 
 
 
 def _convolve(function, dims: int):
-    def conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, tape: Tape) -> Tensor:
+    def conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, tape: Recorder) -> Tensor:
         call = tape.call(function.__name__, input, weight, bias)
         y = function(input, weight, bias, stride, padding, dilation, groups)
         kernel, steps, gaps, pad = geometry(weight, stride, padding, dilation)
@@ -60,7 +57,7 @@ def _convolve(function, dims: int):
 
 def _convolve_transposed(function, dims: int):
     def conv_transpose(
-        input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, *, tape: Tape
+        input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, *, tape: Recorder
     ) -> Tensor:
         call = tape.call(function.__name__, input, weight, bias)
         y = function(input, weight, bias, stride, padding, output_padding, groups, dilation)

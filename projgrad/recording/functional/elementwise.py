@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,7 @@ from torch.func import vjp, vmap
 from ...ops.cost import chunk_bytes
 from ...rules.layout import Layout
 from ...rules.rule import Rows, Rule
-
-if TYPE_CHECKING:
-    from ...tape.tape import Tape
+from ..recording import Recorder
 
 
 def fold(g: Tensor, shape: Sequence[int]) -> Tensor:
@@ -53,7 +51,7 @@ def _free(y: Tensor, *parameters: Tensor) -> list[int]:
     ]
 
 
-def _sum(name: str, function: Callable, signs: tuple[int, int], input: Any, other: Any, alpha: Any, tape: Tape):
+def _sum(name: str, function: Callable, signs: tuple[int, int], input: Any, other: Any, alpha: Any, tape: Recorder):
     call = tape.call(name, input, other)
     y = function(input, other, alpha=alpha) if alpha != 1 else function(input, other)
     claimed = [t for t in (input, other) if call.follows(t)]
@@ -66,25 +64,25 @@ def _sum(name: str, function: Callable, signs: tuple[int, int], input: Any, othe
     return call.tap(y, make, claimed, _free(y, *claimed), [])
 
 
-def add(input: Tensor, other: Tensor, *, alpha: float = 1, tape: Tape) -> Tensor:
+def add(input: Tensor, other: Tensor, *, alpha: float = 1, tape: Recorder) -> Tensor:
     """`torch.add` with a parameter on either side."""
     return _sum("add", torch.add, (1, 1), input, other, alpha, tape)
 
 
-def sub(input: Tensor, other: Tensor, *, alpha: float = 1, tape: Tape) -> Tensor:
+def sub(input: Tensor, other: Tensor, *, alpha: float = 1, tape: Recorder) -> Tensor:
     """`torch.sub` with a parameter on either side."""
     return _sum("sub", torch.sub, (1, -1), input, other, alpha, tape)
 
 
-def add_(input: Tensor, other: Tensor, *, alpha: float = 1, tape: Tape) -> Tensor:
+def add_(input: Tensor, other: Tensor, *, alpha: float = 1, tape: Recorder) -> Tensor:
     return _sum("add_", Tensor.add_, (1, 1), input, other, alpha, tape)
 
 
-def sub_(input: Tensor, other: Tensor, *, alpha: float = 1, tape: Tape) -> Tensor:
+def sub_(input: Tensor, other: Tensor, *, alpha: float = 1, tape: Recorder) -> Tensor:
     return _sum("sub_", Tensor.sub_, (1, -1), input, other, alpha, tape)
 
 
-def mul(input: Tensor, other: Tensor, *, tape: Tape) -> Tensor:
+def mul(input: Tensor, other: Tensor, *, tape: Recorder) -> Tensor:
     """`torch.mul` with a parameter on either side."""
     call = tape.call("mul", input, other)
     y = torch.mul(input, other)
@@ -107,7 +105,7 @@ def mul(input: Tensor, other: Tensor, *, tape: Tape) -> Tensor:
     return call.tap(y, make, [p], _free(y, p), [x])
 
 
-def spread(function: Callable, input: Tensor, *args: Any, tape: Tape, **kwargs: Any) -> Tensor:
+def spread(function: Callable, input: Tensor, *args: Any, tape: Recorder, **kwargs: Any) -> Tensor:
     """expand, repeat and their like: a parameter copied to every sample."""
     call = tape.call(function.__name__, input)
     y = function(input, *args, **kwargs)
@@ -121,7 +119,7 @@ def spread(function: Callable, input: Tensor, *args: Any, tape: Tape, **kwargs: 
     return call.tap(y, make, [input], axes, [], guarded=True)
 
 
-def local(function: Callable, args: tuple, kwargs: dict, aligned: bool, tape: Tape) -> Tensor:
+def local(function: Callable, args: tuple, kwargs: dict, aligned: bool, tape: Recorder) -> Tensor:
     """Any function of tensors that treats samples alike: differentiated on its own, sample by sample, with vmap.
 
     aligned: dimensions correspond from the right, as in broadcasting; else the samples are along dimension 0.

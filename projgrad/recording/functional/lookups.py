@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,7 @@ from torch import Tensor
 from ...rules.layout import Layout, gather
 from ...rules.lookup import Lookup
 from ...rules.rule import Rule
-
-if TYPE_CHECKING:
-    from ...tape.tape import Tape
+from ..recording import Recorder
 
 SCALED = "{}(scale_grad_by_freq=True) scales one sample's gradient by what the others hold"
 
@@ -28,7 +25,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
     *,
-    tape: Tape,
+    tape: Recorder,
 ) -> Tensor:
     """`torch.nn.functional.embedding`: ids (...) into weight (rows, cols).
 
@@ -60,7 +57,7 @@ def lookup(call, y: Tensor, ids: Tensor, weight: Tensor, padding: int | None = N
     return call.tap(y, make, [weight], range(ids.ndim), [ids])
 
 
-def embedding_bag(weight: Tensor, input: Tensor, offsets: Tensor, *args, tape: Tape) -> tuple[Tensor, ...]:
+def embedding_bag(weight: Tensor, input: Tensor, offsets: Tensor, *args, tape: Recorder) -> tuple[Tensor, ...]:
     """`torch.embedding_bag` with mode sum or mean.
 
     Raises:

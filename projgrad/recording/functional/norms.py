@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +10,8 @@ from torch import Tensor
 
 from ...rules.layout import Layout
 from ...rules.rule import Rows, Rule
+from ..recording import Recorder
 from .elementwise import blocks, fold
-
-if TYPE_CHECKING:
-    from ...tape.tape import Tape
 
 
 def _tap(x: Tensor, weight, bias, y: Tensor, normalise, axes, where, call) -> Tensor:
@@ -38,7 +35,7 @@ def _tap(x: Tensor, weight, bias, y: Tensor, normalise, axes, where, call) -> Te
     return call.tap(y, make, [weight, bias], axes, [x] if call.follows(weight) else [])
 
 
-def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, tape: Tape) -> Tensor:
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, tape: Recorder) -> Tensor:
     """`torch.nn.functional.layer_norm`."""
     call = tape.call("layer_norm", input, weight, bias)
     y = F.layer_norm(input, normalized_shape, weight, bias, eps)
@@ -47,7 +44,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, tap
     return _tap(input, weight, bias, y, plain, range(last), range(last, y.ndim), call)
 
 
-def rms_norm(input, normalized_shape, weight=None, eps=None, *, tape: Tape) -> Tensor:
+def rms_norm(input, normalized_shape, weight=None, eps=None, *, tape: Recorder) -> Tensor:
     """`torch.nn.functional.rms_norm`."""
     call = tape.call("rms_norm", input, weight)
     y = F.rms_norm(input, normalized_shape, weight, eps)
@@ -56,7 +53,7 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, tape: Tape) -> T
     return _tap(input, weight, None, y, plain, range(last), range(last, y.ndim), call)
 
 
-def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, tape: Tape) -> Tensor:
+def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, tape: Recorder) -> Tensor:
     """`torch.nn.functional.group_norm`."""
     call = tape.call("group_norm", input, weight, bias)
     y = F.group_norm(input, num_groups, weight, bias, eps)
@@ -66,7 +63,7 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, tape: Tap
 
 def instance_norm(
     input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5,
-    *, tape: Tape,
+    *, tape: Recorder,
 ) -> Tensor:  # fmt: skip
     """`torch.nn.functional.instance_norm`."""
     call = tape.call("instance_norm", input, weight, bias)
@@ -77,7 +74,7 @@ def instance_norm(
 
 
 def batch_norm(
-    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *, tape: Tape
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *, tape: Recorder
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` with running statistics.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +11,11 @@ from torch import Tensor
 
 from ...rules.layout import Layout
 from ...rules.rule import Grouped, Product, Rows, Rule
+from ..recording import Recorder
 from .elementwise import fold
 
-if TYPE_CHECKING:
-    from ...tape.tape import Tape
 
-
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, tape: Tape) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, tape: Recorder) -> Tensor:
     """`torch.nn.functional.linear`: input (..., i), weight (o, i), bias (o,)."""
     call = tape.call("linear", input, weight, bias)
     y = F.linear(input, weight, bias)
@@ -81,7 +78,7 @@ def contract(y: Tensor, x: Tensor, sx: str, weight: Tensor, sw: str, sy: str, ca
     return call.tap(y, make, [*claimed, added], axes, [x] if claimed and call.follows(weight) else [], shared=shared)
 
 
-def matmul(input: Tensor, other: Tensor, *, tape: Tape) -> Tensor:
+def matmul(input: Tensor, other: Tensor, *, tape: Recorder) -> Tensor:
     """`torch.matmul` with a parameter on either side."""
     call = tape.call("matmul", input, other)
     y = torch.matmul(input, other)
@@ -100,14 +97,14 @@ def _tap_matmul(call, y: Tensor, input: Tensor, other: Tensor, extra=None) -> Te
     return contract(y, x, sx, weight, sw, sy, call, extra)
 
 
-def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1, tape: Tape) -> Tensor:
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1, tape: Recorder) -> Tensor:
     """`torch.addmm` and `torch.baddbmm`."""
     call = tape.call("addmm", input, mat1, mat2)
     y = (torch.addmm if mat1.ndim == 2 else torch.baddbmm)(input, mat1, mat2, beta=beta, alpha=alpha)
     return _tap_matmul(call, y, mat1, mat2, (input, beta, alpha))
 
 
-def einsum(equation: str, *operands: Tensor, tape: Tape) -> Tensor:
+def einsum(equation: str, *operands: Tensor, tape: Recorder) -> Tensor:
     """`torch.einsum` of two operands, one of them a parameter."""
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     call = tape.call("einsum", *operands)
@@ -133,7 +130,7 @@ def _subscripts(equation: str, operands: Sequence[Tensor]) -> list[str] | None:
     return [*spelled, out.replace("...", letters)]
 
 
-def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None, *, tape: Tape) -> Tensor:
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None, *, tape: Recorder) -> Tensor:
     """`torch.nn.functional.bilinear`: y_o = x₁ᵀ W_o x₂ + b_o, weight (o, i, i₂)."""
     call = tape.call("bilinear", input1, input2, weight, bias)
     y = F.bilinear(input1, input2, weight, bias)

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..recording import Recorder
 from .products import linear
 
-if TYPE_CHECKING:
-    from ...tape.tape import Tape
 
-
-def _lstm(x: Tensor, h: Sequence[Tensor], w: Sequence[Tensor | None], tape: Tape) -> tuple[Tensor, ...]:
+def _lstm(x: Tensor, h: Sequence[Tensor], w: Sequence[Tensor | None], tape: Recorder) -> tuple[Tensor, ...]:
     i, f, g, o = (x + linear(h[0], w[0], w[1], tape=tape)).chunk(4, 1)
     c = f.sigmoid() * h[1] + i.sigmoid() * g.tanh()
     y = o.sigmoid() * c.tanh()
     return (y if w[2] is None else linear(y, w[2], tape=tape)), c
 
 
-def _gru(x: Tensor, h: Sequence[Tensor], w: Sequence[Tensor | None], tape: Tape) -> tuple[Tensor, ...]:
+def _gru(x: Tensor, h: Sequence[Tensor], w: Sequence[Tensor | None], tape: Recorder) -> tuple[Tensor, ...]:
     (xr, xz, xn), (hr, hz, hn) = x.chunk(3, 1), linear(h[0], w[0], w[1], tape=tape).chunk(3, 1)
     z = (xz + hz).sigmoid()
     return ((1 - z) * (xn + (xr + hr).sigmoid() * hn).tanh() + z * h[0],)
 
 
 def _rnn(activation: Callable[[Tensor], Tensor]) -> Callable:
-    def cell(x: Tensor, h: Sequence[Tensor], w: Sequence[Tensor | None], tape: Tape) -> tuple[Tensor, ...]:
+    def cell(x: Tensor, h: Sequence[Tensor], w: Sequence[Tensor | None], tape: Recorder) -> tuple[Tensor, ...]:
         return (activation(x + linear(h[0], w[0], w[1], tape=tape)),)
 
     return cell
@@ -38,7 +35,7 @@ def _rnn(activation: Callable[[Tensor], Tensor]) -> Callable:
 CELLS = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _rnn(torch.tanh), "rnn_relu": _rnn(torch.relu)}
 
 
-def recurrent(name: str, *args, tape: Tape):
+def recurrent(name: str, *args, tape: Recorder):
     """What `torch.nn.LSTM`, `GRU` and `RNN` call: (input, hx, weights, bias?, layers, dropout, train, bidirectional?,
     batch_first) or, for packed sequences, (data, batch sizes, hx, weights, ...)."""
     cell = CELLS[name]
@@ -87,7 +84,7 @@ def recurrent(name: str, *args, tape: Tape):
     return y, *(torch.stack(some) for some in zip(*finals, strict=True))
 
 
-def recurrent_cell(name: str, input: Tensor, hx, w_ih, w_hh, b_ih=None, b_hh=None, *, tape: Tape):
+def recurrent_cell(name: str, input: Tensor, hx, w_ih, w_hh, b_ih=None, b_hh=None, *, tape: Recorder):
     """What `torch.nn.LSTMCell`, `GRUCell` and `RNNCell` call."""
     h = hx if name == "lstm_cell" else (hx,)
     cell = CELLS[name.removesuffix("_cell")]

@@ -1,0 +1,141 @@
+"""Whose every entry of a gradient is, told from a few backward passes whose losses are weighted by sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..rules.layout import Layout
+from .sites import Site
+
+
+class Codes:
+    """Weights of the samples for a few backward passes, by which the gradient says whose it is.
+
+    From the first pass to every other one the weight of sample j grows by a power of two, negative for half of the
+    samples: that does not round, so what belongs to one sample alone grows by exactly its factor. No two samples have
+    the same factors. The weights of the first pass are random: a mixture of samples grows by a power of two, or
+    vanishes in all passes, for next to none of them. Equal ones would not do: ℓ_j - mean ℓ vanishes.
+
+    base: weights of the first pass [n]. factors: by which they grow in the others, [n] each.
+    """
+
+    def __init__(self, n: int, like: Tensor, coarsest: torch.dtype) -> None:
+        j = torch.arange(n, device=like.device)
+        limit = 3 if coarsest == torch.float16 else 48  # no weight above 1, none far below: it has no more range
+        passes = next(k for k in range(1, n + 2) if (2 * limit) ** k >= n)
+        self.powers = next(e for e in range(1, limit + 1) if (2 * e) ** passes >= n)
+        self.n, self.lowest = n, -(self.powers // 2)
+        random = torch.rand((2, n), generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        base = (random[0] < 0.5).to(torch.float64).mul(2).sub(1) * (random[1] + 3) / 8  # ± 3/8 to 1/2
+        self.base = base.to(like.device, like.dtype)
+        self.digits = [j // (2 * self.powers) ** k % (2 * self.powers) for k in range(passes)]
+        self.factors = [self._factor(d).to(like.dtype) for d in self.digits]
+
+    def _factor(self, digit: Tensor) -> Tensor:
+        return (1 - 2 * (digit & 1)) * 2.0 ** ((digit >> 1) + self.lowest)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """[n] for every pass."""
+        return [self.base, *(self.base * f for f in self.factors)]
+
+    def owners(self, passes: Sequence[Tensor], tolerance: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Whose every entry is [r] (-1: nobody's, its gradient is zero), and whether it is a mixture [r], from its
+        signature [r, q] in every pass.
+
+        tolerance: by how much an entry may miss its factor, relative. noise: by how much at any rate, but for 0.3 of
+        it: the next factor is twice as large, half as large or negative.
+        """
+        before = passes[0].double()
+        size = before.norm(dim=1)
+        zero = size <= torch.finfo(passes[0].dtype).tiny / torch.finfo(passes[0].dtype).eps
+        size = size.where(~zero, 1)
+        owner, mixed = torch.zeros_like(zero, dtype=torch.int64), torch.zeros_like(zero)
+        for k, after in enumerate(passes[1:]):
+            after = after.double()
+            grown = (before / size[:, None] * (after / size[:, None])).sum(1)  # in this order nothing overflows
+            power = grown.abs().clamp_min(1e-300).log2().round() - self.lowest
+            digit = 2 * power.clamp(0, self.powers - 1).long() + (grown < 0)
+            factor = self._factor(digit)
+            off = (after - factor[:, None] * before).norm(dim=1) / factor.abs()
+            allowed = (tolerance * size).maximum((0.3 * size).minimum(noise))
+            appeared = after.norm(dim=1) > 2.0 ** (self.powers // 2 + 4) * noise
+            mixed |= torch.where(zero, appeared, ~(off <= allowed))
+            owner += digit * (2 * self.powers) ** k
+        mixed |= ~zero & (owner >= self.n)
+        return owner.where(~zero & ~mixed, -1), mixed
+
+
+class Signatures:
+    """What of a gradient is compared between passes: a few random projections, the same in every pass.
+
+    They are linear: what mixes samples shows to first order, and cannot cancel.
+    """
+
+    def __init__(self) -> None:
+        self.directions: dict[tuple, Tensor] = {}
+
+    def of(self, b: Tensor, axes: Sequence[int]) -> Tensor:
+        """[indices along `axes`, q] for b [*shape]."""
+        rest = [d for d in range(b.ndim) if d not in axes]
+        sizes = [math.prod(b.shape[d] for d in some) for some in (axes, rest)]
+        rows = b.permute(*axes, *rest).reshape(sizes)
+        # Scaling by powers of two commutes with the rounding of bfloat16; float16 has not the range for sums.
+        rows = rows.float() if rows.dtype.itemsize == 2 else rows
+        size, count = rows.shape[1], 4
+        if size <= count:
+            return rows
+        key = size, rows.dtype, rows.device
+        if key not in self.directions:
+            z = torch.randn((size, count), generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
+            self.directions[key] = z.to(b.device)
+        return rows @ self.directions[key]
+
+
+def axes_of(site: Site, layouts: Sequence[Layout]) -> list[int]:
+    """Return the dimensions along which entries are told apart."""
+    return sorted({layout.axis for layout in layouts} | leading(site))
+
+
+def owners_of(
+    codes: Codes, site: Site, passes: Sequence[Tensor], coarsest: torch.dtype, tolerance: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return `Codes.owners` of one site, with the tolerances of its device and types.
+
+    On the CPU nothing rounds differently in another pass, unless float16 runs out of digits.
+    """
+    first, limits = passes[0], torch.finfo(passes[0].dtype)
+    exact = {torch.float64: 1e-12}.get(coarsest, 1e-6)
+    noise = first.new_tensor(limits.tiny / limits.eps, dtype=torch.float64)
+    if coarsest == torch.float16:  # 64 times its smallest number, in every entry
+        noise = noise + 64 * 2.0**-24 * (math.prod(site.shape) / max(1, len(first))) ** 0.5
+    if first.is_cuda and first.numel():  # sums in no fixed order
+        exact = {torch.float64: 1e-10, torch.float32: 1e-4}.get(coarsest, 1e-2)
+        noise = noise.maximum(16 * torch.finfo(coarsest).eps * first.abs().max())
+    return codes.owners(passes, exact if tolerance is None else tolerance, noise)
+
+
+def changed(once: Tensor, twice: Tensor, coarsest: torch.dtype) -> bool:
+    """Return whether a pass with twice the weights did not give twice as much."""
+    tolerance = 0.1 if coarsest.itemsize == 2 else 1e-3
+    return not bool((twice - 2 * once).norm() <= tolerance * (twice.norm() + 2 * once.norm()))
+
+
+def matches(owner: Tensor, axes: Sequence[int], layout: Layout, site: Site, n: int) -> bool:
+    """Return whether the owners [indices along `axes`] are those of a layout; what is nobody's may be anybody's."""
+    expected = layout.owner(site.shape[layout.axis], n, owner.device)
+    expected = expected.view([-1 if d == layout.axis else 1 for d in axes])
+    owner = owner.view([site.shape[d] for d in axes])
+    return bool(((owner == expected) | (owner < 0)).all())
+
+
+def leading(site: Site) -> set[int]:
+    """Return the leading dimensions that may hold samples in no regular order."""
+    axes, lead = set(site.axes), 0
+    while lead in axes:
+        lead += 1
+    return set(range(lead))
