@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..ops.cost import GramRoute, chunk_bytes, linear_route
+from ..ops.cost import GramRoute, chunk_bytes
 from ..ops.flat import _gram
-from ..ops.linear_impl import _linear_combine_, _linear_dot, _linear_gram, _linear_moments
 
 
 class Rule:
@@ -119,123 +118,6 @@ class Rows(Rule):
 
     def chunk(self, rows: slice, float64: bool = False) -> Tensor:
         return self.g.reshape(self.n, self.rows, self.cols)[:, rows].to(working(self.g.dtype, float64))
-
-
-class Product(Rule):
-    """g_j = Σ_t p_jt q_jtᵀ: linear layers, products and contractions with a parameter.
-
-    p [n, t, *left], q [n, t, *right]; `order` permutes the parameter's dimensions into (*left, *right).
-    """
-
-    name = "product"
-
-    def __init__(self, p: Tensor, q: Tensor, left: Sequence[int], right: Sequence[int], order: Sequence[int]) -> None:
-        self.n, self.p, self.q, self.device = len(p), p, q, p.device
-        self.left, self.right, self.order = tuple(left), tuple(right), tuple(order)
-        sizes = self.left + self.right
-        self.inverse = tuple(self.order.index(d) for d in range(len(order)))
-        self.shape = torch.Size(sizes[d] for d in self.inverse)
-        self.dtype = working(torch.promote_types(p.dtype, q.dtype), False)
-        self.has_16bit_factor = p.dtype.itemsize == 2 or q.dtype.itemsize == 2
-
-    @property
-    def form(self) -> tuple:
-        return self.left, self.right, self.order
-
-    def chunk(self, rows: slice, float64: bool = False) -> Tensor:
-        dtype = torch.float64 if float64 else self.dtype
-        p, q = self.p.flatten(2), self.q.flatten(2)
-        left, right = list(self.left), list(self.right)
-        first = self.inverse[0] if self.shape else 0  # where the parameter's first dimension is in (*left, *right)
-        length = rows.stop - rows.start
-        if first < len(left):
-            p = self.p.unflatten(2, left).narrow(2 + first, rows.start, length).flatten(2) if left else p
-            left[first] = length
-        else:
-            q = self.q.unflatten(2, right).narrow(2 + first - len(left), rows.start, length).flatten(2)
-            right[first - len(left)] = length
-        g = torch.bmm(p.to(dtype).mT, q.to(dtype)).view(self.n, *left, *right)
-        return g.permute(0, *(1 + d for d in self.inverse)).reshape(self.n, length, self.cols)
-
-    def matrix(self, u: Tensor) -> Tensor:
-        """u [m, *shape] -> [m, |left|, |right|]."""
-        return u.permute(0, *(1 + d for d in self.order)).reshape(len(u), math.prod(self.left), math.prod(self.right))
-
-    def gram(self, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Tensor]:
-        p, q = self.p.flatten(2), self.q.flatten(2)
-        u = p.new_empty((0, p.shape[2], q.shape[2])) if u is None else self.matrix(u)
-        return _linear_gram(q, p, u, float64)
-
-    def cost(self) -> GramRoute:
-        i, o = math.prod(self.right), math.prod(self.left)
-        itemsize = max(self.p.dtype.itemsize, self.q.dtype.itemsize)
-        return linear_route(self.n, self.p.shape[1], i, o, itemsize=itemsize, device=self.device.type)
-
-    def dot(self, u: Tensor, float64: bool = False) -> Tensor:
-        return _linear_dot(self.q.flatten(2), self.p.flatten(2), self.matrix(u), float64)
-
-    def combine_(self, out: Tensor, c: Tensor, float64: bool = False) -> None:
-        if float64:
-            return super().combine_(out, c, float64)
-        p, q, target = self.p.flatten(2), self.q.flatten(2), out.permute(self.order)
-        if len(self.left) == 1 and len(self.right) == 1:
-            _linear_combine_(target, q, p, c)
-        else:
-            part = torch.zeros(p.shape[2], q.shape[2], dtype=self.dtype, device=p.device)
-            _linear_combine_(part, q, p, c)
-            target.add_(part.view(target.shape))
-
-    def moments_(self, first: Tensor, second: Tensor) -> None:
-        for out, part in zip((first, second), _linear_moments(self.q.flatten(2), self.p.flatten(2)), strict=True):
-            target = out.permute(self.order)
-            target.add_(part.view(target.shape))
-
-    def transposed(self) -> "Product":
-        """The same for the transposed parameter."""
-        flip = [d for d in range(len(self.order))][::-1]
-        return Product(self.p, self.q, self.left, self.right, [flip[d] for d in self.order])
-
-
-class Grouped(Rule):
-    """One product per group: g_j[h] = Σ_t p_jth q_jthᵀ for p [n, t, h, left], q [n, t, h, right]."""
-
-    name = "grouped product"
-
-    def __init__(self, p: Tensor, q: Tensor, groups: list[int], left: list[int], right: list[int], order: list[int]):
-        self.n, self.p, self.q, self.order, self.device = len(p), p, q, order, p.device
-        self.sizes = [*groups, *left, *right]
-        self.inverse = [order.index(d) for d in range(len(order))]
-        self.shape = torch.Size(self.sizes[d] for d in self.inverse)
-        first = Product(p[:, :, 0], q[:, :, 0], p.shape[3:], q.shape[3:], (0, 1))
-        self.dtype, self.has_16bit_factor = first.dtype, first.has_16bit_factor
-
-    def _group(self, h: int) -> Product:
-        return Product(self.p[:, :, h], self.q[:, :, h], self.p.shape[3:], self.q.shape[3:], (0, 1))
-
-    def chunk(self, rows: slice, float64: bool = False) -> Tensor:
-        dtype = torch.float64 if float64 else self.dtype
-        p, q = self.p.movedim(1, 3).to(dtype), self.q.movedim(1, 2).to(dtype)  # [n, h, left, t], [n, h, t, right]
-        g = torch.matmul(p, q).reshape(self.n, *self.sizes).permute(0, *(1 + d for d in self.inverse))
-        return g.reshape(self.n, self.rows, self.cols)[:, rows]
-
-    def gram(self, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Tensor]:
-        count, shape = self.p.shape[2], (self.p.shape[3], self.q.shape[3])
-        if u is not None:
-            u = u.permute(0, *(1 + d for d in self.order)).reshape(len(u), count, *shape)
-        passes = [self._group(h).gram(None if u is None else u[:, h], float64) for h in range(count)]
-        K, v = zip(*passes, strict=True)
-        return sum(K), sum(v)
-
-
-def joined(rules: Sequence[Rule]) -> Rule:
-    """One rule for several uses of the same tensor: per-sample gradients are the sum over uses."""
-    if len(rules) == 1:
-        return rules[0]
-    first = rules[0]
-    if all(isinstance(r, Product) and r.form == first.form for r in rules):
-        p, q = (torch.cat([getattr(r, name).flatten(2) for r in rules], 1) for name in "pq")
-        return Product(p, q, first.left, first.right, first.order)
-    return Sum(rules)
 
 
 class Sum(Rule):

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..recording.backward import receiving
 from ..recording.recording import Recording
 from ..recording.sites import Site
-from ..rules.rule import Product, Rule
+from ..rules.product import Product
+from ..rules.rule import Rule
 
 
 class FactoredGradient(NamedTuple):

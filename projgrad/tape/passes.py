@@ -13,7 +13,8 @@ from ..recording.backward import backward, recomputing
 from ..recording.recording import Recording
 from ..recording.sites import Site, Source
 from ..recording.structure import Structure, structure_of
-from ..rules.rule import Rows, Rule, joined
+from ..rules.product import joined
+from ..rules.rule import Rows, Rule
 from .consumers import Consumer
 from .full_rows import looped, mapped
 from .plan import UsePlan, undo_transpose

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...rules.layout import Layout
-from ...rules.rule import Grouped, Product, Rows, Rule
+from ...rules.product import Grouped, Product
+from ...rules.rule import Rows, Rule
 from ..recording import Recorder
 from .elementwise import fold
 
