@@ -135,7 +135,9 @@ class OrthoGrad:
         self._factors = ForgetFactors()
 
     def step(self, forget: Callable[[], Tensor], retain: Callable[[], Tensor]) -> StepRecord:
-        """One update. An error before the optimizer steps leaves the model and the optimizer as they were, with every
+        """Make one update.
+
+        An error before the optimizer steps leaves the model and the optimizer as they were, with every
         `.grad` set to None; what a closure itself changes stays changed.
 
         What was accumulated in `.grad` before is dropped. Each closure makes its forward pass itself, in every step

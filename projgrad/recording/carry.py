@@ -46,7 +46,7 @@ class Op(NamedTuple):
     n: int
 
     def dims(self, name: str, ndim: int) -> tuple[int, ...]:
-        """An attribute that names dimensions of a tensor with `ndim` of them, none negative."""
+        """Return the dimensions that an attribute names, of a tensor with `ndim` of them, none negative."""
         assert SHAPED.match(name), name
         value = getattr(self.node, name)
         values = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
@@ -59,7 +59,7 @@ Rule = Callable[[Op], Where]
 
 
 def carry(op: Op) -> Where:
-    """Where the samples lie in every input; None where that is not proven."""
+    """Return where the samples lie in every input, None where that is not proven."""
     rule = _first_alike if is_tap(op.node) else CARRIED.get(_name(op.node))
     if rule is None:
         return [None] * len(op.inputs)
@@ -69,14 +69,14 @@ def carry(op: Op) -> Where:
 
 
 def _fits(op: Op, there: Along | None, shape: Shape | None) -> bool:
-    """Whether the samples can lie there: a last guard that no rule below has to repeat."""
+    """Return whether the samples can lie there: a last guard that no rule below has to repeat."""
     if there is None or shape is None or not 0 <= there.dim < len(shape):
         return False
     return shape[there.dim] > 0 and shape[there.dim] % (op.n * there.inner) == 0
 
 
 def of_torch(node: Node) -> bool:
-    """Whether a node is one of torch's own operations, or a tap."""
+    """Return whether a node is one of torch's own operations, or a tap."""
     return bool(NUMBER.search(node.name())) or node.name().startswith("torch::autograd") or is_tap(node)
 
 
@@ -102,7 +102,7 @@ def _align(op: Op, shape: Shape) -> Along | None:
 
 
 def _same(op: Op, shape: Shape | None, dim: int | None = None) -> Along | None:
-    """The same dimension of the input, or the one given, if it is as long there."""
+    """Return the same dimension of the input, or the one given, if it is as long there."""
     dim = op.at.dim if dim is None else dim
     if shape is None or not 0 <= dim < len(shape) or shape[dim] != op.out[op.at.dim]:
         return None
@@ -110,12 +110,12 @@ def _same(op: Op, shape: Shape | None, dim: int | None = None) -> Along | None:
 
 
 def _first_alike(op: Op) -> Where:
-    """The first input is the output, as far as shapes go."""
+    """Carry to the first input, which has the shape of the output."""
     return [_same(op, op.inputs[0])]
 
 
 def _reshaped(op: Op) -> Where:
-    """The same entries in the same order in another shape."""
+    """Carry to the same entries in the same order, in another shape."""
     (shape,) = op.inputs
     if shape is None or math.prod(shape) != math.prod(op.out):
         return [None]
@@ -152,12 +152,12 @@ def _along(attribute: str) -> Rule:
 
 
 def _first_along(attribute: str) -> Rule:
-    """The same for the first input; the others are not followed."""
+    """Carry to the first input alone."""
     return lambda op: _along(attribute)(op)[:1]
 
 
 def _reduced(op: Op) -> Where:
-    """A sum, a norm, a maximum over some dimensions, kept with size 1 or not."""
+    """Carry through a sum, a norm or a maximum over some dimensions, kept with size 1 or not."""
     shape = op.inputs[0]
     if shape is None or not len(op.out):
         return [None]
@@ -169,7 +169,7 @@ def _reduced(op: Op) -> Where:
 
 
 def _inserted(op: Op) -> Where:
-    """One dimension of the input is not in the output: an index into it was chosen."""
+    """Carry to an input with one dimension more: an index into it was chosen."""
     (dim,) = op.dims("_saved_dim", len(op.out) + 1)
     return [Along(op.at.dim + (op.at.dim >= dim), op.at.inner)]
 
@@ -204,7 +204,7 @@ def _rolled(op: Op) -> Where:
 
 
 def _of_matrices(left: int) -> Rule:
-    """A product of matrices [..., i, k] and [..., k, o], inputs `left` and `left + 1`; what is added comes before."""
+    """Carry through a product [..., i, k] [..., k, o] of inputs `left` and `left + 1`; what is added comes before."""
 
     def carry(op: Op) -> Where:
         rows, ndim = op.at.dim, len(op.out)
@@ -221,7 +221,7 @@ def _of_matrices(left: int) -> Rule:
 
 
 def _leading(last: int) -> Rule:
-    """The first input keeps all dimensions but the last few, which are treated together."""
+    """Carry to the first input along all dimensions but the last few, which are treated together."""
     return lambda op: [_same(op, op.inputs[0]) if op.at.dim < len(op.out) - last else None]
 
 
@@ -237,7 +237,7 @@ def _normalised(op: Op) -> Where:
 
 
 def _batch_normalised(op: Op) -> Where:
-    """Every channel for itself, and with running statistics every sample too."""
+    """Carry along channels, and with running statistics along samples too."""
     alike = op.at.dim == 1 or (op.at.dim == 0 and not saved(op.node, "training"))
     return [_same(op, op.inputs[0]) if alike else None]
 

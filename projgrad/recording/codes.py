@@ -40,13 +40,13 @@ class Codes:
 
     @property
     def weights(self) -> list[Tensor]:
-        """[n] for every pass."""
+        """Return the weights [n] of every pass."""
         return [self.base, *(self.base * f for f in self.factors)]
 
     def owners(self, passes: Sequence[Tensor], tolerance: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Whose every entry is [r] (-1: nobody's, its gradient is zero), and whether it is a mixture [r], from its
-        signature [r, q] in every pass.
+        """Return whose every entry is [r] (-1: nobody's, its gradient is zero), and whether it is a mixture [r].
 
+        passes: signatures [r, q], one for every pass.
         tolerance: by how much an entry may miss its factor, relative. noise: by how much at any rate, but for 0.3 of
         it: the next factor is twice as large, half as large or negative.
         """
@@ -80,9 +80,9 @@ class Signatures:
         self.directions: dict[tuple, Tensor] = {}
 
     def of(self, b: Tensor, axes: Sequence[int]) -> Tensor:
-        """[indices along `axes`, q] for b [*shape]."""
+        """Return the signature [indices along `axes`, q] of b [*shape]."""
         rest = [d for d in range(b.ndim) if d not in axes]
-        sizes = [math.prod(b.shape[d] for d in some) for some in (axes, rest)]
+        sizes = [math.prod(b.shape[d] for d in dims) for dims in (axes, rest)]
         rows = b.permute(*axes, *rest).reshape(sizes)
         # Scaling by powers of two commutes with the rounding of bfloat16; float16 has not the range for sums.
         rows = rows.float() if rows.dtype.itemsize == 2 else rows

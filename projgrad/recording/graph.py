@@ -26,7 +26,7 @@ def own_site(recording: Recording, node: Node) -> Site | None:
 
 
 def nodes_of(losses: Tensor) -> list[Node]:
-    """All nodes of the graph, each once."""
+    """Return all nodes of the graph, each once."""
     nodes: dict[Node, None] = {losses.grad_fn: None}
     waiting = [losses.grad_fn]
     while waiting:
@@ -43,22 +43,25 @@ def coarser(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def coarsest_of(losses: Tensor, nodes: list[Node]) -> torch.dtype:
-    """The floating-point type with the fewest digits."""
-    found = {losses.dtype, *(m.dtype for node in nodes for m in outputs_of(node))}
-    return coarser(*(d for d in found if d.is_floating_point))
+    """Return the type with the fewest digits between the losses and the parameters."""
+    types = {losses.dtype, *(m.dtype for node in nodes for m in outputs_of(node))}
+    return coarser(*(d for d in types if d.is_floating_point))
 
 
 def audit(recording: Recording, losses: Tensor) -> set[str]:
-    """Parameters that reach the losses other than through active sites, by a walk of the graph around the sites."""
+    """Return the parameters that reach the losses other than through active sites.
+
+    The graph is walked around the sites.
+    """
     accumulators = {get_gradient_edge(p).node: name for name, p in recording.parameters.items()}
-    seen, nodes, found = set(), [losses.grad_fn], set()
+    seen, nodes, outside = set(), [losses.grad_fn], set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if node in accumulators:
-            found.add(accumulators[node])
+            outside.add(accumulators[node])
             continue
         if "CompiledFunction" in node.name():
             raise ValueError(
@@ -72,12 +75,13 @@ def audit(recording: Recording, losses: Tensor) -> set[str]:
             nodes += [s.edge.node for s in (*site.sources, *site.unclaimed) if s in site.unclaimed or s.settled]
             continue
         nodes += [following for following, _ in node.next_functions]
-    return found
+    return outside
 
 
 def fingerprint(recording: Recording, losses: Tensor) -> tuple[int, dict[int, Node]]:
-    """A hash of the whole graph: operations, shapes and axes, how they are connected, which parameters and sites; and
-    the taps of the sites, by their indices.
+    """Return a hash of the whole graph, and the taps of the sites by their indices.
+
+    The hash is of operations, shapes and axes, how they are connected, and which parameters and sites they use.
 
     Raises:
         ValueError: no parameter that the tape follows is in it, or reentrant checkpointing.
@@ -119,7 +123,7 @@ def _form(output) -> tuple:
 
 
 def _setting(value: object) -> object:
-    """What of an attribute of a node belongs to the graph: of a tensor the numbers only if they are integers."""
+    """Return what of a node's attribute belongs to the graph: of a tensor the numbers only if they are integers."""
     if not isinstance(value, Tensor):
         return str(value)
     return value.dtype, tuple(value.shape), *(() if value.is_floating_point() else value.flatten().tolist())

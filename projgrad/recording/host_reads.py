@@ -17,20 +17,21 @@ class HostReads:
     """Numbers on the device and what to do with them; all of them are brought to the host at once."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[Tensor, Callable[[list[float]], None]]] = []
+        self._deferred: list[tuple[Tensor, Callable[[list[float]], None]]] = []
 
-    def defer(self, numbers: Tensor, answer: Callable[[list[float]], None]) -> None:
-        self.asked.append((numbers.detach().flatten(), answer))
+    def defer(self, numbers: Tensor, callback: Callable[[list[float]], None]) -> None:
+        """Call back with these numbers at the next `flush`."""
+        self._deferred.append((numbers.detach().flatten(), callback))
 
     def flush(self) -> None:
         """Bring all numbers to the host and call back in the order of `defer`; a callback that raises ends it."""
-        asked, self.asked = self.asked, []
-        if not asked:
+        deferred, self._deferred = self._deferred, []
+        if not deferred:
             return
-        values = to_host(*(numbers for numbers, _ in asked))
-        for numbers, answer in asked:
+        values = to_host(*(numbers for numbers, _ in deferred))
+        for numbers, callback in deferred:
             count = len(numbers)
-            answer(values[:count])
+            callback(values[:count])
             values = values[count:]
 
 
@@ -50,7 +51,7 @@ class Reading:
 
 
 def to_host(*numbers: Tensor) -> list[float]:
-    """All numbers of these tensors, now."""
+    """Bring all numbers of these tensors to the host, now."""
     if len(numbers) == 1:
         return numbers[0].flatten().tolist()
     device = numbers[0].device
@@ -58,12 +59,12 @@ def to_host(*numbers: Tensor) -> list[float]:
 
 
 def length(t: Tensor) -> Tensor:
-    """‖t‖ in float64, ()."""
+    """Return ‖t‖ in float64, ()."""
     return lengths([t])[0]
 
 
 def lengths(tensors: Sequence[Tensor]) -> Tensor:
-    """The length of each, [len(tensors)] float64 on the device of the first."""
+    """Return the Euclidean norm of each, [len(tensors)] float64 on the device of the first."""
     device = tensors[0].device
     if device.type == "cuda":  # one launch for hundreds of tensors; float64 costs nothing where reading takes the time
         return torch.stack([norm.to(device) for norm in foreach_norms(tensors, torch.float64)])
@@ -78,7 +79,7 @@ def _length(t: Tensor) -> float:
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ in float64, ()."""
+    """Return ⟨a, b⟩ in float64, ()."""
     a, b = a.flatten(), b.flatten()
     if not a.is_cuda:
         dtype = torch.promote_types(a.dtype, torch.float32)

@@ -149,11 +149,11 @@ class Interception(TorchFunctionMode):
         out = func(*args, **kwargs)
         if name == "__setitem__":
             out = args[0]
-        for some in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(some, Tensor) and some.grad_fn is not None:
-                recording.derive(some, followed, name)
-            elif isinstance(some, Tensor) and not some.requires_grad:
-                self.recording.note_constant(some)
+        for result in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(result, Tensor) and result.grad_fn is not None:
+                recording.derive(result, followed, name)
+            elif isinstance(result, Tensor) and not result.requires_grad:
+                self.recording.note_constant(result)
         return None if name == "__setitem__" else out
 
 

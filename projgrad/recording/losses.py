@@ -49,23 +49,23 @@ def named(direction: Mapping[str, Tensor] | Sequence[Tensor], parameters: Mappin
     return dict(direction)
 
 
-def instead(found: object, wanted: str) -> str:
-    """What is no tensor, named, and what to return in its place: a "loss", or "losses" of samples."""
-    if hasattr(found, "logits") or (isinstance(found, Mapping) and "logits" in found):
+def instead(value: object, wanted: str) -> str:
+    """Name what is no tensor, and say what to return in its place: a "loss", or "losses" of samples."""
+    if hasattr(value, "logits") or (isinstance(value, Mapping) and "logits" in value):
         take = "take its `.loss`, or a cross entropy of its `.logits`"
         if wanted == "losses":
             take = "take its `.logits`, and of them one cross entropy per sample (its `.loss` is a mean over the batch)"
-    elif isinstance(found, (int, float)):
+    elif isinstance(value, (int, float)):
         take = "return the tensor itself; .item() and float() cut it off from the parameters"
-    elif found is None:
+    elif value is None:
         take = "does the closure return anything?"
     else:
         take = f"return the tensor of the {wanted} alone"
-    return f"{type(found).__name__}: {take}"
+    return f"{type(value).__name__}: {take}"
 
 
 def _reshaped(losses: Tensor) -> str:
-    """The shape that losses have, and how they get one dimension, that of the samples."""
+    """Name the shape that losses have, and say how they get one dimension, that of the samples."""
     shape = tuple(losses.shape)
     if not shape:
         return f"{shape}: use reduction='none'"

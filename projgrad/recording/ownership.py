@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 def locate(
     losses_node: Node, n: int, given: Mapping[Site, Layout] | None = None
 ) -> tuple[dict[Site, Along], set[Site]]:
-    """Where the samples lie in the output of every site of the graph for which that is proven, and of those in
-    `given`; and the ones for which the proof needed to be given it."""
+    """Return where the samples lie in the outputs of sites, if that is proven, and which of `given` the proof took.
+
+    given: layouts of some sites, taken for true.
+    """
     known, needed = carried(losses_node, n, given)
     return {node.site: at for node, at in known.items() if at is not None and is_tap(node)}, needed
 
@@ -32,7 +34,7 @@ def locate(
 def carried(
     losses_node: Node, n: int, given: Mapping[Site, Layout] | None = None
 ) -> tuple[dict[Node, Along | None], set[Site]]:
-    """The same for every node of the graph; None: nothing is proven."""
+    """Return the same for every node of the graph; None: nothing is proven."""
     needed: set[Site] = set()
     known: dict[Node, Along | None] = {losses_node: Along(0)}
     for node in _ordered(losses_node):
@@ -52,19 +54,19 @@ def carried(
 
 
 def layout(at: Along, shape: Shape, n: int) -> Layout | None:
-    """The same as a `Layout`; None where that has no word for it."""
+    """Return the same as a `Layout`, None where that has no word for it."""
     if at.inner * n == shape[at.dim]:
         return Layout(at.dim)
     return Layout(at.dim, inner=True) if at.inner == 1 else None
 
 
 def along(layout: Layout, shape: Shape, n: int) -> Along:
-    """The reverse, for a layout without rows."""
+    """Return the reverse, for a layout without rows."""
     return Along(layout.axis, 1 if layout.inner else shape[layout.axis] // n)
 
 
 def _ordered(root: Node) -> list[Node]:
-    """Every node of the graph before those that it passes gradients to."""
+    """Return every node of the graph before those that it passes gradients to."""
     waiting: dict[Node, int] = {root: 0}
     nodes = [root]
     for node in nodes:

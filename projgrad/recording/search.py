@@ -94,9 +94,9 @@ class Search:
         if all(self.proven.get(site) == layout for site, layout in used.items()):
             return []
         given = {site: layout for site, layout in used.items() if layout.rows is None}
-        found, needed = ownership.locate(self.losses.grad_fn, self.n, given)
+        located, needed = ownership.locate(self.losses.grad_fn, self.n, given)
         for site, layout in used.items():
-            if site not in found or ownership.layout(found[site], site.shape, self.n) != layout:
+            if site not in located or ownership.layout(located[site], site.shape, self.n) != layout:
                 return None
         return sorted(site.index for site in needed)
 
@@ -108,13 +108,13 @@ class Search:
 
     def _pass(self, w: Tensor, axes: dict[Site, Sequence[int]]) -> dict[Site, Tensor]:
         """Signatures of the gradient at every site, for losses weighted by w."""
-        found: dict[Site, Tensor] = {}
+        signatures: dict[Site, Tensor] = {}
         before = [(p.grad, _version(p.grad)) for p in self.recording.parameters.values()]
 
         def receive(site: Site, b: Tensor, saved) -> None:
             self.last = self.last or site
             if site in axes:
-                found[site] = self.signatures.of(b, axes[site])
+                signatures[site] = self.signatures.of(b, axes[site])
 
         backward(self.recording, self.losses, w, receive)
         params = self.recording.parameters.values()
@@ -122,10 +122,10 @@ class Search:
             for p, (g, v) in zip(params, before, strict=True):
                 p.grad = g if _version(g) == v else None
             raise ValueError(NESTED)
-        if found and not torch.stack([s.isfinite().all() for s in found.values()]).all():
-            bad = next(s.name for s, value in found.items() if not value.isfinite().all())
+        if signatures and not torch.stack([s.isfinite().all() for s in signatures.values()]).all():
+            bad = next(s.name for s, value in signatures.items() if not value.isfinite().all())
             raise FloatingPointError(f"NaN or Inf in the gradient at {bad}; nothing was changed")
-        return found
+        return signatures
 
     def _layout(self, site: Site, passes: list[Tensor], made_before: bool) -> Layout | None:
         axes, n = self.axes[site], self.n

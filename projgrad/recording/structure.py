@@ -53,7 +53,7 @@ class Structure:
 
     @property
     def lasting(self) -> bool:
-        """Whether it may serve another forward pass with the same graph, once its anchors are confirmed."""
+        """Return whether it may serve another forward pass with the same graph, once its anchors are confirmed."""
         return self.anchors is not None
 
 
@@ -135,7 +135,7 @@ def confirm(recording: Recording, losses: Tensor, structure: Structure, taps: di
     def signs(w: Tensor) -> list[Tensor]:
         with recomputing(recording):
             grads = torch.autograd.grad(losses, edges, w, retain_graph=True)
-        return [signatures.of(b, some) for b, some in zip(grads, axes, strict=True)]
+        return [signatures.of(b, dims) for b, dims in zip(grads, axes, strict=True)]
 
     passes = [signs(codes.base)]
     if structure.foreign:
@@ -143,9 +143,9 @@ def confirm(recording: Recording, losses: Tensor, structure: Structure, taps: di
         if any(changed(*pair, structure.coarsest) for pair in zip(passes[0], again, strict=True)):
             return False
     passes += [signs(w) for w in codes.weights[1:]]
-    for site, some, *found in zip(sites, axes, *passes, strict=True):
-        owner, mixed = owners_of(codes, site, found, structure.coarsest)
-        if mixed.any() or not matches(owner, some, structure.layouts[site.index], site, n):
+    for site, dims, *signatures_of_site in zip(sites, axes, *passes, strict=True):
+        owner, mixed = owners_of(codes, site, signatures_of_site, structure.coarsest)
+        if mixed.any() or not matches(owner, dims, structure.layouts[site.index], site, n):
             return False
     return True
 
@@ -156,5 +156,5 @@ def announce(loops: dict[str, str]) -> None:
         warnings.warn(
             f"{reason} with parameter {name}: its per-sample gradients come from one backward pass per sample, exact "
             "and slow",
-            stacklevel=4,
+            stacklevel=5,
         )

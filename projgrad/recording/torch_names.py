@@ -42,18 +42,19 @@ def is_in_place(name: str) -> bool:
 
 
 def tensors_in(args: tuple, kwargs: dict) -> list[Tensor]:
-    found = []
+    """Return the tensors among arguments, lists and tuples of them included."""
+    tensors = []
     for a in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(a, Tensor):
-            found.append(a)
+            tensors.append(a)
         elif isinstance(a, (tuple, list)):
-            found += tensors_in(tuple(a), {})
-    return found
+            tensors += tensors_in(tuple(a), {})
+    return tensors
 
 
 @functools.cache
 def opened(func: types.FunctionType) -> Callable:
-    """The body of a torch function written in Python, without the check that sends it back to the mode."""
+    """Return the body of a torch function written in Python, without the check that sends it back to the mode."""
     inner = getattr(func, "__wrapped__", None)
     if inner is not None:
         return inner

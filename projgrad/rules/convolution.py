@@ -47,7 +47,7 @@ class Convolution(Rule):
         self.has_16bit_factor = large.dtype.itemsize == 2 or small.dtype.itemsize == 2
 
     def _windows(self, groups: slice, channels: slice, dtype: torch.dtype) -> Tensor:
-        """[n, groups, channels * kernel, t * positions] of the large image."""
+        """Return the windows [n, groups, channels * kernel, t * positions] of the large image."""
         large = self.large.unflatten(2, (self.groups, self.channels))[:, :, groups, channels]
         large = (F.pad(large, self.padding) if any(self.padding) else large).to(dtype)
         positions = self.small.shape[3:]
@@ -62,7 +62,7 @@ class Convolution(Rule):
         return windows.reshape(self.n, large.shape[2], large.shape[3] * math.prod(self.kernel), -1)
 
     def _small(self, groups: slice, dtype: torch.dtype) -> Tensor:
-        """[n, groups, r, t * positions]."""
+        """Return the small image as [n, groups, r, t * positions]."""
         small = self.small.unflatten(2, (self.groups, -1))[:, :, groups].to(dtype)
         return small.movedim(1, 3).reshape(self.n, small.shape[2], small.shape[3], -1)
 
@@ -87,7 +87,7 @@ class Convolution(Rule):
             yield groups, channels, g.reshape(self.n, g.shape[1] * g.shape[2], -1, math.prod(self.kernel))
 
     def _part(self, u: Tensor, groups: slice, channels: slice) -> Tensor:
-        """The view of a tensor [..., *shape] that belongs to a block."""
+        """Return the view of a tensor [..., *shape] that belongs to a block."""
         r = self.shape[0] // self.groups
         at = u.ndim - len(self.shape)
         return u.narrow(at, groups.start * r, (groups.stop - groups.start) * r).narrow(
@@ -114,9 +114,9 @@ class Convolution(Rule):
         small = self._small(slice(0, 1), dtype)[:, 0]  # [n, r, t * positions]
         for groups, channels in self._spans(dtype):
             windows = self._windows(groups, channels, dtype)[:, 0]  # [n, channels * kernel, t * positions]
-            some = windows.new_empty((0, *self.shape)) if u is None else u
-            some = self._part(some, groups, channels).flatten(2)
-            yield _linear_gram(windows.mT, small.mT, some, float64)
+            block = windows.new_empty((0, *self.shape)) if u is None else u
+            block = self._part(block, groups, channels).flatten(2)
+            yield _linear_gram(windows.mT, small.mT, block, float64)
 
     def cost(self) -> GramRoute:
         groups, channels = next(self._spans(self.dtype))

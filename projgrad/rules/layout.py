@@ -18,13 +18,15 @@ class Layout(NamedTuple):
 
     @property
     def axes(self) -> range:
-        """The dimensions along which the samples lie."""
+        """Return the dimensions along which the samples lie."""
         return range(self.axis, self.axis + max(1, len(self.lead)))
 
     def split(self, x: Tensor, n: int, ndim: int | None = None, fill: float | None = 0) -> Tensor:
-        """x [..., n k, ...] -> [n, ..., k, ...] with k where the axis was (k = 1 stays). `ndim`: dimensions of the
-        tensor that the layout is about, when x is only broadcast against it; `fill`: what stands where a sample has
-        fewer rows than others, None for one of its own rows again."""
+        """Return x [..., n k, ...] as [n, ..., k, ...], with k where the axis was (k = 1 stays).
+
+        ndim: dimensions of the tensor that the layout is about, when x is only broadcast against it.
+        fill: what stands where a sample has fewer rows than others, None for one of its own rows again.
+        """
         axis = self.axis if ndim is None else self.axis - ndim + x.ndim
         if self.rows is not None:
             if ndim is not None:
@@ -43,11 +45,11 @@ class Layout(NamedTuple):
         return x.unflatten(axis, (n, k)).movedim(axis, 0)
 
     def reaches(self, x: Tensor, b: Tensor) -> bool:
-        """Whether x, which is broadcast against b, lies along the samples itself."""
+        """Return whether x, which is broadcast against b, lies along the samples itself."""
         return any(-x.ndim <= a - b.ndim and x.shape[a - b.ndim] == b.shape[a] for a in self.axes)
 
     def owner(self, size: int, n: int, device: torch.device) -> Tensor:
-        """The sample of every entry along `axis` [size], -1: none; for rows that of every row."""
+        """Return the sample of every entry along `axis` [size], or of every row; -1: none."""
         if self.rows is not None:
             owner = torch.full((size + 1,), -1, device=device)
             owner[self.rows] = torch.arange(n, device=device)[:, None]
@@ -57,14 +59,14 @@ class Layout(NamedTuple):
 
 
 def candidates(shape: torch.Size, axes, n: int) -> list[Layout]:
-    """Every way in which n samples can lie along one of the axes, the usual ones first."""
+    """Return every way in which n samples can lie along one of the axes, the usual ones first."""
     exact = [Layout(axis) for axis in axes if shape[axis] == n]
     split = [axis for axis in axes if shape[axis] % n == 0 and shape[axis] > n]
     return exact + [Layout(axis, inner) for inner in (False, True) for axis in split]
 
 
 def gather(owner: Tensor, n: int, lead: tuple[int, ...] = ()) -> Layout:
-    """The layout in which row r, of the leading dimensions counted through, belongs to sample owner[r]."""
+    """Return the layout in which row r of the leading dimensions, counted through, belongs to sample owner[r]."""
     order = owner.argsort(stable=True)
     counts = torch.zeros(n + 1, dtype=torch.int64, device=owner.device)  # of nobody's rows, and of every sample's
     counts.index_add_(0, owner + 1, torch.ones_like(owner))

@@ -27,14 +27,14 @@ class Lookup(Rule):
         self._known: tuple[Tensor, Tensor] | None = None
 
     def _ordered(self) -> tuple[Tensor, Tensor]:
-        """All tokens (indices into n t) by their ids, and the ids in that order on the host [n t]."""
+        """Return all tokens (indices into n t) by their ids, and the ids in that order on the host [n t]."""
         if self._known is None:
             ids, order = self.ids.reshape(-1).sort(stable=True)
             self._known = order, ids.cpu()
         return self._known
 
     def _scattered(self, slots: Tensor, size: int, tokens: Tensor, float64: bool) -> Tensor:
-        """The rows of the given tokens summed into their slots, [n, size, cols]."""
+        """Return the rows of the given tokens, summed into their slots [n, size, cols]."""
         dtype = torch.float64 if float64 else self.dtype
         g = self.b.new_zeros((self.n * size, self.b.shape[2]), dtype=dtype)
         sample = tokens // max(1, self.ids.shape[1])
@@ -61,10 +61,10 @@ class Lookup(Rule):
         K = torch.zeros(self.n, self.n, dtype=torch.float64, device=ids.device)
         v = K.new_zeros((self.n, 0 if u is None else len(u)))
         for start in range(0, len(ends), step):
-            some = used[start : start + step]
-            span = slice(ends[start - 1] - first if start else 0, ends[start + len(some) - 1] - first)
-            g = self._scattered(slots[span] - start, len(some), order[span], float64)
-            k, w = gram(g, None if u is None else u[:, some], float64)
+            ids_now = used[start : start + step]
+            span = slice(ends[start - 1] - first if start else 0, ends[start + len(ids_now) - 1] - first)
+            g = self._scattered(slots[span] - start, len(ids_now), order[span], float64)
+            k, w = gram(g, None if u is None else u[:, ids_now], float64)
             K, v = K + k, v + w
         return K, v
 
@@ -86,7 +86,7 @@ class Lookup(Rule):
 
 
 def _add_rows_(out: Tensor, index: Tensor, rows: Tensor) -> None:
-    """out[index] += rows, in an order that does not change from run to run: on a GPU `index_add_` adds atomically."""
+    """Add rows to out[index], in the same order in every run: on a GPU `index_add_` adds atomically."""
     if out.is_cuda:
         out.index_put_((index,), rows, accumulate=True)
     else:

@@ -53,7 +53,7 @@ class Product(Rule):
         return g.permute(0, *(1 + d for d in self.inverse)).reshape(self.n, length, self.cols)
 
     def matrix(self, u: Tensor) -> Tensor:
-        """u [m, *shape] -> [m, |left|, |right|]."""
+        """Return u [m, *shape] as [m, |left|, |right|]."""
         return u.permute(0, *(1 + d for d in self.order)).reshape(len(u), math.prod(self.left), math.prod(self.right))
 
     def gram(self, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ class Product(Rule):
             target.add_(part.view(target.shape))
 
     def transposed(self) -> Product:
-        """The same for the transposed parameter."""
+        """Return the rule of the transposed parameter."""
         flip = [d for d in range(len(self.order))][::-1]
         return Product(self.p, self.q, self.left, self.right, [flip[d] for d in self.order])
 
@@ -123,7 +123,7 @@ class Grouped(Rule):
 
 
 def joined(rules: Sequence[Rule]) -> Rule:
-    """One rule for several uses of the same tensor: per-sample gradients are the sum over uses."""
+    """Return one rule for several uses of the same tensor: per-sample gradients are the sum over uses."""
     if len(rules) == 1:
         return rules[0]
     first = rules[0]

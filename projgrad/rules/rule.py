@@ -30,7 +30,7 @@ class Rule:
     cheap = False  # whether multiplying in float64 costs nothing to speak of
 
     def chunk(self, rows: slice, float64: bool = False) -> Tensor:
-        """g_j for some rows of the parameter, [n, len(rows), cols]; multiplied in float64 if `float64`."""
+        """Return g_j for some rows of the parameter, [n, len(rows), cols]; multiplied in float64 if `float64`."""
         raise NotImplementedError
 
     @property
@@ -42,7 +42,7 @@ class Rule:
         return math.prod(self.shape[1:])
 
     def gram(self, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Tensor]:
-        """K = G Gᵀ [n, n] and v = G u [n, m] in float64; u [m, *shape], None for m = 0."""
+        """Return K = G Gᵀ [n, n] and v = G u [n, m] in float64; u [m, *shape], None for m = 0."""
         if not self.rows:
             K = torch.zeros(self.n, self.n, dtype=torch.float64, device=self.device)
             return K, K.new_zeros(self.n, 0 if u is None else len(u))
@@ -53,16 +53,16 @@ class Rule:
         return K, v
 
     def dot(self, u: Tensor, float64: bool = False) -> Tensor:
-        """G u [n, m] for u [m, *shape]."""
+        """Return G u [n, m] for u [m, *shape]."""
         return self.gram(u, float64)[1]
 
     def combine_(self, out: Tensor, c: Tensor, float64: bool = False) -> None:
-        """out += Σ_j c_j g_j; c [n] float64, out of shape `shape`."""
+        """Add Σ_j c_j g_j to out, of shape `shape`; c [n] float64."""
         for rows, g in self._chunks(float64):
             self._add(out, rows, torch.einsum("n,nrc->rc", c.to(g.dtype), g))
 
     def moments_(self, first: Tensor, second: Tensor) -> None:
-        """first += Σ_j g_j and second += Σ_j g_j², each of shape `shape`."""
+        """Add Σ_j g_j to first and Σ_j g_j² to second, each of shape `shape`."""
         for rows, g in self._chunks():
             self._add(first, rows, g.sum(0))
             self._add(second, rows, g.square().sum(0))
@@ -72,7 +72,7 @@ class Rule:
         target.add_(part.reshape(target.shape))
 
     def cost(self) -> GramRoute:
-        """How `gram` goes about it: route, flops, bytes besides the factors."""
+        """Return how `gram` goes about it: route, flops, bytes besides the factors."""
         step = self._step(False)
         flops = self.n * (self.n + 1) * self.rows * self.cols
         return GramRoute(
@@ -80,7 +80,7 @@ class Rule:
         )
 
     def dense(self) -> Tensor:
-        """G [n, *shape]."""
+        """Return G [n, *shape]."""
         return self.chunk(slice(0, self.rows)).reshape(self.n, *self.shape)
 
     def _chunks(self, float64: bool = False) -> Iterator[tuple[slice, Tensor]]:
@@ -96,7 +96,7 @@ class Rule:
 
 
 def gram(g: Tensor, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Tensor]:
-    """K and v of an explicit chunk g [n, ...], u [m, ...] or None."""
+    """Return K and v of an explicit chunk g [n, ...], u [m, ...] or None."""
     flat = g.reshape(len(g), -1)
     u = flat.new_empty((0, flat.shape[1])) if u is None else u.reshape(len(u), -1)
     return _gram(flat, u.to(flat.dtype), float64)

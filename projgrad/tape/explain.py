@@ -37,7 +37,7 @@ class Explanation(list[Line]):
     def __str__(self) -> str:
         head = ("parameter", "use", "rule", "route", "predicted MB", "Mflop", "actual MB")
         numbers = [(f"{s.bytes / 1e6:.2f}", f"{s.flops / 1e6:.1f}", f"{s.actual / 1e6:.2f}") for s in self]
-        rows = [(*line[:4], *some) for line, some in zip(self, numbers, strict=True)]
+        rows = [(*line[:4], *cells) for line, cells in zip(self, numbers, strict=True)]
         widths = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]
         align = "<<<<>>>"
         return "\n".join(

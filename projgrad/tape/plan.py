@@ -31,9 +31,9 @@ class UsePlan:
                 if not source.settled or source.site is site:
                     for name in source.names - self.loops.keys():
                         used[name][id(source)] = source
-        self.maps = {name for name, some in used.items() if not _direct(recording, name, list(some.values()))}
+        self.maps = {name for name, sources in used.items() if not _direct(recording, name, list(sources.values()))}
         while True:  # a source of several parameters makes all of them mapped
-            more = {n for some in used.values() for s in some.values() if s.names & self.maps for n in s.names}
+            more = {n for sources in used.values() for s in sources.values() if s.names & self.maps for n in s.names}
             if more - self.loops.keys() <= self.maps:
                 break
             self.maps |= more - self.loops.keys()

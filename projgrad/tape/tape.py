@@ -113,7 +113,7 @@ class Tape:
         rates: Mapping[str, float] | None = None,
         factors: ForgetFactors | None = None,
     ) -> Projection:
-        """p.grad <- p.grad - Gᵀ c with G (p.grad - Gᵀ c) = 0, in place; no other buffer of the parameters' size.
+        """Set p.grad to p.grad - Gᵀ c with G (p.grad - Gᵀ c) = 0; no other buffer has the parameters' size.
 
         Args:
             losses: (n,).
@@ -145,5 +145,5 @@ class Tape:
         add: Tensor | None = None,
         rates: Mapping[str, float] | None = None,
     ) -> Projection:
-        """p.grad <- projector(p.grad, G), with all of G in memory; see `project_`, and `OrthoGrad` for projectors."""
+        """Set p.grad to projector(p.grad, G), with all of G in memory; see `project_` and `OrthoGrad`."""
         return project_explicit(self.passes, losses, projector, scope, add, rates or {})

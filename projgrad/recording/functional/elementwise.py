@@ -30,7 +30,7 @@ def fold(g: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def blocks(g: Tensor, x: Tensor, layout: Layout, n: int) -> Iterator[tuple[slice, Tensor]]:
-    """A few samples at a time, and x for them, where the samples are blocks of axis 0; else all at once."""
+    """Yield a few samples at a time, and x for them, where the samples are blocks of axis 0; else all at once."""
     if layout != Layout() or not n:
         yield slice(0, n), x
         return
@@ -96,8 +96,8 @@ def mul(input: Tensor, other: Tensor, *, tape: Recorder) -> Tensor:
         spread = layout.reaches(x, b)
         if spread and x.ndim == b.ndim:
             parts = [
-                fold(g[some] * layout.split(part, some.stop - some.start), shape)
-                for some, part in blocks(g, x, layout, n)
+                fold(g[rows] * layout.split(part, rows.stop - rows.start), shape)
+                for rows, part in blocks(g, x, layout, n)
             ]
             return [Rows(torch.cat(parts))]
         return [Rows(fold(g * (layout.split(x, n, b.ndim) if spread else x), shape))]
@@ -106,7 +106,7 @@ def mul(input: Tensor, other: Tensor, *, tape: Recorder) -> Tensor:
 
 
 def spread(function: Callable, input: Tensor, *args: Any, tape: Recorder, **kwargs: Any) -> Tensor:
-    """expand, repeat and their like: a parameter copied to every sample."""
+    """Copy a parameter to every sample: expand, repeat and their like."""
     call = tape.call(function.__name__, input)
     y = function(input, *args, **kwargs)
     shape = input.shape
@@ -120,7 +120,7 @@ def spread(function: Callable, input: Tensor, *args: Any, tape: Recorder, **kwar
 
 
 def local(function: Callable, args: tuple, kwargs: dict, aligned: bool, tape: Recorder) -> Tensor:
-    """Any function of tensors that treats samples alike: differentiated on its own, sample by sample, with vmap.
+    """Call any function that treats samples alike; it is differentiated on its own, sample by sample, with vmap.
 
     aligned: dimensions correspond from the right, as in broadcasting; else the samples are along dimension 0.
     """
@@ -146,9 +146,9 @@ def local(function: Callable, args: tuple, kwargs: dict, aligned: bool, tape: Re
             else:
                 fixed[i] = t
 
-        def one(cotangent: Tensor, *some: Tensor) -> tuple[Tensor, ...]:
+        def one(cotangent: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
             def run(*parameters: Tensor) -> Tensor:
-                values = constants | fixed | dict(zip(batched, some, strict=True))
+                values = constants | fixed | dict(zip(batched, parts, strict=True))
                 values |= dict(zip(followed, parameters, strict=True))
                 ordered = [values[i] for i in range(total)]
                 return function(*ordered[:count], **dict(zip(names, ordered[count:], strict=True)))

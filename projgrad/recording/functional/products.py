@@ -120,7 +120,7 @@ def einsum(equation: str, *operands: Tensor, tape: Recorder) -> Tensor:
 
 
 def _subscripts(equation: str, operands: Sequence[Tensor]) -> list[str] | None:
-    """The letters of both operands and of the result, the ellipsis spelled out; None where that is not simple."""
+    """Return the letters of operands and result, the ellipsis spelled out; None where that is not simple."""
     if "->" not in equation or equation.count(",") != 1:
         return None
     left, out = equation.replace(" ", "").split("->")

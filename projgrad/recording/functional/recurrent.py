@@ -36,8 +36,11 @@ CELLS = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _rnn(torch.tanh), "rnn_relu": _
 
 
 def recurrent(name: str, *args, tape: Recorder):
-    """What `torch.nn.LSTM`, `GRU` and `RNN` call: (input, hx, weights, bias?, layers, dropout, train, bidirectional?,
-    batch_first) or, for packed sequences, (data, batch sizes, hx, weights, ...)."""
+    """Do what `torch.nn.LSTM`, `GRU` and `RNN` call.
+
+    Arguments: (input, hx, weights, bias?, layers, dropout, train, bidirectional?, batch_first) or, for packed
+    sequences, (data, batch sizes, hx, weights, ...).
+    """
     cell = CELLS[name]
     packed = isinstance(args[3], (list, tuple))
     if packed:
@@ -77,15 +80,15 @@ def recurrent(name: str, *args, tape: Recorder):
                 h = [torch.cat(pair) for pair in zip(h, rest_of, strict=True)]
             finals.append(h)
             outputs.append(out[::-1] if direction else out)
-        steps = [torch.cat(some, 1) for some in zip(*outputs, strict=True)] if both else outputs[0]
+        steps = [torch.cat(states, 1) for states in zip(*outputs, strict=True)] if both else outputs[0]
         if dropout and train and layer < layers - 1:
             steps = [F.dropout(x, dropout) for x in steps]
     y = torch.cat(steps) if packed else torch.stack(steps, 1 if first else 0)
-    return y, *(torch.stack(some) for some in zip(*finals, strict=True))
+    return y, *(torch.stack(states) for states in zip(*finals, strict=True))
 
 
 def recurrent_cell(name: str, input: Tensor, hx, w_ih, w_hh, b_ih=None, b_hh=None, *, tape: Recorder):
-    """What `torch.nn.LSTMCell`, `GRUCell` and `RNNCell` call."""
+    """Do what `torch.nn.LSTMCell`, `GRUCell` and `RNNCell` call."""
     h = hx if name == "lstm_cell" else (hx,)
     cell = CELLS[name.removesuffix("_cell")]
     out = cell(linear(input, w_ih, b_ih, tape=tape), h, (w_hh, b_hh, None), tape)
