@@ -14,7 +14,8 @@ from zoo.case import to_ramp
 import projgrad
 from projgrad.recording.functional import elementwise
 from projgrad.rules import convolution
-from projgrad.rules import rule as rules
+from projgrad.rules.product import Product
+from projgrad.rules.rule import Rows
 
 ERROR = 1e-8
 MODES = {
@@ -210,11 +211,10 @@ def _scaled(original):
 
 
 @pytest.mark.parametrize("use", ["gram", "dot", "moments", *MODES])
-@pytest.mark.parametrize("rule, method, name", [("Rows", "chunk", r"[02]\.bias"), ("Product", "gram", r"[02]\.weight")])
+@pytest.mark.parametrize("rule, method, name", [(Rows, "chunk", r"[02]\.bias"), (Product, "gram", r"[02]\.weight")])
 def test_a_misread_rule_is_noticed_every_time(monkeypatch, rule, method, name, use):
     model, x = mlp(), torch.randn(5, 8)
-    kind = getattr(rules, rule)
-    monkeypatch.setattr(kind, method, _scaled(getattr(kind, method)))
+    monkeypatch.setattr(rule, method, _scaled(getattr(rule, method)))
     before = copy.deepcopy(model.state_dict())
     for _ in range(2):
         tape, losses = record(model, lambda: to_ramp(model(x)))
@@ -234,7 +234,7 @@ def test_a_misread_rule_is_noticed_every_time(monkeypatch, rule, method, name, u
 def test_a_misread_rule_leaves_no_gradient(monkeypatch, mode):
     """As `Tape.project_` promises for an ArithmeticError."""
     model, x = mlp(), torch.randn(5, 8)
-    monkeypatch.setattr(rules.Rows, "chunk", _scaled(rules.Rows.chunk))
+    monkeypatch.setattr(Rows, "chunk", _scaled(Rows.chunk))
     tape, losses = record(model, lambda: to_ramp(model(x)))
     for p in model.parameters():
         p.grad = torch.randn_like(p)
@@ -248,7 +248,7 @@ def test_a_misread_rule_is_noticed_later(monkeypatch, mode):
     """Once verified, plain autograd checks one tensor a step, or all of them together."""
     model, x = mlp(), torch.randn(5, 8)
     project(model, lambda: to_ramp(model(x)), **MODES[mode])
-    monkeypatch.setattr(rules.Rows, "chunk", _scaled(rules.Rows.chunk))
+    monkeypatch.setattr(Rows, "chunk", _scaled(Rows.chunk))
     with pytest.raises(ArithmeticError, match=r"plain autograd disagree.* in [02]\.bias"):
         for _ in trained(model):
             project(model, lambda: to_ramp(model(x)), **MODES[mode])
