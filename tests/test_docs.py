@@ -60,6 +60,18 @@ def test_measured_tables_are_those_of_the_results():
         assert written(file, text) == text
 
 
+def test_steps_measured_on_a_gpu_get_a_line_in_the_readme(tmp_path):
+    from bench.gpu_readme import step_rows
+
+    assert step_rows(tmp_path) == []
+    (tmp_path / "gpu_steps.csv").write_text(
+        "case,model,contender,ms,note,time_over_plain,total_over_plain,total_mb,model_mb,later_mb,device\n"
+        "a,M,plain,100,,1,1,400,100,300,D\n"
+        "a,M,projgrad global,250,,2.5,1.25,500,100,300,D\n"
+    )
+    assert step_rows(tmp_path) == [["M, bfloat16, D", "2.5 x", "1.25 x", "1 x", "not measured"]]
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_links_lead_to_files_and_headings(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
