@@ -1,4 +1,4 @@
-"""The README's section on the GPU, from gpu_flat.csv, gpu_layers.csv and gpu_steps.csv."""
+"""The measured tables of docs/gpu.md and the README, from gpu_flat.csv, gpu_layers.csv and gpu_steps.csv."""
 
 import csv
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .report import RESULTS
 
-NOT_MEASURED = "Speed and memory on a GPU are not measured yet; `bench/gpu.sh` measures them and writes them here."
+NOT_MEASURED = "`bench/results` holds no table from a GPU yet; `bench/gpu.sh` measures and writes it here."
 NAMES = {"flat": "the flat ops", "layers": "the ops of one layer", "steps": "whole steps"}
 
 
@@ -22,6 +22,30 @@ def gpu(folder: Path = RESULTS) -> str:
     if missing := [NAMES[part] for part, rows in parts.items() if not rows]:
         lines += [f"Not measured yet: {', '.join(missing)} (`bench/gpu.sh`).", ""]
     return "\n".join(lines[:-1])
+
+
+def step_rows(folder: Path = RESULTS) -> list[list[str]]:
+    """Return the README's lines about whole steps on a GPU: model, time, memory of the first and of later steps, QR."""
+    lines = []
+    for (_,), by_name in _groups(_rows(folder / "gpu_steps.csv"), "case").items():
+        plain, ours = by_name.get("plain"), by_name.get("projgrad global")
+        if not (plain and ours and plain["ms"] and ours["ms"]):
+            continue
+        qr = by_name.get("explicit QR, per tensor")
+        model, later = float(ours["model_mb"]), float(ours["later_mb"])
+        others = "not measured"
+        if qr and qr["ms"]:
+            others = f"{float(qr['time_over_plain']):.3g} x, {float(qr['total_over_plain']):.3g} x (per tensor)"
+        lines.append(
+            [
+                f"{ours['model']}, bfloat16, {ours['device']}",
+                f"{float(ours['time_over_plain']):.3g} x",
+                f"{float(ours['total_over_plain']):.3g} x",
+                f"{(model + later) / float(plain['total_mb']):.3g} x",
+                others,
+            ]
+        )
+    return lines
 
 
 def _rows(path: Path) -> list[dict]:
@@ -65,8 +89,8 @@ def _groups(rows: list[dict], *keys: str) -> dict[tuple, dict[str, dict]]:
 
 
 def _ceilings(rows: list[dict]) -> str:
-    found = [f"{row['contender']} {row['rate']} {row['unit']}" for row in rows if row["op"] == "ceiling"]
-    return "; ".join(found)
+    rates = [f"{row['contender']} {row['rate']} {row['unit']}" for row in rows if row["op"] == "ceiling"]
+    return "; ".join(rates)
 
 
 def _missed(rows: list[dict]) -> Iterator[str]:

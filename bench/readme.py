@@ -1,8 +1,9 @@
-"""Write the measured tables into README.md and docs/scenarios.md from bench/results: `python -m bench.readme`."""
+"""Write the measured tables of README.md and docs/ from bench/results: `python -m bench.readme`."""
 
 import csv
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from projgrad.evaluate import verdict
@@ -10,7 +11,7 @@ from projgrad.evaluate.tables import caption, columns
 from projgrad.experiments.comparison.methods import TITLES
 from projgrad.experiments.scenarios import FAST, SCENARIOS
 
-from .gpu_readme import gpu
+from .gpu_readme import gpu, step_rows
 from .report import RESULTS
 from .steps import SUMMARY, summary
 
@@ -19,20 +20,21 @@ ROOT = Path(__file__).parent.parent
 
 
 def flat() -> str:
-    with (RESULTS / "flat_cpu.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    """Return the table of the flat ops."""
+    rows = _rows("flat_cpu.csv")
     names = ["projgrad", "plain Gram", "QR", "lstsq"]
     lines = [
         f"Projection of one float32 vector, median milliseconds (extra memory in MB), {rows[0]['threads']} threads, "
-        f"{rows[0]['device']}, torch {rows[0]['torch']}; `make bench` measures it on your machine:",
+        f"{rows[0]['device']}, torch {rows[0]['torch']}:",
         "",
         "| n x p | " + " | ".join(names) + " |",
         "|---|" + "---|" * len(names),
     ]
     for size in dict.fromkeys(row["size"] for row in rows if row["op"] == "project_out"):
-        found = {row["contender"]: row for row in rows if row["op"] == "project_out" and row["size"] == size}
-        cells = [f"{_ms(found[name])} ({float(found[name]['extra_mb']):.0f})" for name in names]
-        cells = [f"**{cells[0]}**", *(f"{c}, {_times(found[n])} x" for n, c in zip(names[1:], cells[1:], strict=True))]
+        by_name = {row["contender"]: row for row in rows if row["op"] == "project_out" and row["size"] == size}
+        cells = [f"{_ms(by_name[name])} ({float(by_name[name]['extra_mb']):.0f})" for name in names]
+        others = zip(names[1:], cells[1:], strict=True)
+        cells = [f"**{cells[0]}**", *(f"{cell}, {_times(by_name[name])} x" for name, cell in others)]
         n, p = size.split("x")
         lines.append(f"| {n} x {int(p):,} | " + " | ".join(cells) + " |")
     solve = {row["contender"]: row for row in rows if row["op"] == "gram_solve"}
@@ -57,30 +59,30 @@ def _solver(rows: dict[str, dict]) -> list[str]:
 
 
 def compare() -> str:
-    """A table and a verdict for every scenario of the fast preset, and what more retain samples buy on two."""
+    """Return a table and a verdict for every scenario of the fast preset, and what more retain samples buy on two."""
     results = _compared()
-    lines = ["![Forget and test accuracy of every method](bench/results/overview.png)", ""]
+    lines = ["![Forget and test accuracy of every method](../bench/results/overview.png)", ""]
     for name in FAST:
         lines += _scenario(name, results[name])
-    lines += [_study(name, results[name], "bench/results") for name in ("digits-labels", "news-full")]
+    lines += [_study(name, results[name]) for name in ("digits-labels", "news-full")]
     return "\n".join(lines)
 
 
 def scenarios() -> str:
-    """The same for every other scenario that was run, and the n-study of all."""
+    """Return the same for every other scenario that was run, and the n-study of all."""
     lines, results = [], _compared()
     for name, scenario in results.items():
         if name not in FAST:
             made = scenario["environment"]
             lines += _scenario(name, scenario)
             lines += [f"`{scenario['command']}`: torch {made['torch']}, threads: {made['threads']}.", ""]
-    lines += [_study(name, scenario, "../bench/results") for name, scenario in results.items() if scenario["study"]]
+    lines += [_study(name, scenario) for name, scenario in results.items() if scenario["study"]]
     return "\n".join(lines)
 
 
 def _compared() -> dict[str, dict]:
-    found = json.loads((RESULTS / "compare.json").read_text())["scenarios"]
-    return {name: found[name] for name in SCENARIOS if name in found}
+    results = json.loads((RESULTS / "compare.json").read_text())["scenarios"]
+    return {name: results[name] for name in SCENARIOS if name in results}
 
 
 def _scenario(name: str, scenario: dict) -> list[str]:
@@ -99,20 +101,16 @@ def _scenario(name: str, scenario: dict) -> list[str]:
     ]
 
 
-def _study(name: str, scenario: dict, folder: str) -> str:
-    return f"![{scenario['title']}: accuracy and cost against n]({folder}/{name}-study.png)"
+def _study(name: str, scenario: dict) -> str:
+    return f"![{scenario['title']}: accuracy and cost against n](../bench/results/{name}-study.png)"
 
 
 def steps() -> str:
-    with (RESULTS / "steps_cpu.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    """Return the table of whole steps."""
+    rows = _rows("steps_cpu.csv")
     lines = [
-        f"Whole steps in float32 on {rows[0]['threads']} threads, {rows[0]['device']}, torch {rows[0]['torch']}, with "
-        "targets in parentheses. Plain: the same two batches without projection, for K (all inner products of retain "
-        "gradients) alone one forward and backward pass. global, per_tensor: `scope`; two passes: "
-        "`keep_output_gradients=False`. Memory: the peak above the loaded model, of the first step, which inspects the "
-        "model, unless it says otherwise. vmap: `torch.func.vmap` of `grad`, then QR or a Gram matrix. "
-        "`python -m bench.steps` measures it on your machine:",
+        f"Whole steps in float32 on {rows[0]['threads']} threads, {rows[0]['device']}, torch {rows[0]['torch']}, "
+        f"commits {', '.join(dict.fromkeys(row['commit'] for row in rows))}; targets in parentheses:",
         "",
         "| " + " | ".join(SUMMARY) + " |",
         "|---|" + "---|" * (len(SUMMARY) - 1),
@@ -120,14 +118,70 @@ def steps() -> str:
     return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in summary(rows)])
 
 
+OURS = ("projgrad global", "projgrad two passes", "projgrad per_tensor")
+
+
+def numbers() -> str:
+    """Return the README's short table: whole steps of OrthoGrad, and one sentence about the targets that are missed."""
+    rows = [row for row in _rows("steps_cpu.csv") if not row["case"].startswith("gram-")]
+    lines = [
+        f'A step with `scope="global"` in multiples of the same step without projection ({rows[0]["device"]}, '
+        f"{rows[0]['threads']} threads, float32). Memory is the peak above the loaded model, on a GPU with the model:",
+        "",
+        "| model | time | memory, first step | memory, later steps | vmap + QR: time, memory |",
+        "|---|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        by_name = {row["contender"]: row for row in rows if row["case"] == case}
+        ours, qr = by_name["projgrad global"], by_name["vmap + QR"]
+        cells = [ours["model"], *(_over_plain(ours, key) for key in ("time", "memory", "later"))]
+        lines.append(f"| {' | '.join(cells)} | {_over_plain(qr, 'time')}, {_over_plain(qr, 'memory')} |")
+    lines += [f"| {' | '.join(cells)} |" for cells in step_rows(RESULTS)]
+    targets = list(_targets_met(rows))
+    mine = [row for row in rows if row["contender"] in OURS and not row["note"]]
+    worst = {unit: max(mine, key=lambda row: float(row[f"{unit}_over_plain"])) for unit in ("time", "memory")}
+    most = "; ".join(f"{unit} {_over_plain(row, unit)} ({_where(row)})" for unit, row in worst.items())
+    missed = f"{targets.count(False)} of {len(targets)} targets set for the CPU are missed. The worst rows: {most}"
+    lines += ["", f"{missed}. All rows: [CPU](docs/benchmarks.md), [GPU](docs/gpu.md)."]
+    return "\n".join(lines)
+
+
+def _targets_met(rows: list[dict]) -> Iterator[bool]:
+    """Yield for every target of projgrad's steps, and of its lead over vmap and QR, whether it is met."""
+    for row in rows:
+        for unit in ("time", "memory"):
+            if limit := row[f"{unit}_at_most"]:
+                yield not row["note"] and float(row[f"{unit}_over_plain"]) <= float(limit)
+            if limit := row[f"{unit}_at_least"]:
+                yield not row["note"] and float(row[f"{unit}_over_ours"]) >= float(limit)
+
+
+def _over_plain(row: dict, key: str) -> str:
+    """Return a multiple of the plain step, or why there is none."""
+    value = row[f"{key}_over_plain"]
+    return f"{float(value):.3g} x" if value else row["note"].split(":")[0]
+
+
+def _where(row: dict) -> str:
+    return f"{row['model'].split(',')[0]}, {row['contender'].removeprefix('projgrad ')}"
+
+
+def _rows(file: str) -> list[dict]:
+    with (RESULTS / file).open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
 SECTIONS = {
-    "README.md": {"flat": flat, "compare": compare, "steps": steps, "gpu": gpu},
+    "README.md": {"numbers": numbers},
+    "docs/benchmarks.md": {"steps": steps, "flat": flat},
+    "docs/comparison.md": {"compare": compare},
+    "docs/gpu.md": {"gpu": gpu},
     "docs/scenarios.md": {"scenarios": scenarios},
 }
 
 
 def written(file: str, text: str) -> str:
-    """`text` of a file of SECTIONS with every generated section made anew."""
+    """Return `text` of a file of SECTIONS with every generated section made anew."""
     for name, section in SECTIONS[file].items():
         pattern = rf"(<!-- {name}: .*? -->\n).*?(\n<!-- end -->)"
         text, count = re.subn(pattern, lambda m, s=section: m[1] + s() + m[2], text, flags=re.S)

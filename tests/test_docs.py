@@ -1,5 +1,6 @@
-"""Every example in the README and in the docstrings runs."""
+"""The documents are true: every example runs, every table is that of the results, every link leads somewhere."""
 
+import csv
 import doctest
 import importlib
 import pkgutil
@@ -11,21 +12,44 @@ import torch
 
 import projgrad
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = sorted(m.name for m in pkgutil.walk_packages(projgrad.__path__, "projgrad.") if not m.name.endswith("._C"))
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+OPTIONAL = {"recipes.md": ("transformers", "peft"), "README.md": ("sklearn",), "api.md": ("sklearn",)}
 
 
-def test_readme_has_examples():
-    assert len(EXAMPLES) >= 3
+def examples(page: Path) -> str:
+    """The ```python blocks of a page as one program, each on its own lines, so that an error names the right one."""
+    program, inside = [], False
+    for line in page.read_text().splitlines():
+        if line.startswith("```"):
+            inside = line == "```python"
+            line = ""
+        program.append(line if inside else "")
+    return "\n".join(program)
 
 
-def test_readme(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", [page for page in PAGES if examples(page).strip()], ids=lambda page: page.name)
+def test_examples_of_a_page_run(page, tmp_path, monkeypatch):
     """In order, in one namespace, as a reader would type them."""
+    for package in OPTIONAL.get(page.name, ()):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    namespace = {}
-    for example in EXAMPLES:
-        exec(compile(example, str(README), "exec"), namespace)
+    exec(compile(examples(page), str(page), "exec"), {"__name__": "__main__"})
+
+
+def test_readme_is_read_in_three_minutes():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    assert text.count("```python") >= 2
+
+
+def test_readme_begins_with_its_worst_rows():
+    with (ROOT / "bench" / "results" / "steps_cpu.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["contender"].startswith("projgrad")]
+    beginning = (ROOT / "README.md").read_text().split("$$")[0]
+    for unit in ("time", "memory"):
+        assert f"{max(float(row[f'{unit}_over_plain']) for row in rows):.3g} x" in beginning, unit
 
 
 def test_measured_tables_are_those_of_the_results():
@@ -34,6 +58,38 @@ def test_measured_tables_are_those_of_the_results():
     for file in SECTIONS:
         text = (ROOT / file).read_text()
         assert written(file, text) == text
+
+
+def test_steps_measured_on_a_gpu_get_a_line_in_the_readme(tmp_path):
+    from bench.gpu_readme import step_rows
+
+    assert step_rows(tmp_path) == []
+    (tmp_path / "gpu_steps.csv").write_text(
+        "case,model,contender,ms,note,time_over_plain,total_over_plain,total_mb,model_mb,later_mb,device\n"
+        "a,M,plain,100,,1,1,400,100,300,D\n"
+        "a,M,projgrad global,250,,2.5,1.25,500,100,300,D\n"
+    )
+    assert step_rows(tmp_path) == [["M, bfloat16, D", "2.5 x", "1.25 x", "1 x", "not measured"]]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        file, _, heading = target.partition("#")
+        where = (page.parent / file) if file else page
+        assert where.exists(), f"{page.name} links to {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", where.read_text(), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert heading in anchors, f"{page.name} links to {target}"
+
+
+def test_public_names_are_documented():
+    text = "\n".join((ROOT / file).read_text() for file in ("README.md", "docs/api.md"))
+    for name in projgrad.__all__:
+        assert re.search(rf"\b{name}\b", text), name
 
 
 @pytest.mark.parametrize("name", MODULES)
