@@ -200,7 +200,8 @@ def test_transformers_in_float64_whose_norms_are_in_float32(name, mode, in_float
 @pytest.mark.parametrize("difference", [1e-3, 1e-8, 1e-11, 1e-15])
 def test_numbers_that_disagree_are_printed_with_the_digits_in_which_they_do(difference):
     with pytest.raises(ArithmeticError, match=r"disagree \((\S+) against (?!\1)\S+\)"):
-        check_relative_error("squared_norm", 1.0 + difference, WeightStats(1.0, 1.0, 1.0, 1.0, 0.0), 0.0, difference / 4, F64, str)
+        weights = WeightStats(1.0, 1.0, 1.0, 1.0, 0.0)
+        check_relative_error("squared_norm", 1.0 + difference, weights, 0.0, difference / 4, F64, str)
 
 
 # float16: what plain training can do, a step can do.

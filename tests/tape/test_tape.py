@@ -13,7 +13,7 @@ from zoo.case import to_ramp
 
 import projgrad
 from projgrad.recording.functional import elementwise
-from projgrad.rules import convolution
+from projgrad.rules import convolution, rule
 from projgrad.rules.product import Product
 from projgrad.rules.rule import Rows
 
@@ -211,10 +211,10 @@ def _scaled(original):
 
 
 @pytest.mark.parametrize("use", ["gram", "dot", "moments", *MODES])
-@pytest.mark.parametrize("rule, method, name", [(Rows, "chunk", r"[02]\.bias"), (Product, "gram", r"[02]\.weight")])
-def test_a_misread_rule_is_noticed_every_time(monkeypatch, rule, method, name, use):
+@pytest.mark.parametrize("kind, method, name", [(Rows, "chunk", r"[02]\.bias"), (Product, "gram", r"[02]\.weight")])
+def test_a_misread_rule_is_noticed_every_time(monkeypatch, kind, method, name, use):
     model, x = mlp(), torch.randn(5, 8)
-    monkeypatch.setattr(rule, method, _scaled(getattr(rule, method)))
+    monkeypatch.setattr(kind, method, _scaled(getattr(kind, method)))
     before = copy.deepcopy(model.state_dict())
     for _ in range(2):
         tape, losses = record(model, lambda: to_ramp(model(x)))
@@ -276,7 +276,7 @@ def test_gram_follows_the_samples():
 def test_chunk_size_changes_nothing(monkeypatch):
     model, ids = mixed()
     K = _gram(model, lambda: to_ramp(model(ids)))
-    for module in (rules, convolution, elementwise):
+    for module in (rule, convolution, elementwise):
         monkeypatch.setattr(module, "chunk_bytes", lambda device: 64)
     close(_gram(model, lambda: to_ramp(model(ids))), K, 1e-12)
     check(model, lambda: to_ramp(model(ids)))
