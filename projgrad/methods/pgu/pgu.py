@@ -5,44 +5,22 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..._options import check_callable, check_real
-from ..common import check_batch_norm, check_finite, clear_grads, scalar_loss, trainable_parameters
-from .batches import read_input_moments, samples_of
-from .cache import Cache, Held, changed, fingerprint, parameters_of
+from ..common import check_batch_norm, clear_grads, copies, loss_value, scalar_loss, trainable_parameters
+from ..protocol import SteppingOptimizer
+from .batches import Forward, check_same_samples, logits_and_labels, read_input_moments
+from .cache import Cache
+from .fingerprints import Form, change_of, fingerprint, forms_of
 from .loss import unlearning_loss
 from .options import check_options, shares
+from .record import PGURecord
 from .schedule import Run, run
 from .spectra import Basis, Projected, basis, decompose, exposed, project_
-
-NEVER = "the model did not use it"
-
-
-@dataclass(frozen=True)
-class PGURecord:
-    """The numbers of one step.
-
-    rank, width: kept directions k and inputs i, summed over the projected layers (and groups): rank / width is the
-        protected share of the input space. ranks: k by name.
-    preserved_norm: norm of the projected over that of the unprojected gradient, projected layers only.
-    residual: largest ‖D M‖ / ‖D‖ over layers, D the projected gradient; with soft, what is left on purpose.
-    forget_loss: what was minimised or, with a scalar and ascend=True, maximised; before the step.
-    seconds: wall time of the whole step.
-    """
-
-    rank: int
-    width: int
-    ranks: dict[str, int]
-    preserved_norm: float
-    residual: float
-    forget_loss: float
-    seconds: float
 
 
 class PGU:
@@ -104,14 +82,14 @@ class PGU:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: SteppingOptimizer,
         gamma: float | Mapping[str, float] = 0.9,
         rule: str = "singular",
         *,
         soft: float = 0.0,
         ascend: bool = True,
         max_norm: float | None = None,
-        forward: Callable[[nn.Module, object], object] | None = None,
+        forward: Forward | None = None,
         check_samples: bool = True,
     ) -> None:
         check_options(model, optimizer, rule, max_norm, forward, ascend=ascend, check_samples=check_samples)
@@ -123,9 +101,9 @@ class PGU:
             raise ValueError("PGU: the optimizer holds no weight with two or more dimensions that requires a gradient")
         self.gamma = shares(gamma, weights)
         self.cache: Cache | None = None
-        self._held: dict[str, Held] = {}
         self.bases: dict[str, Basis] = {}
         self.frozen: dict[str, str] = {}
+        self._fitted: dict[str, Form] = {}  # all parameters, as they were in fit() or load()
 
     def fit(self, batches: Iterable) -> PGU:
         """Read the whole training data once, in the view (without augmentation) in which requests will come.
@@ -142,16 +120,23 @@ class PGU:
         """
         weights = self._weights()
         moments, n, samples = read_input_moments(self.model, batches, weights, self.forward, self.check_samples, "fit")
-        refused = {name: NEVER for name in weights if name not in moments.views} | moments.refused
+        unused = {name: "the model did not use it" for name in weights if name not in moments.views}
+        refused = unused | moments.refused
         if len(refused) == len(weights):
             reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
             raise ValueError(f"PGU: no weight can be projected ({reasons}). A compiled model must be fitted uncompiled")
         spectra, _ = decompose(moments.moments)
-        views = {name: moments.views[name] for name in spectra}
-        fitted = {name: weights[name].detach().clone() for name in spectra}
-        arithmetic = {name: sorted(moments.arithmetic[name]) for name in spectra}
-        model = fingerprint(self.model)
-        cache = Cache(spectra, views, fitted, model, n, samples, moments.eps, arithmetic, refused)
+        cache = Cache(
+            spectra=spectra,
+            views={name: moments.views[name] for name in spectra},
+            fitted=copies({name: weights[name] for name in spectra}),
+            fingerprint=fingerprint(self.model),
+            n=n,
+            samples=samples,
+            eps=moments.eps,
+            arithmetic={name: sorted(moments.arithmetic[name]) for name in spectra},
+            refused=refused,
+        )
         self._adopt(cache)
         odd = [f"{name} ({why})" for name, why in refused.items() if why != "embedding"]
         if odd:
@@ -174,13 +159,12 @@ class PGU:
             moments, n, samples = read_input_moments(
                 self.model, batches, weights, self.forward, self.check_samples, "forget", cache
             )
-        left = cache.without(moments, n, samples)
-        self._adopt(left)
+        self._adopt(cache.without(moments, n, samples))
         return self
 
     @torch.no_grad()
     def project_(self) -> Projected:
-        """Every `.grad` that the optimizer holds for the model: projected in place, or None where frozen.
+        """Project every `.grad` that the optimizer holds for the model, in place; set it to None where frozen.
 
         Raises:
             ValueError: nothing fitted, a parameter that was replaced, cast or moved since then, or no gradient.
@@ -188,18 +172,20 @@ class PGU:
         """
         cache = self._cache("project_")
         params = trainable_parameters(self.model, self.optimizer)
-        here = {name: p for name, p in params.items() if name in self.bases and p.grad is not None}
-        if not here:
+        weights = {name: p for name, p in params.items() if name in self.bases and p.grad is not None}
+        if not weights:
             raise ValueError("project_: no projected weight has a gradient: call backward() first")
-        done = project_(here, self.bases, cache.views)
+        projected = project_(weights, self.bases, cache.views)
         for name, p in params.items():
-            if name not in here:
+            if name not in weights:
                 p.grad = None
-        return done
+        return projected
 
     def step(self, forget: Callable[[], Tensor | tuple[Tensor, Tensor]]) -> PGURecord:
-        """One update. An error before the optimizer steps leaves the model and the optimizer as they were, with every
-        `.grad` set to None.
+        """Update the weights once.
+
+        An error before the optimizer steps leaves the model and the optimizer as they were, with every `.grad` set to
+        None.
 
         Args:
             forget: returns logits (n, classes) and labels (n,) of forget samples, for `unlearning_loss`; or a scalar,
@@ -221,16 +207,16 @@ class PGU:
         clear_grads(self.optimizer)
         try:
             with torch.enable_grad():
-                found = forget()
+                returned = forget()
                 if any(p.grad is not None for p in params):
                     raise ValueError("forget() ran backward() itself: return the loss, or logits and labels, alone")
-                pair = isinstance(found, (tuple, list)) and len(found) == 2
-                loss = scalar_loss(lambda: unlearning_loss(*found) if pair else found)
-                value = check_finite(float(loss.detach()))
+                pair = isinstance(returned, (tuple, list)) and len(returned) == 2
+                loss = scalar_loss(lambda: unlearning_loss(*returned) if pair else returned)
+                value = loss_value(loss)
                 torch.autograd.backward(loss if pair or not self.ascend else -loss, inputs=params)
             if all(p.grad is None for p in params):
                 raise ValueError("forget() returned a loss that depends on no projected weight")
-            done = self.project_()
+            projected = self.project_()
             if self.max_norm is not None:
                 nn.utils.clip_grad_norm_(params, self.max_norm)
             self.optimizer.step()
@@ -241,8 +227,8 @@ class PGU:
             rank=sum(b.rank for b in self.bases.values()),
             width=sum(b.M.shape[0] * b.M.shape[1] for b in self.bases.values()),
             ranks={name: b.rank for name, b in self.bases.items()},
-            preserved_norm=done.preserved_norm,
-            residual=done.residual,
+            preserved_norm=projected.preserved_norm,
+            residual=projected.residual,
             forget_loss=value,
             seconds=time.perf_counter() - start,
         )
@@ -252,9 +238,14 @@ class PGU:
         return {name: exposed(self.cache.spectra[name], b) for name, b in self.bases.items()}
 
     def run(self, batches: Iterable, validate: Callable[[], tuple[float, float]], **options) -> Run:
-        """The published schedule and stop rules: see `projgrad.methods.pgu_run.run` for the options."""
+        """Follow the published schedule until a stop rule holds; options: see `projgrad.methods.pgu.schedule.run`."""
         self._cache("run")
-        return run(self, batches, validate, **options)
+
+        def step(batch: object) -> PGURecord:
+            return self.step(lambda: logits_and_labels(self.model, batch, self.forward))
+
+        weights = {name: self.model.get_parameter(name) for name in self.bases}
+        return run(step, self.optimizer, weights, batches, validate, **options)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write what was fitted, less what was forgotten, to a safetensors file; it holds no γ.
@@ -269,7 +260,7 @@ class PGU:
         cls,
         path: str | os.PathLike,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: SteppingOptimizer,
         *args,
         data: Iterable | None = None,
         **options,
@@ -288,14 +279,7 @@ class PGU:
         pgu = cls(model, optimizer, *args, **options)
         cache = Cache.load(path, model)
         if data is not None:
-            if cache.samples is None:
-                raise ValueError(f"{path} was fitted with check_samples=False: it cannot be compared with data")
-            found = Counter(h for batch in data for h in samples_of(batch, pgu.forward, True, "load")[1])
-            if found != cache.samples:
-                raise ValueError(
-                    f"{path} belongs to other data: {(cache.samples - found).total()} of its {cache.n} samples are not "
-                    f"in `data`, {(found - cache.samples).total()} of `data` are not in it"
-                )
+            check_same_samples(cache, data, pgu.forward, path)
         pgu._adopt(cache)
         return pgu
 
@@ -303,14 +287,15 @@ class PGU:
         return {name: p for name, p in trainable_parameters(self.model, self.optimizer).items() if p.ndim >= 2}
 
     def _cache(self, method: str) -> Cache:
+        """Return the cache, if the parameters are still those that it belongs to."""
         if self.cache is None:
             raise ValueError(f"{method}: nothing is fitted; call fit() with the training data, or PGU.load()")
-        now = parameters_of(self.model)
-        for name in {**self._held, **now}:
-            if (why := changed(self._held.get(name), now.get(name))) is not None:
+        now = forms_of(self.model)
+        for name in {**self._fitted, **now}:
+            if (change := change_of(self._fitted.get(name), now.get(name))) is not None:
                 raise ValueError(
-                    f"{method}: {name} {why}, so that what is protected is not of this model. Put the model back as it "
-                    "was, or call fit() again"
+                    f"{method}: {name} {change}, so that what is protected is not of this model. Put the model back as "
+                    "it was, or call fit() again"
                 )
         return self.cache
 
@@ -330,7 +315,7 @@ class PGU:
                     bases[name] = basis(cache.spectra[name], gamma, self.rule, self.soft, dtype)
                 except ArithmeticError as error:
                     raise ArithmeticError(f"PGU: {name}: {error}") from None
-        self.cache, self.bases, self.frozen, self._held = cache, bases, frozen, parameters_of(self.model)
+        self.cache, self.bases, self.frozen, self._fitted = cache, bases, frozen, forms_of(self.model)
         empty = [name for name, b in bases.items() if not b.rank and cache.spectra[name].values.any()]
         if empty:
             warnings.warn(
