@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -16,9 +16,9 @@ from ..common import copies, write_
 from . import file as pgu_file
 from .fingerprints import fingerprint
 from .input_moments import InputMoments, View
-from .spectra import Spectrum, decompose
+from .spectra import Basis, Spectrum, basis, decompose
 
-DESCRIBED = ("n", "eps", "arithmetic", "refused", "noise")  # fields that are kept as JSON
+DESCRIBED = ("n", "eps", "views", "arithmetic", "refused", "noise")  # fields that are kept as JSON
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,36 @@ class Cache:
     refused: dict[str, str]
     noise: dict[str, float] = field(default_factory=dict)
 
+    @staticmethod
+    def of(
+        model: nn.Module, weights: Mapping[str, Tensor], moments: InputMoments, n: int, samples: Counter[int] | None
+    ) -> Cache:
+        """Return the cache of n samples with these moments, which are overwritten, and hashes.
+
+        Raises:
+            ValueError: no weight can be projected.
+        """
+        unused = {name: "the model did not use it" for name in weights if name not in moments.views}
+        refused = unused | moments.refused
+        if len(refused) == len(weights):
+            reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+            raise ValueError(f"PGU: no weight can be projected ({reasons}). A compiled model must be fitted uncompiled")
+        spectra, _ = decompose(moments.moments)
+        return Cache(
+            spectra=spectra,
+            views={name: moments.views[name] for name in spectra},
+            fitted=copies({name: weights[name] for name in spectra}),
+            fingerprint=fingerprint(model),
+            n=n,
+            samples=samples,
+            eps=moments.eps,
+            arithmetic={name: sorted(moments.arithmetic[name]) for name in spectra},
+            refused=refused,
+        )
+
     def save(self, path: str | os.PathLike, current: str) -> None:
         """Write all of it to a file that is complete or not there. current: fingerprint of the model as it is now."""
-        about = {name: getattr(self, name) for name in DESCRIBED} | {
-            "models": [self.fingerprint, current],
-            "views": {name: [view.groups, view.transposed] for name, view in self.views.items()},
-        }
+        about = {"models": [self.fingerprint, current]} | {name: getattr(self, name) for name in DESCRIBED}
         tensors = {f"fitted/{name}": w for name, w in self.fitted.items()}
         for name, spectrum in self.spectra.items():
             tensors |= {f"vectors/{name}": spectrum.vectors, f"values/{name}": spectrum.values}
@@ -75,14 +99,43 @@ class Cache:
         for key, t in tensors.items():
             part, name = key.split("/", 1)
             parts[part][name] = t.to(model.get_parameter(name).device)
+        about["views"] = {name: View(*view) for name, view in about["views"].items()}
         return Cache(
             spectra={name: Spectrum(U, parts["values"][name]) for name, U in parts["vectors"].items()},
-            views={name: View(*view) for name, view in about["views"].items()},
             fitted=parts["fitted"],
             fingerprint=about["models"][0],
             samples=None if samples is None else Counter(samples.tolist()),
             **{name: about[name] for name in DESCRIBED},
         )
+
+    def bases(
+        self, params: Mapping[str, nn.Parameter], gamma: Mapping[str, float], rule: str, soft: float
+    ) -> tuple[dict[str, Basis], dict[str, str]]:
+        """Choose the kept directions of parameters.
+
+        gamma: by name, with "default" for the others.
+
+        Returns:
+            The bases by name; and for every other parameter why it is frozen.
+
+        Raises:
+            ArithmeticError: kept directions are not orthonormal.
+        """
+        bases, frozen = {}, {}
+        for name, p in params.items():
+            if p.ndim < 2:
+                frozen[name] = "biases and the parameters of norms are not updated"
+            elif name not in self.spectra:
+                frozen[name] = self.refused.get(name, "it was not fitted")
+            elif (share := gamma.get(name, gamma.get("default"))) == 1:
+                frozen[name] = "gamma is 1"
+            else:
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                try:
+                    bases[name] = basis(self.spectra[name], share, rule, soft, dtype)
+                except ArithmeticError as error:
+                    raise ArithmeticError(f"PGU: {name}: {error}") from None
+        return bases, frozen
 
     @contextmanager
     def as_fitted(self, model: nn.Module) -> Iterator[None]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._options import check_callable, check_real
-from ..common import check_batch_norm, clear_grads, copies, loss_value, scalar_loss, trainable_parameters
+from ..common import check_batch_norm, clear_grads, loss_value, scalar_loss, trainable_parameters
 from ..protocol import SteppingOptimizer
 from .batches import Forward, check_same_samples, logits_and_labels, read_input_moments
 from .cache import Cache
@@ -20,7 +20,7 @@ from .loss import unlearning_loss
 from .options import check_options, shares
 from .record import PGURecord
 from .schedule import Run, run
-from .spectra import Basis, Projected, basis, decompose, exposed, project_
+from .spectra import Basis, Projected, exposed, project_
 
 
 class PGU:
@@ -120,27 +120,11 @@ class PGU:
         """
         weights = self._weights()
         moments, n, samples = read_input_moments(self.model, batches, weights, self.forward, self.check_samples, "fit")
-        unused = {name: "the model did not use it" for name in weights if name not in moments.views}
-        refused = unused | moments.refused
-        if len(refused) == len(weights):
-            reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
-            raise ValueError(f"PGU: no weight can be projected ({reasons}). A compiled model must be fitted uncompiled")
-        spectra, _ = decompose(moments.moments)
-        cache = Cache(
-            spectra=spectra,
-            views={name: moments.views[name] for name in spectra},
-            fitted=copies({name: weights[name] for name in spectra}),
-            fingerprint=fingerprint(self.model),
-            n=n,
-            samples=samples,
-            eps=moments.eps,
-            arithmetic={name: sorted(moments.arithmetic[name]) for name in spectra},
-            refused=refused,
-        )
+        cache = Cache.of(self.model, weights, moments, n, samples)
         self._adopt(cache)
-        odd = [f"{name} ({why})" for name, why in refused.items() if why != "embedding"]
-        if odd:
-            warnings.warn(f"PGU leaves these weights frozen: {', '.join(odd)}", stacklevel=2)
+        unexpected = [f"{name} ({why})" for name, why in cache.refused.items() if why != "embedding"]
+        if unexpected:
+            warnings.warn(f"PGU leaves these weights frozen: {', '.join(unexpected)}", stacklevel=2)
         return self
 
     def forget(self, batches: Iterable) -> PGU:
@@ -153,7 +137,7 @@ class PGU:
                 samples, a sample that was not fitted or is forgotten already, more samples than are left, an eigenvalue
                 negative beyond rounding, or one that is not 0 without any sample left.
         """
-        cache = self._cache("forget")
+        cache = self._current_cache("forget")
         weights = {name: self.model.get_parameter(name) for name in cache.spectra}
         with cache.as_fitted(self.model):
             moments, n, samples = read_input_moments(
@@ -170,7 +154,7 @@ class PGU:
             ValueError: nothing fitted, a parameter that was replaced, cast or moved since then, or no gradient.
             FloatingPointError: NaN or Inf in a gradient; nothing was changed.
         """
-        cache = self._cache("project_")
+        cache = self._current_cache("project_")
         params = trainable_parameters(self.model, self.optimizer)
         weights = {name: p for name, p in params.items() if name in self.bases and p.grad is not None}
         if not weights:
@@ -199,7 +183,7 @@ class PGU:
         """
         start = time.perf_counter()
         check_callable("step: forget", forget, "a function that returns logits and labels, or a scalar loss")
-        self._cache("step")
+        self._current_cache("step")
         check_batch_norm(self.model)
         params = [p for name, p in trainable_parameters(self.model, self.optimizer).items() if name in self.bases]
         if not params:
@@ -227,10 +211,9 @@ class PGU:
             rank=sum(b.rank for b in self.bases.values()),
             width=sum(b.M.shape[0] * b.M.shape[1] for b in self.bases.values()),
             ranks={name: b.rank for name, b in self.bases.items()},
-            preserved_norm=projected.preserved_norm,
-            residual=projected.residual,
             forget_loss=value,
             seconds=time.perf_counter() - start,
+            **projected._asdict(),
         )
 
     @property
@@ -239,7 +222,7 @@ class PGU:
 
     def run(self, batches: Iterable, validate: Callable[[], tuple[float, float]], **options) -> Run:
         """Follow the published schedule until a stop rule holds; options: see `projgrad.methods.pgu.schedule.run`."""
-        self._cache("run")
+        self._current_cache("run")
 
         def step(batch: object) -> PGURecord:
             return self.step(lambda: logits_and_labels(self.model, batch, self.forward))
@@ -253,7 +236,7 @@ class PGU:
         The file is complete or is not there: a process that dies meanwhile leaves the one that was there before, and
         perhaps files `.NAME.*.tmp` or `.tmp*` beside it. It carries a checksum, by which `load` knows damage.
         """
-        self._cache("save").save(path, fingerprint(self.model))
+        self._current_cache("save").save(path, fingerprint(self.model))
 
     @classmethod
     def load(
@@ -286,7 +269,7 @@ class PGU:
     def _weights(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in trainable_parameters(self.model, self.optimizer).items() if p.ndim >= 2}
 
-    def _cache(self, method: str) -> Cache:
+    def _current_cache(self, method: str) -> Cache:
         """Return the cache, if the parameters are still those that it belongs to."""
         if self.cache is None:
             raise ValueError(f"{method}: nothing is fitted; call fit() with the training data, or PGU.load()")
@@ -301,20 +284,8 @@ class PGU:
 
     def _adopt(self, cache: Cache) -> None:
         """Choose the kept directions of a cache, and take it over if all is well."""
-        bases, frozen = {}, {}
-        for name, p in trainable_parameters(self.model, self.optimizer).items():
-            if p.ndim < 2:
-                frozen[name] = "biases and the parameters of norms are not updated"
-            elif name not in cache.spectra:
-                frozen[name] = cache.refused.get(name, "it was not fitted")
-            elif (gamma := self.gamma.get(name, self.gamma.get("default"))) == 1:
-                frozen[name] = "gamma is 1"
-            else:
-                dtype = torch.promote_types(p.dtype, torch.float32)
-                try:
-                    bases[name] = basis(cache.spectra[name], gamma, self.rule, self.soft, dtype)
-                except ArithmeticError as error:
-                    raise ArithmeticError(f"PGU: {name}: {error}") from None
+        params = trainable_parameters(self.model, self.optimizer)
+        bases, frozen = cache.bases(params, self.gamma, self.rule, self.soft)
         self.cache, self.bases, self.frozen, self._fitted = cache, bases, frozen, forms_of(self.model)
         empty = [name for name, b in bases.items() if not b.rank and cache.spectra[name].values.any()]
         if empty:
