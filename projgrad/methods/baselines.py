@@ -88,7 +88,7 @@ class NegGradPlus:
         params = list(closures.params.values())
         weight = self.sign * (1 - self.alpha)
         u = _loss(forget, closures, "forget") if self.alpha < 1 else None
-        # A retain() that normalises weights in its forward pass, as forget() did, would break the forget loss's graph.
+        # Both forward passes may normalise weights in place: the graph of the forget loss does not outlive the second.
         early = u is not None and self.alpha > 0 and bool(closures.changed["forget"])
         if early:
             torch.autograd.backward(weight * u, inputs=params)

@@ -29,10 +29,7 @@ def write(path: str | os.PathLike, about: dict[str, Any], tensors: dict[str, Ten
     hosts = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     with replacing(path, durable=True) as partial:
         save_file(hosts, partial, {"pgu": json.dumps({"format": FORMAT, **about}), "blake2b": EMPTY})
-        checksum = _checksum(partial)
-        if checksum is None:
-            raise RuntimeError("the checksum has no place in the file")
-        start, _ = checksum
+        start, _ = _checksum(partial)
         digest = _digest(partial, start)
         with partial.open("r+b") as file:
             file.seek(start)
