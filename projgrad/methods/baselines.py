@@ -5,24 +5,24 @@ retain losses a scalar or one per sample (their mean is used). They own no mathe
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from .. import _options
 from ..recording.losses import instead
 from .closures import Closures
-from .common import check_finite, clear_grads, scalar_loss, trainable_parameters
+from .common import clear_grads, copies, loss_value, scalar_loss, trainable_parameters, write_
+from .protocol import Closure, SteppingOptimizer
 
-Closure = Callable[[], Tensor]
+Gradients = Sequence[Tensor | None]  # in the order of the parameters; None for what a loss does not depend on
 
 
 @dataclass(frozen=True)
 class BaselineRecord:
-    """Losses before the step, None where a closure was not called; wall seconds of the step."""
+    """Losses before the step, None where a closure was not called, and the wall seconds of the step."""
 
     forget_loss: float | None
     retain_loss: float | None
@@ -62,7 +62,7 @@ class NegGradPlus:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: SteppingOptimizer,
         alpha: float = 0.95,
         *,
         ascend: bool = True,
@@ -74,49 +74,47 @@ class NegGradPlus:
         self.sign = -1.0 if _options.check_flag("ascend", ascend) else 1.0
 
     def step(self, forget: Closure, retain: Closure) -> BaselineRecord:
-        """One update. What was in `.grad` before is dropped. An error leaves the model and the optimizer as they were,
-        with every `.grad` set to None."""
+        """Update the weights once. What was in `.grad` before is dropped.
+
+        An error leaves the model and the optimizer as they were, with every `.grad` set to None.
+        """
         start = time.perf_counter()
         with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures, torch.enable_grad():
             losses = self._update(forget, retain, closures)
         return BaselineRecord(*losses, time.perf_counter() - start)
 
     def _update(self, forget: Closure, retain: Closure, closures: Closures) -> tuple[float | None, float | None]:
+        """Change the weights, and return both losses."""
+        params = list(closures.params.values())
+        weight = self.sign * (1 - self.alpha)
         u = _loss(forget, closures, "forget") if self.alpha < 1 else None
-        params = closures.params
-        early = u is not None and self.alpha > 0 and closures.changed["forget"]
-        if early:  # the graph would not outlive a retain() that normalises weights in its forward pass too
-            torch.autograd.backward(self.sign * (1 - self.alpha) * u, inputs=list(params.values()))
+        # Both forward passes may normalise weights in place: the graph of the forget loss does not outlive the second.
+        early = u is not None and self.alpha > 0 and bool(closures.changed["forget"])
+        if early:
+            torch.autograd.backward(weight * u, inputs=params)
 
-        def forgotten(names: list[str]) -> Sequence[Tensor | None]:
-            some = [params[name] for name in names]
-            return [p.grad for p in some] if early else _grads(u, some, keep=True)
+        def forgotten(names: list[str]) -> Gradients:
+            asked = [closures.params[name] for name in names]
+            return [p.grad for p in asked] if early else _gradients(u, asked, retain_graph=True)
 
         r = _loss(retain, closures, "retain") if self.alpha > 0 else None
         if u is not None and r is not None:
             closures.compare(r, forgotten)
-        seen = _seen(u, "forget"), _seen(r, "retain")
-        parts = (self.alpha, r), (self.sign * (1 - self.alpha), None if early else u)
-        grads = self._grads(sum(w * loss for w, loss in parts if loss is not None))
+        losses = [None if u is None else loss_value(u, "forget"), None if r is None else loss_value(r, "retain")]
+        terms = (self.alpha, r), (weight, None if early else u)
+        update = torch.autograd.grad(sum(w * loss for w, loss in terms if loss is not None), params, allow_unused=True)
         if early:
-            grads = tuple(_total(p.grad, g) for p, g in zip(params.values(), grads, strict=True))
-        self._apply(grads)
-        return seen
+            update = [_add(p.grad, g) for p, g in zip(params, update, strict=True)]
+        self._apply(params, update)
+        return tuple(losses)
 
-    def _grads(self, loss: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(loss, self._params(), allow_unused=True)
-
-    def _params(self) -> list[nn.Parameter]:
-        return list(trainable_parameters(self.model, self.optimizer).values())
-
-    def _apply(self, grads: tuple[Tensor | None, ...]) -> None:
-        """Clip, and let the optimizer step with these gradients."""
-        params = self._params()
-        norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None])
+    def _apply(self, params: list[nn.Parameter], update: Gradients) -> None:
+        """Clip the update, and let the optimizer step with it."""
+        norm = torch.nn.utils.get_total_norm([g for g in update if g is not None])
         if not norm.isfinite():
             raise FloatingPointError("NaN or Inf in the update; nothing was changed")
         clear_grads(self.optimizer)
-        for p, g in zip(params, grads, strict=True):
+        for p, g in zip(params, update, strict=True):
             p.grad = g
         if self.max_norm is not None:
             nn.utils.clip_grad_norm_(params, self.max_norm)
@@ -137,20 +135,19 @@ class PCGrad(NegGradPlus):
     """
 
     def _update(self, forget: Closure, retain: Closure, closures: Closures) -> tuple[float, float]:
-        params = self._params()
+        params = list(closures.params.values())
         u = _loss(forget, closures, "forget")
-        d = _grads(self.sign * u, params)
-        r_loss = _loss(retain, closures, "retain")
-        by_name = dict(zip(closures.params, d, strict=True))
-        closures.compare(r_loss, lambda names: [by_name[name] for name in names])
-        r = _grads(r_loss, params)
-        seen = _seen(u, "forget"), _seen(r_loss, "retain")
+        d = dict(zip(closures.params, _gradients(self.sign * u, params), strict=True))
+        mean_loss = _loss(retain, closures, "retain")
+        closures.compare(mean_loss, lambda names: [d[name] for name in names])
+        d, r = list(d.values()), _gradients(mean_loss, params)
+        losses = loss_value(u, "forget"), loss_value(mean_loss, "retain")
         conflict = min(_dot(d, r), 0.0)
         # In d and r: α (r - conflict d / ‖d‖²) + (1 - α) (d - conflict r / ‖r‖²).
         weight_d = (1 - self.alpha) - (self.alpha * conflict / _dot(d, d) if conflict else 0.0)
         weight_r = self.alpha - ((1 - self.alpha) * conflict / _dot(r, r) if conflict else 0.0)
-        self._apply(tuple(weight_d * a + weight_r * b for a, b in zip(d, r, strict=True)))
-        return seen
+        self._apply(params, [weight_d * a + weight_r * b for a, b in zip(d, r, strict=True)])
+        return losses
 
 
 class SalUn(NegGradPlus):
@@ -170,7 +167,7 @@ class SalUn(NegGradPlus):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: SteppingOptimizer,
         saliency: Closure,
         alpha: float = 0.5,
         *,
@@ -180,18 +177,18 @@ class SalUn(NegGradPlus):
         super().__init__(model, optimizer, alpha, ascend=False, max_norm=max_norm)
         share = _options.within("share of the parameters to update", share, "(0, 1]")
         with Closures(model, optimizer, saliency=saliency) as closures:
-            sizes = [g.abs() for g in _grads(_loss(saliency, closures, "saliency"), self._params())]
+            loss = _loss(saliency, closures, "saliency")
+            sizes = [g.abs() for g in _gradients(loss, list(closures.params.values()))]
         flat = torch.cat([g.flatten() for g in sizes])
         kept = torch.zeros_like(flat, dtype=torch.bool)
         kept[flat.topk(max(1, round(share * len(flat)))).indices] = True
         parts = kept.split([g.numel() for g in sizes])
         self.masks = [part.view_as(g) for part, g in zip(parts, sizes, strict=True)]
 
-    def _apply(self, grads: tuple[Tensor | None, ...]) -> None:
-        if [m.shape for m in self.masks] != [p.shape for p in self._params()]:
+    def _apply(self, params: list[nn.Parameter], update: Gradients) -> None:
+        if [m.shape for m in self.masks] != [p.shape for p in params]:
             raise ValueError("there are other parameters than when the saliency was found: make a new SalUn")
-        masked = zip(grads, self.masks, strict=True)
-        super()._apply(tuple(None if g is None else g * m for g, m in masked))
+        super()._apply(params, [None if g is None else g * m for g, m in zip(update, self.masks, strict=True)])
 
 
 class SCRUB(NegGradPlus):
@@ -209,33 +206,36 @@ class SCRUB(NegGradPlus):
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, max_steps: int, *, max_norm: float | None = None
+        self, model: nn.Module, optimizer: SteppingOptimizer, max_steps: int, *, max_norm: float | None = None
     ) -> None:
         super().__init__(model, optimizer, max_norm=max_norm)
-        self.max_steps, self.done = _options.check_integer("max_steps", max_steps, 0), 0
+        self.max_steps, self.steps = _options.check_integer("max_steps", max_steps, 0), 0
 
     def _update(self, forget: Closure, retain: Closure, closures: Closures) -> tuple[float | None, float]:
-        up, params = None, self._params()
-        before = [p.detach().clone() for p in params] if self.done < self.max_steps else []
+        ascends = self.steps < self.max_steps
+        before = copies(closures.params) if ascends else {}
         try:
-            if self.done < self.max_steps:
-                u = _loss(forget, closures, "forget")
-                up = _seen(u, "forget")
-                self._apply(self._grads(-u))
-            r = _loss(retain, closures, "retain")
-            down = _seen(r, "retain")
-            self._apply(self._grads(r))
+            losses = (
+                self._step_down(forget, closures, "forget", -1.0) if ascends else None,
+                self._step_down(retain, closures, "retain"),
+            )
         except BaseException:
-            with torch.no_grad():
-                for p, b in zip(params, before, strict=False):
-                    p.copy_(b)
+            write_(closures.params, before)
             raise
-        self.done += 1
-        return up, down
+        self.steps += 1
+        return losses
+
+    def _step_down(self, closure: Closure, closures: Closures, name: str, sign: float = 1.0) -> float:
+        """Take one step down (sign = 1) or up (-1) the loss of a closure, and return the loss."""
+        params = list(closures.params.values())
+        loss = _loss(closure, closures, name)
+        value = loss_value(loss, name)
+        self._apply(params, torch.autograd.grad(sign * loss, params, allow_unused=True))
+        return value
 
 
 def _loss(closure: Closure, closures: Closures, name: str) -> Tensor:
-    """The scalar loss of a closure; of retain losses the mean."""
+    """Return the scalar loss of a closure; of retain losses the mean."""
 
     def mean() -> Tensor:
         losses = closure()
@@ -247,17 +247,14 @@ def _loss(closure: Closure, closures: Closures, name: str) -> Tensor:
         return scalar_loss(mean if name == "retain" else closure, name)
 
 
-def _seen(loss: Tensor | None, name: str) -> float | None:
-    return None if loss is None else check_finite(float(loss.detach()), name)
+def _gradients(loss: Tensor, params: Sequence[nn.Parameter], retain_graph: bool = False) -> tuple[Tensor, ...]:
+    """Return the gradient of every parameter, zeros where the loss does not depend on it."""
+    return torch.autograd.grad(loss, params, retain_graph=retain_graph, materialize_grads=True, allow_unused=True)
 
 
-def _grads(loss: Tensor, params: Sequence[nn.Parameter], keep: bool = False) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, params, retain_graph=keep, materialize_grads=True, allow_unused=True)
-
-
-def _total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _dot(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return float(torch.stack([(x.double() * y).sum() for x, y in zip(a, b, strict=True)]).sum())  # one wait

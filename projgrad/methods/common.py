@@ -1,61 +1,80 @@
-"""What every method asks of a model and its optimizer before it changes anything."""
+"""What every method asks of a model, its optimizer and the losses of its closures."""
 
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from .._options import kind
 from .._torch_private import BatchNorm
+from ..recording.host_reads import lengths, to_host
 from ..recording.losses import instead
+from .protocol import SteppingOptimizer
+
+Tensors = dict[str, Tensor]  # by the name of the parameter
 
 
-def trainable_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """What is updated, by name: the model's parameters that require gradients now and belong to the optimizer.
+def trainable_parameters(model: nn.Module, optimizer: SteppingOptimizer) -> dict[str, nn.Parameter]:
+    """Return what is updated, by name: the model's parameters that require gradients and belong to the optimizer.
 
     Warns where a layer was probably replaced after the optimizer was built: it then learns in part only.
+
+    Raises:
+        TypeError, ValueError: as `check_types`.
+        ValueError: there is no such parameter.
     """
     check_types(model, optimizer)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    every = dict(model.named_parameters())
-    found = {name: p for name, p in every.items() if p.requires_grad and id(p) in held}
-    lost = len(held.difference(map(id, every.values())))
-    if not found:
+    held = {id(p) for p in held_parameters(optimizer)}
+    params = dict(model.named_parameters())
+    trainable = {name: p for name, p in params.items() if p.requires_grad and id(p) in held}
+    foreign = len(held.difference(map(id, params.values())))
+    if not trainable:
         why = (
             "none of those that it holds belongs to the model: build it after the model was changed, and for this model"
         )
-        if lost < len(held):
-            why = f"the {len(held) - lost} of the model that it holds have requires_grad=False"
+        if foreign < len(held):
+            why = f"the {len(held) - foreign} of the model that it holds have requires_grad=False"
         raise ValueError(f"the optimizer holds no parameter of the model that requires a gradient; {why}")
-    missing = [name for name, p in every.items() if p.requires_grad and id(p) not in held]
-    if lost and missing:
+    missing = [name for name, p in params.items() if p.requires_grad and id(p) not in held]
+    if foreign and missing:
+        listed = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         warnings.warn(
-            f"the optimizer does not hold {_some(missing)} of the model, which stay as they are, but {lost} parameters "
+            f"the optimizer does not hold {listed} of the model, which stay as they are, but {foreign} parameters "
             "that are not in the model. If a layer was replaced after the optimizer was built, build it anew",
             stacklevel=3,
         )
-    return found
+    return trainable
 
 
-def learning_rates(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> dict[str, float]:
-    """That of every parameter, by name; none if all parameter groups have the same."""
+def held_parameters(optimizer: SteppingOptimizer) -> list[nn.Parameter]:
+    """Return all parameters that an optimizer holds, of this model or not."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def learning_rates(optimizer: SteppingOptimizer, params: dict[str, nn.Parameter]) -> dict[str, float]:
+    """Return the learning rate of every parameter, by name; nothing if all parameter groups have the same."""
     groups = [group for group in optimizer.param_groups if "lr" in group]
     if len(groups) < 2 or len({id(group["lr"]) for group in groups}) == 1:
         return {}
     rates = [float(group["lr"]) for group in groups]
     if len(set(rates)) == 1:
         return {}
-    of = {id(p): rate for group, rate in zip(groups, rates, strict=True) for p in group["params"]}
-    return {name: of[id(p)] for name, p in params.items() if id(p) in of}
+    rate_of = {id(p): rate for group, rate in zip(groups, rates, strict=True) for p in group["params"]}
+    return {name: rate_of[id(p)] for name, p in params.items() if id(p) in rate_of}
 
 
 def check_types(model: object, optimizer: object) -> None:
+    """Check that these are a model and an optimizer that steps once on `.grad`.
+
+    Raises:
+        TypeError: they are swapped, or something else.
+        ValueError: LBFGS, or an optimizer with maximize=True.
+    """
     if isinstance(optimizer, nn.Module) and hasattr(model, "param_groups"):
         raise TypeError("model and optimizer are swapped: the model comes first")
     if not isinstance(model, nn.Module):
@@ -71,8 +90,8 @@ def check_types(model: object, optimizer: object) -> None:
         raise ValueError("the optimizer has maximize=True, which would turn the update around: build it without")
 
 
-def check_alone(model: nn.Module, params: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
-    """What spreads a model, or its steps, over processes or micro-batches in a way that a step does not follow.
+def check_alone(model: nn.Module, params: dict[str, nn.Parameter], optimizer: SteppingOptimizer) -> None:
+    """Check that nothing spreads the model, or its steps, over processes or micro-batches.
 
     Raises:
         ValueError: sharded parameters, DistributedDataParallel over more than one process, DeepSpeed, a wrapper of
@@ -85,10 +104,10 @@ def check_alone(model: nn.Module, params: dict[str, nn.Parameter], optimizer: Op
                 f"{name} is a DTensor: sharded parameters (FSDP2, tensor parallelism) are not supported yet"
             )
     for name, module in model.named_modules() if distributed() else ():
+        where = name or "the model"
         if type(module).__name__ == "FullyShardedDataParallel":
-            where = name or "the model"
             raise ValueError(f"{where} is a FullyShardedDataParallel: sharded parameters are not supported yet")
-        check_replicas(module, name or "the model")
+        check_replicas(module, where)
     kinds = {c.__name__ for c in (*type(optimizer).__mro__, *type(model).__mro__)}
     if any("DeepSpeed" in name for name in kinds):
         raise ValueError("DeepSpeed steps inside its own backward(): it is not supported")
@@ -106,10 +125,12 @@ def check_alone(model: nn.Module, params: dict[str, nn.Parameter], optimizer: Op
 
 
 def distributed() -> bool:
+    """Return whether this process is one of a group of processes."""
     return dist.is_available() and dist.is_initialized()
 
 
 def check_replicas(module: nn.Module, where: str) -> None:
+    """Check that a module is no DistributedDataParallel over more than one process; raises ValueError."""
     if isinstance(module, DistributedDataParallel) and (size := dist.get_world_size(module.process_group)) > 1:
         raise ValueError(
             f"{where} is a DistributedDataParallel over {size} processes, which is not supported yet: it would not "
@@ -118,8 +139,22 @@ def check_replicas(module: nn.Module, where: str) -> None:
         )
 
 
+def check_batch_norm(model: nn.Module) -> None:
+    """Check that no batch norm uses the statistics of the batch; raises ValueError."""
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(module).__name__} that uses batch statistics: what the model makes "
+                "of one sample, and its gradient, then depends on the others. Call model.eval() first"
+            )
+
+
 def scalar_loss(closure: Callable[[], Tensor], name: str = "forget") -> Tensor:
-    """What a closure returns, checked to be one loss that can be differentiated; shape ()."""
+    """Call a closure and return its loss, (), checked to be one number that can be differentiated.
+
+    Raises:
+        ValueError: it returned something else.
+    """
     loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"{tuple(loss.shape)}: take its mean" if isinstance(loss, Tensor) else instead(loss, "loss")
@@ -129,27 +164,39 @@ def scalar_loss(closure: Callable[[], Tensor], name: str = "forget") -> Tensor:
     return loss.reshape(())
 
 
+def loss_value(loss: Tensor, name: str = "forget") -> float:
+    """Return the number of a scalar loss; raises as `check_finite`."""
+    return check_finite(float(loss.detach()), name)
+
+
 def check_finite(loss: float, name: str = "forget") -> float:
+    """Return a loss that is finite; raise FloatingPointError for another one."""
     if not math.isfinite(loss):
         raise FloatingPointError(f"the {name} loss is {loss}; nothing was changed")
     return loss
 
 
-def clear_grads(optimizer: Optimizer) -> None:
-    """No `.grad` for the optimizer to see: a stale one would move what no loss depends on."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.grad = None
+def check_finite_tensors(tensors: Tensors, what: str) -> None:
+    """Check that no tensor holds NaN or Inf, with one wait for the device; raises FloatingPointError with the names."""
+    norms = to_host(lengths(list(tensors.values())))
+    bad = [name for name, norm in zip(tensors, norms, strict=True) if not math.isfinite(norm)]
+    if bad:
+        raise FloatingPointError(f"NaN or Inf in {what}, at {', '.join(bad[:4])}; no parameter was changed")
 
 
-def check_batch_norm(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, BatchNorm) and (module.training or module.running_mean is None):
-            raise ValueError(
-                f"{name or 'the model'} is a {type(module).__name__} that uses batch statistics: what the model makes "
-                "of one sample, and its gradient, then depends on the others. Call model.eval() first"
-            )
+def clear_grads(optimizer: SteppingOptimizer) -> None:
+    """Set every `.grad` that the optimizer sees to None: a stale one would move what no loss depends on."""
+    for p in held_parameters(optimizer):
+        p.grad = None
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def copies(params: Mapping[str, Tensor]) -> Tensors:
+    """Return a copy of every parameter, by name."""
+    return {name: p.detach().clone() for name, p in params.items()}
+
+
+@torch.no_grad()
+def write_(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Write values into the parameters of the same names."""
+    for name, value in values.items():
+        params[name].copy_(value)

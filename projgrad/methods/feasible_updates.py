@@ -3,7 +3,6 @@
 import inspect
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +13,20 @@ from .._torch_private import keeping_versions
 from ..recording.losses import check_losses
 from ..tape.per_sample import per_sample
 from .closures import Closures
-from .common import check_batch_norm, check_finite, check_types, clear_grads, scalar_loss, trainable_parameters
-from .masks import Aggregate, Coordinate, Tensors, check_all
-
-Closure = Callable[[], Tensor]
+from .common import (
+    Tensors,
+    check_batch_norm,
+    check_finite_tensors,
+    check_types,
+    clear_grads,
+    copies,
+    loss_value,
+    scalar_loss,
+    trainable_parameters,
+    write_,
+)
+from .masks import Aggregate, Coordinate
+from .protocol import Closure, SteppingOptimizer, UnlearningMethod
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ class FeasibleUpdates:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: object,
+        optimizer: SteppingOptimizer | UnlearningMethod,
         delta: float = 0.05,
         test: str = "coordinate",
         ascend: bool = True,
@@ -116,34 +125,23 @@ class FeasibleUpdates:
         _options.check_choice("test", test, ("coordinate", "aggregate"))
         ascend = _options.check_flag("ascend", ascend)
         self.model, self.delta, self.test, self.sign = model, delta, test, -1.0 if ascend else 1.0
-        plain = isinstance(optimizer, type) or hasattr(optimizer, "param_groups") or hasattr(model, "param_groups")
-        self.method = None if plain else optimizer
-        if plain:
+        self.method: UnlearningMethod | None = None
+        self.optimizer: SteppingOptimizer
+        if isinstance(optimizer, type) or hasattr(optimizer, "param_groups") or hasattr(model, "param_groups"):
             check_types(model, optimizer)
+            self.optimizer = optimizer
         else:
-            self._check_method(ascend)
-        self.optimizer: torch.optim.Optimizer = optimizer if self.method is None else self.method.optimizer
+            _check_method(optimizer, model, ascend)
+            self.method, self.optimizer = optimizer, optimizer.optimizer
+            required = inspect.signature(optimizer.step).parameters.values()
+            self._closures = sum(p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD for p in required)
         trainable_parameters(model, self.optimizer)
 
-    def _check_method(self, ascend: bool) -> None:
-        lacking = [name for name in ("step", "model", "optimizer") if not hasattr(self.method, name)]
-        if lacking:
-            kind = type(self.method).__name__
-            raise ValueError(f"optimizer must be a torch optimizer or a method; {kind} has no {', '.join(lacking)}")
-        if self.method.model is not self.model:
-            raise ValueError(f"the {type(self.method).__name__} was made for another model")
-        its = getattr(self.method, "sign", None)
-        its = getattr(self.method, "ascend", ascend) if its is None else its < 0
-        if its is not ascend:
-            raise ValueError(
-                f"ascend={ascend}, but the {type(self.method).__name__} has ascend={its}: one objective is needed"
-            )
-        required = inspect.signature(self.method.step).parameters.values()
-        self._closures = sum(p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD for p in required)
-
     def step(self, forget: Closure, retain: Closure, check: Closure | None = None) -> FeasibleRecord:
-        """One update. An error leaves the parameters as they were, with every `.grad` set to None, and the optimizer
-        too unless its own step, or something after it, is at fault. What was in `.grad` before the step is dropped.
+        """Make one masked update. What was in `.grad` before it is dropped.
+
+        An error leaves the parameters as they were, with every `.grad` set to None, and the optimizer too unless its
+        own step, or something after it, is at fault.
 
         Args:
             forget: returns the scalar forget loss.
@@ -162,76 +160,89 @@ class FeasibleUpdates:
             ArithmeticError: the per-sample gradients contradict plain autograd.
         """
         start = time.perf_counter()
-        used, samples = ("retain", retain) if check is None else ("check", check)
-        with Closures(self.model, self.optimizer, **{"forget": forget, used: samples}) as closures:
+        which, tested = ("retain", retain) if check is None else ("check", check)
+        with Closures(self.model, self.optimizer, **{"forget": forget, which: tested}) as closures:
             check_batch_norm(self.model)
             params = closures.params
             forget_loss, u = self._forget(forget, closures)
-            with closures.watch(used), per_sample(self.model, params) as tape:
-                losses = samples()
+            with closures.watch(which), per_sample(self.model, params) as tape:
+                losses = tested()
             check_losses(losses)
             closures.compare(losses, lambda names: [u[name] for name in names])
             if not tape.recording.sites:
-                closures.check_made_inside(losses, samples, used)
+                closures.check_made_inside(losses, tested, which)
             test = (Coordinate if self.test == "coordinate" else Aggregate)(tape, losses, u, self.delta)
             retain_loss = float(losses.detach().double().mean())
-            done, change = self._propose(params, u, forget, retain)
+            record, change = self._propose(params, u, forget, retain)
             masked, sums = test.choose(change)
             for name, p in params.items():
                 p.detach().add_(masked[name])
-        moved, kept, before, after, forgotten = sums
         return FeasibleRecord(
-            kept=kept / moved if moved else 1.0,
+            kept=sums.kept / sums.moved if sums.moved else 1.0,
             level=self.delta,
-            preserved_norm=math.sqrt(after / before) if before else 1.0,
-            forget_change=forgotten,
+            preserved_norm=math.sqrt(sums.kept_squared_norm / sums.squared_norm) if sums.squared_norm else 1.0,
+            forget_change=sums.forget_change,
             retain_change=test.mean,
             retain_error=test.error,
             forget_loss=forget_loss,
             retain_loss=retain_loss,
             seconds=time.perf_counter() - start,
-            method=done,
+            method=record,
         )
 
     def _forget(self, forget: Closure, closures: Closures) -> tuple[float, dict[str, Tensor | None]]:
-        """The forget loss and u; None for what it does not depend on."""
+        """Return the forget loss and u, by name; None for what the loss does not depend on."""
         params = closures.params
         with closures.watch("forget"):
             loss = scalar_loss(forget)
-        value = check_finite(float(loss.detach()))
+        value = loss_value(loss)
         grads = torch.autograd.grad(loss, list(params.values()), torch.full_like(loss, self.sign), allow_unused=True)
         u = dict(zip(params, grads, strict=True))
         used = {name: g for name, g in u.items() if g is not None}
         if not used:
             raise ValueError("forget() returned a loss that depends on no parameter that the optimizer holds")
-        check_all(used, "the forget gradient")
+        check_finite_tensors(used, "the forget gradient")
         return value, u
 
     def _propose(
         self, params: dict[str, nn.Parameter], u: dict[str, Tensor | None], forget: Closure, retain: Closure
     ) -> tuple[object, Tensors]:
-        """What the optimizer or the method would change, by name; the parameters end as they were."""
-        old = {name: p.detach().clone() for name, p in params.items()}
+        """Return the method's record and the change that it or the optimizer makes; the parameters end as they were."""
+        before = copies(params)
         # The graph of the retain losses is still needed: the weights in it will be what they were.
         with keeping_versions(list(params.values())), torch.no_grad():
             try:
                 with torch.enable_grad():
-                    done = self._step(params, u, forget, retain)
+                    record = self._step(params, u, forget, retain)
                 change = {}
                 for name, p in params.items():
-                    change[name] = p - old[name]
-                    p.copy_(old.pop(name))
-                check_all(change, "the change that the optimizer proposes")
+                    change[name] = p - before[name]
+                    p.copy_(before.pop(name))  # one copy less at a time
+                check_finite_tensors(change, "the change that the optimizer proposes")
             finally:
                 clear_grads(self.optimizer)
-                for name, before in old.items():
-                    params[name].copy_(before)
-        return done, change
+                write_(params, before)
+        return record, change
 
     def _step(self, params: dict[str, nn.Parameter], u: dict[str, Tensor | None], *closures: Closure) -> object:
+        """Let the method or the optimizer step, and return the method's record."""
         if self.method is not None:
             return self.method.step(*closures[: self._closures])
         for name, p in params.items():
             p.grad = None if u[name] is None else u[name].clone()  # some optimizers write to it
         self.optimizer.step()
         return None
+
+
+def _check_method(method: object, model: nn.Module, ascend: bool) -> None:
+    """Check that a method has what `UnlearningMethod` says, is made for this model and goes the same way."""
+    kind = type(method).__name__
+    lacking = [name for name in ("step", "model", "optimizer") if not hasattr(method, name)]
+    if lacking:
+        raise ValueError(f"optimizer must be a torch optimizer or a method; {kind} has no {', '.join(lacking)}")
+    if method.model is not model:
+        raise ValueError(f"the {kind} was made for another model")
+    sign = getattr(method, "sign", None)
+    ascends = getattr(method, "ascend", ascend) if sign is None else sign < 0
+    if ascends is not ascend:
+        raise ValueError(f"ascend={ascend}, but the {kind} has ascend={ascends}: one objective is needed")

@@ -1,61 +1,77 @@
 """The two tests that choose which coordinates of a change are made."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops.feasible import _feasible
 from ..ops.t_test import quantile
-from ..recording.host_reads import lengths, to_host
+from ..recording.host_reads import to_host
 from ..tape.tape import Tape
-
-Tensors = dict[str, Tensor]
+from .common import Tensors, check_finite_tensors
 
 # Of the aggregate test, our derivation: the levels at which one half of the samples sorts coordinates into nested sets,
 # from the most certain to all that help forgetting. Chosen by simulated power; any choice keeps the level.
 LEVELS = (0.3, 0.5, 0.7, 1.0)
 
 
-class Coordinate:
-    """The test of every coordinate, with all samples."""
+class Sums(NamedTuple):
+    """Of a change Δ and its mask m: the coordinates that were to move and that do, ‖Δ‖², ‖mΔ‖², ⟨mΔ, u⟩."""
 
-    least, choosing, testing = 2, slice(None), slice(None)
+    moved: float
+    kept: float
+    squared_norm: float
+    kept_squared_norm: float
+    forget_change: float
+
+
+class Coordinate:
+    """The test of every coordinate, with all samples.
+
+    mean, error: of ⟨g_j, mΔ⟩ over the samples that test, and the standard error of this mean.
+
+    Args:
+        losses: (n,) of the retain samples, of the pass that the tape recorded.
+        u: gradient of the forget objective, by name; None counts as zeros.
+        delta: level of the test.
+    """
+
+    least, choosing, testing = 2, slice(None), slice(None)  # samples: how many, and which of them choose and test
 
     def __init__(self, tape: Tape, losses: Tensor, u: dict[str, Tensor | None], delta: float) -> None:
         if len(losses) < self.least:
             raise ValueError(f"the test needs at least {self.least} retain losses; got {len(losses)}")
         self.tape, self.losses, self.u, self.delta = tape, losses, u, delta
         self.mean = self.error = 0.0
-        choosing = torch.zeros_like(losses)
-        choosing[self.choosing] = 1
+        chosen = torch.zeros_like(losses)
+        chosen[self.choosing] = 1
         self.n = len(range(len(losses))[self.choosing])
-        self.total, self.squares = tape.moments(losses, choosing)
+        self.total, self.squares = tape.moments(losses, chosen)
         for moments in (self.total, self.squares):
-            check_all(moments, "the sums of the retain gradients or their squares")
+            check_finite_tensors(moments, "the sums of the retain gradients or their squares")
 
-    def choose(self, change: Tensors) -> tuple[Tensors, list[float]]:
-        """The masked change, and moved, kept, ‖Δ‖², ‖mΔ‖², ⟨mΔ, u⟩."""
+    def choose(self, change: Tensors) -> tuple[Tensors, Sums]:
+        """Return the masked change, and what the mask did."""
         masked, sums = self._mask(change, self.delta)
-        self._measure(masked)
+        self.mean, self.error = self._measure(masked)
         return masked, sums
 
-    def _mask(self, change: Tensors, level: float) -> tuple[Tensors, list[float]]:
+    def _mask(self, change: Tensors, level: float) -> tuple[Tensors, Sums]:
         masked, parts = {}, []
         for name, d in change.items():
-            u = self.u[name]
-            u = torch.zeros_like(d) if u is None else u
+            u = torch.zeros_like(d) if self.u[name] is None else self.u[name]
             tensors = (x.reshape(-1) for x in (d, u, self.total[name], self.squares[name]))
-            masked[name], sums = _feasible(*tensors, self.n, level)
-            masked[name] = masked[name].view(d.shape)
+            kept, sums = _feasible(*tensors, self.n, level)
+            masked[name] = kept.view(d.shape)
             parts.append(sums[:5].to(parts[0].device if parts else sums.device))
-        return masked, to_host(torch.stack(parts).sum(0))
+        return masked, Sums(*to_host(torch.stack(parts).sum(0)))
 
     def _measure(self, masked: Tensors) -> tuple[float, float]:
-        """Mean and standard error of ⟨g_j, mΔ⟩ over the samples that test."""
+        """Return mean and standard error of ⟨g_j, mΔ⟩ over the samples that test."""
         x = self.tape.dot(self.losses, masked)[self.testing]
-        self.mean, self.error = to_host(torch.stack([x.mean(), x.std() / math.sqrt(len(x))]))
-        return self.mean, self.error
+        return tuple(to_host(torch.stack([x.mean(), x.std() / math.sqrt(len(x))])))
 
 
 class Aggregate(Coordinate):
@@ -63,23 +79,16 @@ class Aggregate(Coordinate):
 
     least, choosing, testing = 4, slice(0, None, 2), slice(1, None, 2)
 
-    def choose(self, change: Tensors) -> tuple[Tensors, list[float]]:
+    def choose(self, change: Tensors) -> tuple[Tensors, Sums]:
         q = quantile(self.delta, len(self.losses) // 2 - 1)
-        best, measured = None, (0.0, 0.0)
+        best = None
         for level in LEVELS:
             masked, sums = self._mask(change, level)
             mean, error = self._measure(masked)
             if not mean + q * error <= 0:
                 break
-            best, measured = (masked, sums), (mean, error)
-        self.mean, self.error = measured
-        if best is None:
-            best = {name: torch.zeros_like(d) for name, d in change.items()}, [*sums[:1], 0.0, sums[2], 0.0, 0.0]
+            best, self.mean, self.error = (masked, sums), mean, error
+        if best is None:  # nothing moves
+            nothing = {name: torch.zeros_like(d) for name, d in change.items()}
+            best = nothing, sums._replace(kept=0.0, kept_squared_norm=0.0, forget_change=0.0)
         return best
-
-
-def check_all(tensors: Tensors, what: str) -> None:
-    norms = to_host(lengths(list(tensors.values())))
-    bad = [name for name, norm in zip(tensors, norms, strict=True) if not math.isfinite(norm)]
-    if bad:
-        raise FloatingPointError(f"NaN or Inf in {what}, at {', '.join(bad[:4])}; no parameter was changed")

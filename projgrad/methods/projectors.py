@@ -13,7 +13,7 @@ from .._options import check_integer
 
 
 def qr(u: Tensor, G: Tensor) -> Tensor:
-    """u - Q Qᵀ u with the thin QR of Gᵀ, as the published OrthoGrad computes it (arXiv 2503.02312).
+    """Compute u - Q Qᵀ u with the thin QR of Gᵀ, as the published OrthoGrad does (arXiv 2503.02312).
 
     QR has no rank test: on duplicated or zero rows Q holds arbitrary directions, and they are removed from u too.
     Raises ValueError for shapes, dtypes or devices that do not match.
@@ -25,7 +25,7 @@ def qr(u: Tensor, G: Tensor) -> Tensor:
 
 
 def qr_per_tensor(u: Tensor, G: Tensor, sizes: Sequence[int]) -> Tensor:
-    """`qr` for each parameter tensor on its own, as published; `sizes` are their lengths along p.
+    """Apply `qr` to each parameter tensor on its own, as published; `sizes` are their lengths along p.
 
     A tensor of length ≤ n loses everything: its slice of the result is rounding noise.
     Raises ValueError where shapes, dtypes or devices do not match, or the sizes do not add up to p; TypeError where a
@@ -36,36 +36,38 @@ def qr_per_tensor(u: Tensor, G: Tensor, sizes: Sequence[int]) -> Tensor:
     if sum(sizes) != G.shape[1]:
         raise ValueError(f"qr_per_tensor: sizes must add up to p = {G.shape[1]}; got {sizes}, which are {sum(sizes)}")
     parts = zip(u.split(sizes, -1), G.split(sizes, -1), strict=True)
-    return torch.cat([qr(w, g) for w, g in parts], -1)
+    return torch.cat([qr(u_part, G_part) for u_part, G_part in parts], -1)
 
 
 def lstsq(u: Tensor, G: Tensor) -> Tensor:
-    """u - Gᵀ c with c of minimal norm from a rank-revealing SVD of unit-length rows, in float64: the slow truth.
+    """Compute u - Gᵀ c in float64, with c of minimal norm from a rank-revealing SVD of unit-length rows: the truth.
 
-    Singular values below 4 eps max(n, p) of the largest count as zero.
+    Slow. Singular values below 4 eps max(n, p) of the largest count as zero.
     Raises ValueError for shapes or devices that do not match.
     """
     _check("lstsq", u, G, ("device",))
     if not G.numel():
         return u.clone()
+    tiny = torch.finfo(torch.float64).tiny
     rows = G.double()
-    rows = rows / rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)  # squares stay in range
-    rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    rows = rows / rows.abs().amax(1, keepdim=True).clamp_min(tiny)  # squares stay in range
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(tiny)
     s, V = torch.linalg.svd(rows, full_matrices=False)[1:]
-    V = V[s > 4 * max(G.shape) * torch.finfo(torch.float64).eps * s.max()]
-    w = u.double()
+    V = V[s > 4 * max(G.shape) * torch.finfo(torch.float64).eps * s.max()]  # [rank, p]
+    projected = u.double()
     for _ in range(2):
-        w = w - (w @ V.mT) @ V
-    return w.to(u.dtype)
+        projected = projected - (projected @ V.mT) @ V
+    return projected.to(u.dtype)
 
 
-def _check(projector: str, u: Tensor, G: Tensor, same: Sequence[str] = ("dtype", "device")) -> None:
+def _check(projector: str, u: Tensor, G: Tensor, shared: Sequence[str] = ("dtype", "device")) -> None:
+    """Check the shapes, and that the named attributes of u and G agree."""
     if G.ndim != 2 or u.ndim not in (1, 2) or u.shape[-1] != G.shape[1]:
         raise ValueError(
             f"{projector}: u must be (p,) or (m, p) and G (n, p); got u {tuple(u.shape)} and G {tuple(G.shape)}"
         )
-    for what in same:
-        if getattr(u, what) != getattr(G, what):
+    for name in shared:
+        if getattr(u, name) != getattr(G, name):
             raise ValueError(
-                f"{projector}: u and G must have one {what}; got {getattr(u, what)} and {getattr(G, what)}"
+                f"{projector}: u and G must have one {name}; got {getattr(u, name)} and {getattr(G, name)}"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,11 +28,16 @@ def own_site(recording: Recording, node: Node) -> Site | None:
 
 def nodes_of(losses: Tensor) -> list[Node]:
     """Return all nodes of the graph, each once."""
-    nodes: dict[Node, None] = {losses.grad_fn: None}
-    waiting = [losses.grad_fn]
+    return nodes_below([losses.grad_fn])
+
+
+def nodes_below(starts: Iterable[Node | None], stop: Callable[[Node], bool] = lambda node: False) -> list[Node]:
+    """Return the nodes that are reached from these, with these, each once; those where `stop` holds are left out."""
+    nodes = dict.fromkeys(node for node in starts if node is not None and not stop(node))
+    waiting = list(nodes)
     while waiting:
         for following, _ in waiting.pop().next_functions:
-            if following is not None and following not in nodes:
+            if following is not None and following not in nodes and not stop(following):
                 nodes[following] = None
                 waiting.append(following)
     return list(nodes)

@@ -1,7 +1,8 @@
-"""Running batches of samples through a model to read the second moments of its layers' inputs."""
+"""Batches of samples: how they are run through a model, and the second moments of its layers' inputs over them."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -12,19 +13,24 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..._torch_private import Dropout
 from ..common import check_batch_norm
-from .cache import Cache, sample_hashes, tensors_of
+from .cache import Cache
+from .fingerprints import sample_hashes, tensors_of
 from .input_moments import InputMoments
 
 Forward = Callable[[nn.Module, object], object]
 
 
 def inputs_of(batch: object) -> object:
-    """A batch without its labels: the first of a tuple or list."""
+    """Return a batch without its labels: the first of a tuple or list."""
     return inputs_of(batch[0]) if isinstance(batch, (tuple, list)) and batch else batch
 
 
 def run_model(model: nn.Module, batch: object) -> object:
-    """What a batch is without a `forward` of the user's: a tensor, keywords, or either with labels behind it."""
+    """Run a model on a batch as is done without a `forward` of the user's.
+
+    Raises:
+        ValueError: the batch is no tensor, no dictionary of keywords, and neither of them with labels behind it.
+    """
     inputs = inputs_of(batch)
     if isinstance(inputs, Tensor):
         return model(inputs)
@@ -36,17 +42,44 @@ def run_model(model: nn.Module, batch: object) -> object:
     )
 
 
-def samples_of(batch: object, forward: Forward | None, check: bool, method: str) -> tuple[int, list[int]]:
-    """How many samples a batch has, and their hashes if they are to be checked."""
-    inputs = inputs_of(batch) if forward is None else batch
-    tensors = tensors_of(inputs)
-    sizes = [tuple(t.shape) for t in tensors]
-    if not tensors or not all(sizes) or (check and len({shape[0] for shape in sizes}) > 1):
+def logits_and_labels(model: nn.Module, batch: object, forward: Forward | None) -> tuple[Tensor, Tensor]:
+    """Run a model on a batch of (inputs, labels), or a dictionary with "labels"; raises ValueError for another one."""
+    if isinstance(batch, Mapping) and "labels" in batch:
+        labels = batch["labels"]
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        labels = batch[1]
+    else:
+        raise ValueError('run: a batch must be (inputs, labels), or a dictionary with "labels"')
+    output = (forward or run_model)(model, batch)
+    return getattr(output, "logits", output), labels
+
+
+def samples_of(batch: object, forward: Forward | None, check_samples: bool, method: str) -> tuple[int, list[int]]:
+    """Return how many samples a batch has, and their hashes if they are to be checked.
+
+    Raises:
+        ValueError: a tensor that does not hold as many samples as the others along dimension 0.
+    """
+    tensors = tensors_of(inputs_of(batch) if forward is None else batch)
+    shapes = [tuple(t.shape) for t in tensors]
+    if not tensors or not all(shapes) or (check_samples and len({shape[0] for shape in shapes}) > 1):
         raise ValueError(
-            f"{method}: every tensor of a batch must hold its samples along dimension 0; got shapes {sizes}"
-            + (". check_samples=False looks at the first one alone" if len(sizes) > 1 else "")
+            f"{method}: every tensor of a batch must hold its samples along dimension 0; got shapes {shapes}"
+            + (". check_samples=False looks at the first one alone" if len(shapes) > 1 else "")
         )
-    return sizes[0][0], sample_hashes(tensors) if check else []
+    return shapes[0][0], sample_hashes(tensors) if check_samples else []
+
+
+def check_same_samples(cache: Cache, batches: Iterable, forward: Forward | None, path: str | os.PathLike) -> None:
+    """Check that batches hold exactly the samples that are left in a cache; raises ValueError."""
+    if cache.samples is None:
+        raise ValueError(f"{path} was fitted with check_samples=False: it cannot be compared with data")
+    given = Counter(each for batch in batches for each in samples_of(batch, forward, True, "load")[1])
+    if given != cache.samples:
+        raise ValueError(
+            f"{path} belongs to other data: {(cache.samples - given).total()} of its {cache.n} samples are not "
+            f"in `data`, {(given - cache.samples).total()} of `data` are not in it"
+        )
 
 
 def read_input_moments(
@@ -54,11 +87,15 @@ def read_input_moments(
     batches: Iterable,
     weights: dict[str, nn.Parameter],
     forward: Forward | None,
-    check: bool,
+    check_samples: bool,
     method: str,
     cache: Cache | None = None,
 ) -> tuple[InputMoments, int, Counter[int] | None]:
-    """Second moments, how many samples, and how often each hash. With a cache, they must be in it.
+    """Return the second moments, how many samples there are, and how often each hash.
+
+    Args:
+        method: named in messages.
+        cache: holds the samples to take out; None where samples are fitted.
 
     Raises:
         ValueError: no samples, samples that the cache does not hold, a forward pass that is not the same every time.
@@ -70,10 +107,10 @@ def read_input_moments(
             f"{method}: call it outside torch.inference_mode(): the graph of the forward pass is looked at"
         )
     moments, n, samples = InputMoments(weights), 0, Counter()
-    keep = False  # activations
-    check = check and (cache is None or cache.samples is not None)
+    keep_activations = False
+    check_samples = check_samples and (cache is None or cache.samples is not None)
     for batch in batches:
-        count, hashes = samples_of(batch, forward, check, method)
+        count, hashes = samples_of(batch, forward, check_samples, method)
         for j, each in enumerate(hashes, n):
             samples[each] += 1
             if cache is not None and samples[each] > cache.samples[each]:
@@ -86,14 +123,14 @@ def read_input_moments(
             raise ValueError(f"{method}: {n} samples or more, but only {cache.n} are left of those that were fitted")
         with _repeatable(model):
             try:
-                looked = _run(moments, model, batch, forward, keep)
+                has_graph = _run(moments, model, batch, forward, keep_activations)
             except Exception:
-                if n > count or keep:
+                if n > count or keep_activations:
                     raise
                 # It may run a backward pass of its own, such as for forces, which needs its activations.
-                moments, keep = InputMoments(weights), True
-                looked = _run(moments, model, batch, forward, keep)
-        if not looked:
+                moments, keep_activations = InputMoments(weights), True
+                has_graph = _run(moments, model, batch, forward, keep_activations)
+        if not has_graph:
             raise ValueError(
                 f"{method}: the forward pass makes no graph for autograd, so that a use of a weight could be missed: "
                 "leave no_grad(), inference_mode() and detach() out of the model and of forward=. Activations are not "
@@ -104,13 +141,15 @@ def read_input_moments(
     for name, C in moments.moments.items():
         if not C.diagonal(dim1=1, dim2=2).isfinite().all():
             raise FloatingPointError(f"{method}: the inputs of {name} hold NaN or Inf, or their squares overflow")
-    return moments, n, samples if check else None
+    return moments, n, samples if check_samples else None
 
 
-def _run(moments: InputMoments, model: nn.Module, batch: object, forward: Forward | None, keep: bool) -> bool:
-    """One forward pass with a graph, of which the activations are dropped at once; returns what `close` does."""
-    kept = nullcontext() if keep else saved_tensors_hooks(lambda _: None, _dropped)
-    with torch.enable_grad(), kept, moments:
+def _run(
+    moments: InputMoments, model: nn.Module, batch: object, forward: Forward | None, keep_activations: bool
+) -> bool:
+    """Run one forward pass with a graph, without its activations or with them; return what `moments.close` does."""
+    saving = nullcontext() if keep_activations else saved_tensors_hooks(lambda _: None, _dropped)
+    with torch.enable_grad(), saving, moments:
         result = (forward or run_model)(model, batch)
     return moments.close(result)
 
@@ -124,19 +163,20 @@ def _dropped(_: None) -> Tensor:
 
 @contextmanager
 def _repeatable(model: nn.Module) -> Iterator[None]:
-    """What is inside draws no random numbers."""
+    """Check that what is inside draws no random numbers; raises ValueError."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     before = _generators(devices)
     yield
     if all(map(torch.equal, before, _generators(devices))):
         return
-    active = (m for m in model.named_modules() if isinstance(m[1], Dropout) and m[1].training)
-    first = next((f" ({name} is dropout in training mode)" for name, m in active if m.p), "")
+    dropouts = (name for name, m in model.named_modules() if isinstance(m, Dropout) and m.training and m.p)
+    blamed = next((f" ({name} is dropout in training mode)" for name in dropouts), "")
     raise ValueError(
-        f"the forward pass draws random numbers{first}, so that the inputs of its layers cannot be computed again. "
+        f"the forward pass draws random numbers{blamed}, so that the inputs of its layers cannot be computed again. "
         "Call model.eval() before"
     )
 
 
 def _generators(devices: set[torch.device]) -> list[Tensor]:
+    """Return the states of the random generators of the CPU and these devices."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in sorted(devices, key=str))]

@@ -19,24 +19,25 @@ CHECKSUM = re.compile(rb'"blake2b":"([0-9a-f]{64})"')
 PIECE = 1 << 20
 
 
+AGAIN = "Take a copy of the file, or call fit() with the training data and save() again"
+
+
 def write(path: str | os.PathLike, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Complete or not there at all, and safe from the machine's end when this returns."""
+    """Write a file that is complete or not there at all, and safe from the machine's end when this returns."""
     from safetensors.torch import save_file
 
     hosts = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     with replacing(path, durable=True) as partial:
         save_file(hosts, partial, {"pgu": json.dumps({"format": FORMAT, **about}), "blake2b": EMPTY})
-        start = _place(partial)
-        if start is None:
-            raise RuntimeError("the checksum has no place in the file")
+        start, _ = _checksum(partial)
         digest = _digest(partial, start)
         with partial.open("r+b") as file:
             file.seek(start)
-            file.write(digest.encode())
+            file.write(digest)
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors.
+    """Return the description and the tensors.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -47,23 +48,21 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = Path(path)
     if not path.is_file():
         raise (IsADirectoryError if path.exists() else FileNotFoundError)(f"no cache of PGU: {path}")
-    start = _place(path)
-    if start is not None and _digest(path, start) != _stored(path, start):
+    checksum = _checksum(path)
+    if checksum is not None and _digest(path, checksum[0]) != checksum[1]:
         raise ValueError(f"{path} is not as it was written: its checksum does not match. {AGAIN}")
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("pgu", "{}"))
-            if start is None or about.get("format") != FORMAT:
+            if checksum is None or about.get("format") != FORMAT:
                 raise ValueError(_foreign(path, about))
             return about, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{path} is not a complete cache of PGU: {error}. {AGAIN}") from None
 
 
-AGAIN = "Take a copy of the file, or call fit() with the training data and save() again"
-
-
 def _foreign(path: Path, about: dict[str, Any]) -> str:
+    """Return why a file with this description is refused."""
     if about.get("format") == 1:
         return (
             f"{path} was saved by an earlier version, without a checksum: damage to it could not be told. Call fit() "
@@ -72,24 +71,18 @@ def _foreign(path: Path, about: dict[str, Any]) -> str:
     return f"{path} is not a cache of PGU in format {FORMAT}, or is damaged. {AGAIN}"
 
 
-def _place(path: Path) -> int | None:
-    """Where the checksum is, in the file's header; None where there is none, or more than one."""
+def _checksum(path: Path) -> tuple[int, bytes] | None:
+    """Return where the checksum is, and what it is; None where the header has none, or more than one."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > path.stat().st_size - 8:
             return None
-        found = list(CHECKSUM.finditer(file.read(size)))
-    return 8 + found[0].start(1) if len(found) == 1 else None
+        matches = list(CHECKSUM.finditer(file.read(size)))
+    return (8 + matches[0].start(1), matches[0][1]) if len(matches) == 1 else None
 
 
-def _stored(path: Path, start: int) -> str:
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read(len(EMPTY)).decode("ascii", "replace")
-
-
-def _digest(path: Path, start: int) -> str:
-    """BLAKE2b of all bytes, with zeros in the place of the checksum itself."""
+def _digest(path: Path, start: int) -> bytes:
+    """Return the BLAKE2b of all bytes, in hexadecimal, with zeros in the place of the checksum itself."""
     digest = hashlib.blake2b(digest_size=len(EMPTY) // 2)
     with path.open("rb") as file:
         digest.update(file.read(start))
@@ -97,4 +90,4 @@ def _digest(path: Path, start: int) -> str:
         digest.update(EMPTY.encode())
         while piece := file.read(PIECE):
             digest.update(piece)
-    return digest.hexdigest()
+    return digest.hexdigest().encode()

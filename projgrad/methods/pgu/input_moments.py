@@ -31,11 +31,12 @@ class View(NamedTuple):
     transposed: bool
 
     def matrix(self, w: Tensor) -> Tensor:
-        """(g, o, i)"""
+        """Return a weight as matrices (g, o, i)."""
         m = w.reshape(self.groups, w.shape[0] // self.groups, -1)
         return m.mT if self.transposed else m
 
     def weight(self, m: Tensor, shape: torch.Size) -> Tensor:
+        """Return matrices (g, o, i) as a weight of this shape."""
         return (m.mT if self.transposed else m).reshape(shape)
 
 
@@ -49,7 +50,7 @@ class Use(NamedTuple):
 
 
 class InputMoments(TorchFunctionMode):
-    """While active, adds up Σ x xᵀ over the rows x that meet each weight.
+    """A mode that adds up Σ x xᵀ over the rows x that meet each weight.
 
     A weight is known by identity, so functional code, adapters and tied weights are seen; several uses add up. Its
     transposition is followed, and blocks of its rows (packed attention), whose inputs are added to those of the whole.
@@ -59,8 +60,7 @@ class InputMoments(TorchFunctionMode):
         weights: the weights to watch, by name, all with two or more dimensions.
 
     moments: (g, i, i) float64, by name. views: how each of these weights is read.
-    refused: why other weights have none: an operation that is no linear map of rows by the weight, as stored or
-        transposed.
+    refused: why others have none: an operation that is no linear map of rows by the weight, as stored or transposed.
     eps: of the coarsest arithmetic that made an input. arithmetic: by name, in what its inputs were computed.
     """
 
@@ -77,7 +77,7 @@ class InputMoments(TorchFunctionMode):
         self.uses = Uses(weights)
 
     def source(self, t: Tensor) -> tuple[str, bool] | None:
-        """Which weight this is, and whether transposed."""
+        """Return which weight a tensor is, and whether transposed; None if it is none."""
         if (name := self.names.get(id(t))) is not None:
             return name, False
         alias = self.aliases.get(id(t))
@@ -86,10 +86,10 @@ class InputMoments(TorchFunctionMode):
     def __torch_function__(self, func, _, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         self.convolved |= name.startswith("conv")
-        given = list(tensors_in(args, kwargs))
-        used = {s[0] for t in given if (s := self.source(t)) is not None}
-        self.uses.reach(given)
-        inputs = [t.grad_fn for t in given if self.source(t) is None and t.grad_fn is not None]  # before it is in place
+        arguments = list(tensors_in(args, kwargs))
+        used = {s[0] for t in arguments if (s := self.source(t)) is not None}
+        self.uses.reach(arguments)
+        inputs = [t.grad_fn for t in arguments if self.source(t) is None and t.grad_fn is not None]  # before the call
         if used and name in EMBEDDINGS:
             return self._refuse(used, "embedding", func(*args, **kwargs))
         use = self._use(name, args, kwargs) if used else None
@@ -101,34 +101,33 @@ class InputMoments(TorchFunctionMode):
             with self:
                 return opened(func)(*args, **kwargs)
         out = func(*args, **kwargs)
-        found = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
-        self.uses.reach(found)
+        outputs = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
+        self.uses.reach(outputs)
         if not used:
             return out
         if use is None and (
             is_in_place(name)  # x[:2] = w returns nothing
             or name in NUMBERS
-            or not all(self._follow(t, func, args) for t in found)
+            or not all(self._follow(t, func, args) for t in outputs)
         ):
             self._refuse(used, f"{name} is not a linear layer's use of it")
-        if use is not None or found:
-            self.uses.made_by(inputs, found, used, use is None)
+        if use is not None or outputs:
+            self.uses.made_by(inputs, outputs, used, use is None)
         return out
 
     def close(self, result: object) -> bool:
-        """Ends a forward pass with what it returned; refuses weights with uses that were not seen.
-
-        Returns whether they could be looked for: the uses made a graph, or there are none.
-        """
+        """End a forward pass with what it returned, refuse weights with uses that were not seen, and return whether
+        they could be looked for: the uses made a graph, or there are none."""
         self.aliases.clear()
-        missed, used = self.uses.unseen(result)
-        looked = used or not self.uses.hidden
+        unseen, in_graph = self.uses.unseen(result)
+        has_graph = in_graph or not self.uses.hidden
         self.uses.clear()
-        for name, node in missed.items():
+        for name, node in unseen.items():
             self._refuse({name}, f"{node} uses it with inputs that cannot be seen: {UNSEEN}")
-        return looked
+        return has_graph
 
     def _use(self, name: str, args: tuple, kwargs: dict) -> Use | None:
+        """Return the use of a weight in a call, or None where it is no linear map of rows by the weight."""
         read = READERS.get(name)
         try:
             with torch.no_grad():
@@ -140,7 +139,7 @@ class InputMoments(TorchFunctionMode):
         return use
 
     def _follow(self, out: Tensor, func: Callable, args: tuple) -> bool:
-        """Whether `out` is a weight seen again: as it is, transposed, or some of its rows."""
+        """Return whether `out` is a weight seen again: as it is, transposed, or some of its rows."""
         if self.source(out) is not None:
             return True
         source = self.source(args[0]) if args and isinstance(args[0], Tensor) else None
@@ -182,14 +181,13 @@ class InputMoments(TorchFunctionMode):
 
 
 def _keeps(func: Callable, args: tuple) -> bool:
-    """Whether the function gives its first argument seen another way, not other numbers."""
+    """Return whether the function gives its first argument seen another way, not other numbers."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(func.__self__, "__name__", "") in PROPERTIES
     if name == "__getitem__":
-        return all(
-            isinstance(k, (slice, types.EllipsisType)) for k in (args[1] if type(args[1]) is tuple else args[1:])
-        )
+        keys = args[1] if type(args[1]) is tuple else args[1:]
+        return all(isinstance(key, (slice, types.EllipsisType)) for key in keys)
     return name in VIEWS or name == "detach"
 
 
@@ -207,31 +205,32 @@ def _float32_precision() -> str:
 
 
 def _arithmetic(x: Tensor) -> str:
-    """What the user chose for the products of a layer with this input. What cuDNN makes of float32 is not part of it:
-    samples may be fitted on a GPU and deleted on a CPU, within the bounds of rounding."""
-    dtype, given = (str(d).removeprefix("torch.") for d in (_product_dtype(x), x.dtype))
+    """Return what the user chose for the products of a layer with this input, not what cuDNN makes of float32.
+
+    So samples may be fitted on a GPU and deleted on a CPU, within the bounds of rounding.
+    """
+    dtype, arithmetic = (str(d).removeprefix("torch.") for d in (_product_dtype(x), x.dtype))
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        given += f" under autocast to {dtype}"
+        arithmetic += f" under autocast to {dtype}"
     if dtype == "float32" and (precision := _float32_precision()) != "highest":
-        given += f" with float32_matmul_precision {precision}"
-    return given
+        arithmetic += f" with float32_matmul_precision {precision}"
+    return arithmetic
 
 
 def _eps(x: Tensor, convolved: bool) -> float:
-    """Of the products that this input came from and goes into, convolutions among them or not; those of cuDNN round
-    float32 to ten bits unless told otherwise."""
-    device, dtype = x.device.type, _product_dtype(x)
+    """Return eps of the products that this input came from and goes into, convolutions among them or not."""
+    dtype = _product_dtype(x)
     eps = torch.finfo(dtype).eps
     if dtype != torch.float32:
         return eps
-    # Of "unknown" the coarsest there is.
-    reduced = {"highest": eps, "high": 2.0**-10}.get(_float32_precision(), 2.0**-7)
-    rounded = device == "cuda" and convolved and torch.backends.cudnn.conv.fp32_precision not in ("ieee", "none")
+    reduced = {"highest": eps, "high": 2.0**-10}.get(_float32_precision(), 2.0**-7)  # of "unknown" the coarsest
+    # cuDNN's convolutions round float32 to ten bits unless told otherwise.
+    rounded = x.is_cuda and convolved and torch.backends.cudnn.conv.fp32_precision not in ("ieee", "none")
     return max(reduced, 2.0**-10 if rounded else 0.0)
 
 
 def _pieces(x: Tensor, features: int, budget: int) -> Iterator[Tensor]:
-    """x (g, positions..., features...) as rows (g, N, i) in float64, so many positions at a time as fit the budget."""
+    """Yield x (g, positions..., features...) as rows (g, N, i) in float64, as many at a time as fit the budget."""
     i = math.prod(x.shape[x.ndim - features :])
     most = max(1, budget // max(1, 8 * x.shape[0] * i))
     for piece in _split(x, 1, x.ndim - features, most):
@@ -283,9 +282,8 @@ def _convolution(dims: int) -> Callable[..., Use]:
 
 
 def _transposed_convolution(dims: int) -> Callable[..., Use]:
-    def read(
-        source, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
-    ) -> Use:  # a position's channels make a patch of the output: y = x W, patches added up
+    # A position's channels make a patch of the output: y = x W, patches added up.
+    def read(source, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1) -> Use:
         x = input if input.ndim == dims + 2 else input[None]
         x = x.unflatten(1, (groups, -1))  # [n, g, c, *positions]
         return Use(weight, View(groups, True), x.permute(1, 0, *range(3, 3 + dims), 2))

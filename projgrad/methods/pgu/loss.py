@@ -9,9 +9,10 @@ from ..._options import check_real
 
 
 def unlearning_loss(logits: Tensor, labels: Tensor, offset: float = 0.05, entropy_weight: float = 0.2) -> Tensor:
-    """Low where the model gives the labels little probability and is undecided; to be minimised.
+    """Compute the published forget objective: low where the labels get little probability and the model is undecided.
 
-    `PGU.step` does that when its closure returns (logits, labels). This value, returned there, would be maximised.
+    It is to be minimised. `PGU.step` does that when its closure returns (logits, labels); this value, returned there,
+    would be maximised.
 
     mean_j[ -log(1 - (p_j - offset)) ] - w mean_j H_j,    p_j the probability of label j, H_j the entropy in nats
 
@@ -43,12 +44,10 @@ def unlearning_loss(logits: Tensor, labels: Tensor, offset: float = 0.05, entrop
             "unlearning_loss: logits must be (n, classes) and labels (n,), n at least 1; "
             f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
-    for name, t, right, wanted in (
-        ("logits", logits, logits.is_floating_point(), "floating point"),
-        ("labels", labels, not (labels.is_floating_point() or labels.is_complex()), "integers"),
-    ):
-        if not right:
-            raise TypeError(f"unlearning_loss: {name} must be {wanted}; got {t.dtype}")
+    if not logits.is_floating_point():
+        raise TypeError(f"unlearning_loss: logits must be floating point; got {logits.dtype}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"unlearning_loss: labels must be integers; got {labels.dtype}")
     labels = labels.long()
     low, high = labels.amin(), labels.amax()
     if not (low >= 0 and high < logits.shape[1]):

@@ -5,44 +5,22 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..._options import check_callable, check_real
-from ..common import check_batch_norm, check_finite, clear_grads, scalar_loss, trainable_parameters
-from .batches import read_input_moments, samples_of
-from .cache import Cache, Held, changed, fingerprint, parameters_of
+from ..common import check_batch_norm, clear_grads, loss_value, scalar_loss, trainable_parameters
+from ..protocol import SteppingOptimizer
+from .batches import Forward, check_same_samples, logits_and_labels, read_input_moments
+from .cache import Cache
+from .fingerprints import Form, change_of, fingerprint, forms_of
 from .loss import unlearning_loss
 from .options import check_options, shares
+from .record import PGURecord
 from .schedule import Run, run
-from .spectra import Basis, Projected, basis, decompose, exposed, project_
-
-NEVER = "the model did not use it"
-
-
-@dataclass(frozen=True)
-class PGURecord:
-    """The numbers of one step.
-
-    rank, width: kept directions k and inputs i, summed over the projected layers (and groups): rank / width is the
-        protected share of the input space. ranks: k by name.
-    preserved_norm: norm of the projected over that of the unprojected gradient, projected layers only.
-    residual: largest ‖D M‖ / ‖D‖ over layers, D the projected gradient; with soft, what is left on purpose.
-    forget_loss: what was minimised or, with a scalar and ascend=True, maximised; before the step.
-    seconds: wall time of the whole step.
-    """
-
-    rank: int
-    width: int
-    ranks: dict[str, int]
-    preserved_norm: float
-    residual: float
-    forget_loss: float
-    seconds: float
+from .spectra import Basis, Projected, exposed, project_
 
 
 class PGU:
@@ -104,14 +82,14 @@ class PGU:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: SteppingOptimizer,
         gamma: float | Mapping[str, float] = 0.9,
         rule: str = "singular",
         *,
         soft: float = 0.0,
         ascend: bool = True,
         max_norm: float | None = None,
-        forward: Callable[[nn.Module, object], object] | None = None,
+        forward: Forward | None = None,
         check_samples: bool = True,
     ) -> None:
         check_options(model, optimizer, rule, max_norm, forward, ascend=ascend, check_samples=check_samples)
@@ -123,9 +101,9 @@ class PGU:
             raise ValueError("PGU: the optimizer holds no weight with two or more dimensions that requires a gradient")
         self.gamma = shares(gamma, weights)
         self.cache: Cache | None = None
-        self._held: dict[str, Held] = {}
         self.bases: dict[str, Basis] = {}
         self.frozen: dict[str, str] = {}
+        self._fitted: dict[str, Form] = {}  # all parameters, as they were in fit() or load()
 
     def fit(self, batches: Iterable) -> PGU:
         """Read the whole training data once, in the view (without augmentation) in which requests will come.
@@ -142,20 +120,11 @@ class PGU:
         """
         weights = self._weights()
         moments, n, samples = read_input_moments(self.model, batches, weights, self.forward, self.check_samples, "fit")
-        refused = {name: NEVER for name in weights if name not in moments.views} | moments.refused
-        if len(refused) == len(weights):
-            reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
-            raise ValueError(f"PGU: no weight can be projected ({reasons}). A compiled model must be fitted uncompiled")
-        spectra, _ = decompose(moments.moments)
-        views = {name: moments.views[name] for name in spectra}
-        fitted = {name: weights[name].detach().clone() for name in spectra}
-        arithmetic = {name: sorted(moments.arithmetic[name]) for name in spectra}
-        model = fingerprint(self.model)
-        cache = Cache(spectra, views, fitted, model, n, samples, moments.eps, arithmetic, refused)
+        cache = Cache.of(self.model, weights, moments, n, samples)
         self._adopt(cache)
-        odd = [f"{name} ({why})" for name, why in refused.items() if why != "embedding"]
-        if odd:
-            warnings.warn(f"PGU leaves these weights frozen: {', '.join(odd)}", stacklevel=2)
+        unexpected = [f"{name} ({why})" for name, why in cache.refused.items() if why != "embedding"]
+        if unexpected:
+            warnings.warn(f"PGU leaves these weights frozen: {', '.join(unexpected)}", stacklevel=2)
         return self
 
     def forget(self, batches: Iterable) -> PGU:
@@ -168,38 +137,39 @@ class PGU:
                 samples, a sample that was not fitted or is forgotten already, more samples than are left, an eigenvalue
                 negative beyond rounding, or one that is not 0 without any sample left.
         """
-        cache = self._cache("forget")
+        cache = self._current_cache("forget")
         weights = {name: self.model.get_parameter(name) for name in cache.spectra}
         with cache.as_fitted(self.model):
             moments, n, samples = read_input_moments(
                 self.model, batches, weights, self.forward, self.check_samples, "forget", cache
             )
-        left = cache.without(moments, n, samples)
-        self._adopt(left)
+        self._adopt(cache.without(moments, n, samples))
         return self
 
     @torch.no_grad()
     def project_(self) -> Projected:
-        """Every `.grad` that the optimizer holds for the model: projected in place, or None where frozen.
+        """Project every `.grad` that the optimizer holds for the model, in place; set it to None where frozen.
 
         Raises:
             ValueError: nothing fitted, a parameter that was replaced, cast or moved since then, or no gradient.
             FloatingPointError: NaN or Inf in a gradient; nothing was changed.
         """
-        cache = self._cache("project_")
+        cache = self._current_cache("project_")
         params = trainable_parameters(self.model, self.optimizer)
-        here = {name: p for name, p in params.items() if name in self.bases and p.grad is not None}
-        if not here:
+        weights = {name: p for name, p in params.items() if name in self.bases and p.grad is not None}
+        if not weights:
             raise ValueError("project_: no projected weight has a gradient: call backward() first")
-        done = project_(here, self.bases, cache.views)
+        projected = project_(weights, self.bases, cache.views)
         for name, p in params.items():
-            if name not in here:
+            if name not in weights:
                 p.grad = None
-        return done
+        return projected
 
     def step(self, forget: Callable[[], Tensor | tuple[Tensor, Tensor]]) -> PGURecord:
-        """One update. An error before the optimizer steps leaves the model and the optimizer as they were, with every
-        `.grad` set to None.
+        """Update the weights once.
+
+        An error before the optimizer steps leaves the model and the optimizer as they were, with every `.grad` set to
+        None.
 
         Args:
             forget: returns logits (n, classes) and labels (n,) of forget samples, for `unlearning_loss`; or a scalar,
@@ -213,7 +183,7 @@ class PGU:
         """
         start = time.perf_counter()
         check_callable("step: forget", forget, "a function that returns logits and labels, or a scalar loss")
-        self._cache("step")
+        self._current_cache("step")
         check_batch_norm(self.model)
         params = [p for name, p in trainable_parameters(self.model, self.optimizer).items() if name in self.bases]
         if not params:
@@ -221,16 +191,16 @@ class PGU:
         clear_grads(self.optimizer)
         try:
             with torch.enable_grad():
-                found = forget()
+                returned = forget()
                 if any(p.grad is not None for p in params):
                     raise ValueError("forget() ran backward() itself: return the loss, or logits and labels, alone")
-                pair = isinstance(found, (tuple, list)) and len(found) == 2
-                loss = scalar_loss(lambda: unlearning_loss(*found) if pair else found)
-                value = check_finite(float(loss.detach()))
+                pair = isinstance(returned, (tuple, list)) and len(returned) == 2
+                loss = scalar_loss(lambda: unlearning_loss(*returned) if pair else returned)
+                value = loss_value(loss)
                 torch.autograd.backward(loss if pair or not self.ascend else -loss, inputs=params)
             if all(p.grad is None for p in params):
                 raise ValueError("forget() returned a loss that depends on no projected weight")
-            done = self.project_()
+            projected = self.project_()
             if self.max_norm is not None:
                 nn.utils.clip_grad_norm_(params, self.max_norm)
             self.optimizer.step()
@@ -241,10 +211,9 @@ class PGU:
             rank=sum(b.rank for b in self.bases.values()),
             width=sum(b.M.shape[0] * b.M.shape[1] for b in self.bases.values()),
             ranks={name: b.rank for name, b in self.bases.items()},
-            preserved_norm=done.preserved_norm,
-            residual=done.residual,
             forget_loss=value,
             seconds=time.perf_counter() - start,
+            **projected._asdict(),
         )
 
     @property
@@ -252,9 +221,14 @@ class PGU:
         return {name: exposed(self.cache.spectra[name], b) for name, b in self.bases.items()}
 
     def run(self, batches: Iterable, validate: Callable[[], tuple[float, float]], **options) -> Run:
-        """The published schedule and stop rules: see `projgrad.methods.pgu_run.run` for the options."""
-        self._cache("run")
-        return run(self, batches, validate, **options)
+        """Follow the published schedule until a stop rule holds; options: see `projgrad.methods.pgu.schedule.run`."""
+        self._current_cache("run")
+
+        def step(batch: object) -> PGURecord:
+            return self.step(lambda: logits_and_labels(self.model, batch, self.forward))
+
+        weights = {name: self.model.get_parameter(name) for name in self.bases}
+        return run(step, self.optimizer, weights, batches, validate, **options)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write what was fitted, less what was forgotten, to a safetensors file; it holds no γ.
@@ -262,14 +236,14 @@ class PGU:
         The file is complete or is not there: a process that dies meanwhile leaves the one that was there before, and
         perhaps files `.NAME.*.tmp` or `.tmp*` beside it. It carries a checksum, by which `load` knows damage.
         """
-        self._cache("save").save(path, fingerprint(self.model))
+        self._current_cache("save").save(path, fingerprint(self.model))
 
     @classmethod
     def load(
         cls,
         path: str | os.PathLike,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: SteppingOptimizer,
         *args,
         data: Iterable | None = None,
         **options,
@@ -288,49 +262,31 @@ class PGU:
         pgu = cls(model, optimizer, *args, **options)
         cache = Cache.load(path, model)
         if data is not None:
-            if cache.samples is None:
-                raise ValueError(f"{path} was fitted with check_samples=False: it cannot be compared with data")
-            found = Counter(h for batch in data for h in samples_of(batch, pgu.forward, True, "load")[1])
-            if found != cache.samples:
-                raise ValueError(
-                    f"{path} belongs to other data: {(cache.samples - found).total()} of its {cache.n} samples are not "
-                    f"in `data`, {(found - cache.samples).total()} of `data` are not in it"
-                )
+            check_same_samples(cache, data, pgu.forward, path)
         pgu._adopt(cache)
         return pgu
 
     def _weights(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in trainable_parameters(self.model, self.optimizer).items() if p.ndim >= 2}
 
-    def _cache(self, method: str) -> Cache:
+    def _current_cache(self, method: str) -> Cache:
+        """Return the cache, if the parameters are still those that it belongs to."""
         if self.cache is None:
             raise ValueError(f"{method}: nothing is fitted; call fit() with the training data, or PGU.load()")
-        now = parameters_of(self.model)
-        for name in {**self._held, **now}:
-            if (why := changed(self._held.get(name), now.get(name))) is not None:
+        now = forms_of(self.model)
+        for name in {**self._fitted, **now}:
+            if (change := change_of(self._fitted.get(name), now.get(name))) is not None:
                 raise ValueError(
-                    f"{method}: {name} {why}, so that what is protected is not of this model. Put the model back as it "
-                    "was, or call fit() again"
+                    f"{method}: {name} {change}, so that what is protected is not of this model. Put the model back as "
+                    "it was, or call fit() again"
                 )
         return self.cache
 
     def _adopt(self, cache: Cache) -> None:
         """Choose the kept directions of a cache, and take it over if all is well."""
-        bases, frozen = {}, {}
-        for name, p in trainable_parameters(self.model, self.optimizer).items():
-            if p.ndim < 2:
-                frozen[name] = "biases and the parameters of norms are not updated"
-            elif name not in cache.spectra:
-                frozen[name] = cache.refused.get(name, "it was not fitted")
-            elif (gamma := self.gamma.get(name, self.gamma.get("default"))) == 1:
-                frozen[name] = "gamma is 1"
-            else:
-                dtype = torch.promote_types(p.dtype, torch.float32)
-                try:
-                    bases[name] = basis(cache.spectra[name], gamma, self.rule, self.soft, dtype)
-                except ArithmeticError as error:
-                    raise ArithmeticError(f"PGU: {name}: {error}") from None
-        self.cache, self.bases, self.frozen, self._held = cache, bases, frozen, parameters_of(self.model)
+        params = trainable_parameters(self.model, self.optimizer)
+        bases, frozen = cache.bases(params, self.gamma, self.rule, self.soft)
+        self.cache, self.bases, self.frozen, self._fitted = cache, bases, frozen, forms_of(self.model)
         empty = [name for name, b in bases.items() if not b.rank and cache.spectra[name].values.any()]
         if empty:
             warnings.warn(

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from torch import nn
 
-from ..._options import check_callable, check_integer, check_real, number
-from .batches import run_model
-
-if TYPE_CHECKING:
-    from .pgu import PGU, PGURecord
+from ..._options import check_callable, check_choice, check_integer, check_real, number
+from ..common import copies, write_
+from ..protocol import SteppingOptimizer
+from .record import PGURecord
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,9 @@ class Run:
 
 
 def run(
-    pgu: PGU,
+    step: Callable[[object], PGURecord],
+    optimizer: SteppingOptimizer,
+    weights: Mapping[str, nn.Parameter],
     batches: Iterable,
     validate: Callable[[], tuple[float, float]],
     *,
@@ -49,8 +48,9 @@ def run(
     drop: float = 0.05,
     progress: Callable[[Epoch], None] | None = None,
 ) -> Run:
-    """Steps of `unlearning_loss` over the forget set until a stop rule holds; the published optimizer is SGD without
-    momentum, batches of 128.
+    """Take steps of `unlearning_loss` over the forget set until a stop rule holds.
+
+    The published optimizer is SGD without momentum, with batches of 128.
 
     stop="validation": the first epoch where the validation accuracy is above the forget accuracy ends it; of its model
         and the one before, that with the smaller difference stays.
@@ -59,8 +59,12 @@ def run(
 
     NaN or Inf in a loss, a gradient, a weight or an accuracy ends it too; the model before that epoch stays.
 
+    `PGU.run` gives the first three arguments.
+
     Args:
-        pgu: fitted; its forget samples taken out by `forget`.
+        step: takes one step on a batch; PGU is fitted, and the forget samples were taken out by `forget`.
+        optimizer: whose learning rates are set.
+        weights: what the steps change, by name.
         batches: the forget set, the same at every epoch: (inputs, labels), or a dictionary with "labels". The model is
             run as in `fit`; logits (n, classes) are what it returns, or that object's `logits`.
         validate: returns the forget accuracy and, by the rule, the validation or retain accuracy, in [0, 1].
@@ -72,8 +76,7 @@ def run(
         ValueError: an unknown rule, epochs < 1, learning rates that are not positive, drop < 0, no batches.
         TypeError: an option that is no number, or no function.
     """
-    if stop not in ("validation", "retain"):
-        raise ValueError(f"run: stop must be 'validation' or 'retain'; got {stop!r}")
+    check_choice("run: stop", stop, ("validation", "retain"))
     check_integer("run: epochs", epochs, 1)
     if not isinstance(lr, Iterable) or len(lr := tuple(lr)) != 2:
         raise ValueError(f"run: lr must be two positive numbers, that of the first and of the last epoch; got {lr!r}")
@@ -83,78 +86,68 @@ def run(
     check_callable("run: validate", validate, "a function that returns two accuracies")
     if progress is not None:
         check_callable("run: progress", progress, "a function of an Epoch, or None")
-    weights = {name: pgu.model.get_parameter(name) for name in pgu.bases}
-    rates = [group["lr"] for group in pgu.optimizer.param_groups]
-    seen: list[Epoch] = []
+    rates = [group["lr"] for group in optimizer.param_groups]
+    history: list[Epoch] = []
 
-    def look(record: PGURecord | None) -> Epoch:
-        found = validate()
-        pair = tuple(found) if isinstance(found, Iterable) else ()
-        if len(pair) != 2 or any(number(value) is None for value in pair):
-            raise TypeError(f"run: validate() must return two accuracies, of forget and other samples; got {found!r}")
-        seen.append(Epoch(len(seen), *map(float, pair), record))
-        for value in (seen[-1].forget_accuracy, seen[-1].other_accuracy):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"validate() returned {value}")
+    def measure(record: PGURecord | None) -> Epoch:
+        now = Epoch(len(history), *_accuracies(validate()), record)
+        history.append(now)
+        for accuracy in (now.forget_accuracy, now.other_accuracy):
+            if not math.isfinite(accuracy):
+                raise FloatingPointError(f"validate() returned {accuracy}")
         if progress is not None:
-            progress(seen[-1])
-        return seen[-1]
+            progress(now)
+        return now
 
-    def over(now: Epoch) -> bool:
+    def is_last(now: Epoch) -> bool:
         if stop == "validation":
             return now.other_accuracy > now.forget_accuracy
-        return seen[0].other_accuracy - now.other_accuracy > drop + 1e-9  # 0.52 - 0.47 > 0.05 in floating point
+        return history[0].other_accuracy - now.other_accuracy > drop + 1e-9  # 0.52 - 0.47 > 0.05 in floating point
 
     try:
-        if over(look(None)):
-            return Run(0, "stopped", "", seen)
+        if is_last(measure(None)):
+            return Run(0, "stopped", "", history)
         for epoch in range(epochs):
-            rate = lr[0] * (lr[1] / lr[0]) ** (epoch / max(1, epochs - 1))
-            for group in pgu.optimizer.param_groups:
-                group["lr"] = rate
-            good = {name: p.detach().clone() for name, p in weights.items()}
+            for group in optimizer.param_groups:
+                group["lr"] = lr[0] * (lr[1] / lr[0]) ** (epoch / max(1, epochs - 1))
+            before = copies(weights)
             try:
-                now = look(_epoch(pgu, batches, weights))
+                now = measure(_steps(step, batches, weights))
             except FloatingPointError as error:
-                _put_back(weights, good)
-                return Run(epoch, "diverged", str(error), seen)
-            if over(now):
-                before = seen[-2]
-                nearer = abs(before.other_accuracy - before.forget_accuracy) <= now.other_accuracy - now.forget_accuracy
-                if stop == "retain" or nearer:
-                    _put_back(weights, good)
-                    return Run(epoch, "stopped", "", seen)
-                return Run(epoch + 1, "stopped", "", seen)
-        return Run(epochs, "finished", "", seen)
+                write_(weights, before)
+                return Run(epoch, "diverged", str(error), history)
+            if is_last(now):
+                last = history[-2]
+                if stop == "validation" and _difference(now) < _difference(last):
+                    return Run(epoch + 1, "stopped", "", history)
+                write_(weights, before)
+                return Run(epoch, "stopped", "", history)
+        return Run(epochs, "finished", "", history)
     finally:
-        for group, rate in zip(pgu.optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
 
-def _epoch(pgu: PGU, batches: Iterable, weights: dict[str, Tensor]) -> PGURecord:
+def _difference(epoch: Epoch) -> float:
+    return abs(epoch.other_accuracy - epoch.forget_accuracy)
+
+
+def _accuracies(returned: object) -> list[float]:
+    """Return the two accuracies that validate() returned; raises TypeError for anything else."""
+    pair = tuple(returned) if isinstance(returned, Iterable) else ()
+    if len(pair) != 2 or any(number(value) is None for value in pair):
+        raise TypeError(f"run: validate() must return two accuracies, of forget and other samples; got {returned!r}")
+    return [float(value) for value in pair]
+
+
+def _steps(step: Callable[[object], PGURecord], batches: Iterable, weights: Mapping[str, nn.Parameter]) -> PGURecord:
+    """Take the steps of one epoch, and return the last one's record."""
     record = None
     for batch in batches:
-        record = pgu.step(lambda batch=batch: _logits(pgu, batch))
+        record = step(batch)
     if record is None:
         raise ValueError("run: an epoch without a batch; pass a list or a loader, not an iterator that is used up")
     for name, p in weights.items():
         if not p.isfinite().all():
             raise FloatingPointError(f"{name} holds NaN or Inf after a step")
     return record
-
-
-def _logits(pgu: PGU, batch: object) -> tuple[Tensor, Tensor]:
-    if isinstance(batch, Mapping) and "labels" in batch:
-        labels = batch["labels"]
-    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-        labels = batch[1]
-    else:
-        raise ValueError('run: a batch must be (inputs, labels), or a dictionary with "labels"')
-    out = (pgu.forward or run_model)(pgu.model, batch)
-    return getattr(out, "logits", out), labels
-
-
-@torch.no_grad()
-def _put_back(weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for name, p in weights.items():
-        p.copy_(values[name])

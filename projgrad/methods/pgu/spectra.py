@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.basis_project import basis_project
+from ...recording.host_reads import to_host
 from .input_moments import View
 
-PIECE = 256 << 20  # bytes of matrices that are decomposed together: many small ones in one call, large ones alone
-MOST = 1 << 14  # matrices in one call: cuSOLVER refuses twice as many
+BATCH_BYTES = 256 << 20  # of matrices that are decomposed together: many small ones in one call, large ones alone
+BATCH_SIZE = 1 << 14  # matrices in one call: cuSOLVER refuses twice as many
 RULES = ("singular", "energy")
 
 
@@ -25,8 +26,11 @@ class Spectrum(NamedTuple):
 
 
 class Basis(NamedTuple):
-    """Kept directions M (g, i, k), zero columns where a group keeps fewer; k of every group; the weight of every column
-    in a soft projection, or None."""
+    """The kept directions of one weight.
+
+    M: (g, i, k), with zero columns where a group keeps fewer. ranks: k of every group.
+    soft: the weight (g, k) of every column in a soft projection, or None.
+    """
 
     M: Tensor
     ranks: list[int]
@@ -34,34 +38,39 @@ class Basis(NamedTuple):
 
     @property
     def rank(self) -> int:
+        """Kept directions of all groups."""
         return sum(self.ranks)
 
     @property
     def applied(self) -> Tensor:
+        """M with columns scaled so that `M Mᵀ` takes the soft weights in."""
         return self.M if self.soft is None else self.M * self.soft.sqrt()[:, None]
 
 
 def decompose(moments: Mapping[str, Tensor]) -> tuple[dict[str, Spectrum], dict[str, float]]:
-    """Spectra of second moments (g, i, i), which are overwritten, with negative eigenvalues clamped at 0; and the
-    lowest eigenvalue of each before that."""
-    widths: dict[tuple[torch.device, int], list[tuple[str, int]]] = {}
+    """Decompose second moments (g, i, i), which are overwritten.
+
+    Returns:
+        The spectra, with negative eigenvalues clamped at 0; and the lowest eigenvalue of each before that.
+    """
+    by_width: dict[tuple[torch.device, int], list[tuple[str, int]]] = {}
     for name, C in moments.items():
-        widths.setdefault((C.device, C.shape[2]), []).extend((name, g) for g in range(len(C)))
+        by_width.setdefault((C.device, C.shape[2]), []).extend((name, g) for g in range(len(C)))
     values = {name: C.new_empty(C.shape[:2]) for name, C in moments.items()}
-    for (_, i), systems in widths.items():
-        count = max(1, min(MOST, PIECE // (8 * i * i)))
-        for start in range(0, len(systems), count):
-            piece = systems[start : start + count]
-            found, vectors = torch.linalg.eigh(torch.stack([moments[name][g] for name, g in piece]))
-            for (name, g), value, vector in zip(piece, found, vectors, strict=True):
-                values[name][g] = value.flip(0)
+    for (_, i), matrices in by_width.items():
+        count = max(1, min(BATCH_SIZE, BATCH_BYTES // (8 * i * i)))
+        for start in range(0, len(matrices), count):
+            batch = matrices[start : start + count]
+            eigenvalues, vectors = torch.linalg.eigh(torch.stack([moments[name][g] for name, g in batch]))
+            for (name, g), value, vector in zip(batch, eigenvalues, vectors, strict=True):
+                values[name][g] = value.flip(0)  # descending
                 moments[name][g] = vector.flip(1)
     lowest = {name: float(v.min()) for name, v in values.items()}
     return {name: Spectrum(moments[name], v.clamp_min_(0)) for name, v in values.items()}, lowest
 
 
 def rank(values: Tensor, gamma: float, rule: str = "singular") -> Tensor:
-    """How many of the eigenvalues λ (..., i), descending, are kept (...,).
+    """Return how many of the eigenvalues λ (..., i), descending, are kept, as (...,).
 
     k = #{ j : cumsum(s)_j / sum(s) ≤ γ },  s = √λ with rule="singular", as published, λ with rule="energy"
 
@@ -73,7 +82,7 @@ def rank(values: Tensor, gamma: float, rule: str = "singular") -> Tensor:
 
 
 def basis(spectrum: Spectrum, gamma: float, rule: str, soft: float, dtype: torch.dtype) -> Basis:
-    """The leading directions, in the dtype that the gradient is multiplied in.
+    """Choose the leading directions, in the dtype that the gradient is multiplied in.
 
     Raises:
         ArithmeticError: their columns are not orthonormal.
@@ -96,7 +105,7 @@ def basis(spectrum: Spectrum, gamma: float, rule: str, soft: float, dtype: torch
 
 
 def exposed(spectrum: Spectrum, kept: Basis) -> float:
-    """Share of Σ ‖x‖² = trace C that an update acts on: Σ λ outside the kept directions; 0 without inputs."""
+    """Return the share of Σ ‖x‖² = trace C that updates act on: Σ λ outside the kept directions; 0 without inputs."""
     values = spectrum.values.clone()
     total = float(values.sum())
     for g, k in enumerate(kept.ranks):
@@ -105,22 +114,23 @@ def exposed(spectrum: Spectrum, kept: Basis) -> float:
 
 
 class Projected(NamedTuple):
-    """What a projection of gradients did: see the fields of the same names of `PGURecord`."""
+    """What a projection of gradients did; the fields are those of `PGURecord`."""
 
     preserved_norm: float
     residual: float
 
 
 def project_(params: Mapping[str, nn.Parameter], bases: Mapping[str, Basis], views: Mapping[str, View]) -> Projected:
-    """p.grad <- D - D M Mᵀ; all of them have a gradient.
+    """Replace every `p.grad` by D - D M Mᵀ; all of them have a gradient.
 
     Raises:
         FloatingPointError: NaN or Inf in a gradient; nothing was changed.
     """
-    before, after, inside = _read([_norm(p.grad) for p in params.values()]), [], []
+    before = to_host(*(_norm(p.grad) for p in params.values()))
     for name, norm in zip(params, before, strict=True):
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient of {name} holds NaN or Inf; nothing was changed")
+    after, inside = [], []  # ‖D‖ of the projected gradient, and ‖D M‖
     for name, p in params.items():
         view, kept = views[name], bases[name]
         with torch.autocast(p.device.type, enabled=False):
@@ -129,17 +139,12 @@ def project_(params: Mapping[str, nn.Parameter], bases: Mapping[str, Basis], vie
         p.grad.copy_(view.weight(D, p.shape))
         after.append(_norm(D))
         inside.append(_norm(along))
-    after, inside = _read(after), _read(inside)
+    after, inside = to_host(*after), to_host(*inside)
     noise = [16 * torch.finfo(p.grad.dtype).eps * norm for p, norm in zip(params.values(), before, strict=True)]
-    shares = [b / a for a, b, small in zip(after, inside, noise, strict=True) if a > small]  # else nothing is left
+    residuals = [b / a for a, b, small in zip(after, inside, noise, strict=True) if a > small]  # else nothing is left
     total = math.hypot(*before)
-    return Projected(math.hypot(*after) / total if total else 1.0, max(shares, default=0.0))
+    return Projected(math.hypot(*after) / total if total else 1.0, max(residuals, default=0.0))
 
 
 def _norm(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(t, dtype=torch.float64)
-
-
-def _read(numbers: list[Tensor]) -> list[float]:
-    """One wait for the device."""
-    return torch.stack([number.to(numbers[0].device) for number in numbers]).tolist()

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
 
+from ...recording.graph import nodes_below
+
 
 class Uses:
-    """Accounts for the nodes of the graph of one forward pass that take a weight in.
+    """Account of the nodes in the graph of one forward pass that take a weight in.
 
     A call that was seen made the nodes between its output and its inputs; they may take weights in. Any other node that
     does belongs to a use that was not seen: in a scripted module, another thread, a function of C++.
@@ -25,59 +27,60 @@ class Uses:
         self.clear()
 
     def clear(self) -> None:
-        """Before the next forward pass."""
+        """Begin the account of the next forward pass."""
         self.made: set[Node] = set()  # by calls that were seen to use a weight
         self.ends: set[Node] = set()  # nodes from which the graph is walked
         self.hidden: Counter[str] = Counter()  # uses that made no graph
 
     def reach(self, tensors: Iterable[Tensor]) -> None:
-        """What a call got and gave: even where this is the only sign of what made it."""
+        """Walk from these tensors too. A call got or gave them: that may be the only sign of what made them."""
         self.ends.update(t.grad_fn for t in tensors if t.grad_fn is not None)
 
     def made_by(self, inputs: Iterable[Node], outputs: Iterable[Tensor], names: set[str], view: bool) -> None:
-        """A call that was seen, with these weights: nodes of its other inputs, its outputs, and whether these are the
-        weight again."""
-        todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
-        if not todo and not view:
+        """Account for the nodes that a call made.
+
+        Args:
+            inputs: nodes of its inputs, without the weights.
+            outputs: what it returned.
+            names: the weights that it was given.
+            view: whether its outputs are the weight again.
+        """
+        ends = [t.grad_fn for t in outputs if t.grad_fn is not None]
+        if not ends and not view:
             self.hidden.update(names)
         borders = set(inputs)
-        while todo:
-            node = todo.pop()
-            if node not in self.made and node not in borders and node not in self.leaves:
-                self.made.add(node)
-                todo.extend(_next(node))
+        made = nodes_below(ends, lambda node: node in self.made or node in borders or node in self.leaves)
+        self.made.update(made)
 
     def unseen(self, result: object) -> tuple[dict[str, str], bool]:
-        """Weights with uses that were not seen, each with the name of such a node; and whether any use is in the graph.
+        """Return the weights with uses that were not seen, each with the name of such a node; and whether any use is
+        in the graph.
 
-        result: what the forward pass returned.
+        Args:
+            result: what the forward pass returned.
         """
         self.reach(_tensors_in(result, set()))
-        todo, walked = list(self.ends), set(self.ends)
-        same: dict[Node, str | None] = {}
-        missed: dict[str, list[Node]] = {}
-        used = False
-        while todo:
-            node = todo.pop()
-            for below in _next(node):
-                name = self._weight(below, same)
-                used |= name is not None
-                if name is not None and node not in self.made:
-                    missed.setdefault(name, []).append(node)
-                if below not in walked:
-                    walked.add(below)
-                    todo.append(below)
-        found = {}
-        for name, nodes in missed.items():
-            own = [node for node in nodes if isinstance(node, BackwardCFunction)]
-            other = next((node for node in nodes if not isinstance(node, BackwardCFunction)), None)
-            if other is not None or len(own) > self.hidden[name]:
-                found[name] = (own[0] if other is None else other).name()
-        return found, used
+        known: dict[Node, str | None] = {}
+        users: dict[str, list[Node]] = {}  # nodes that take a weight in, by its name
+        for node in nodes_below(self.ends):
+            for following, _ in node.next_functions:
+                if (name := self._weight(following, known)) is not None:
+                    users.setdefault(name, []).append(node)
+        unseen = {}
+        for name, nodes in users.items():
+            missed = [node for node in nodes if node not in self.made]
+            own = [node for node in missed if isinstance(node, BackwardCFunction)]
+            others = [node for node in missed if not isinstance(node, BackwardCFunction)]
+            if others or len(own) > self.hidden[name]:
+                unseen[name] = (others or own)[0].name()
+        return unseen, bool(users)
 
-    def _weight(self, node: Node, known: dict[Node, str | None]) -> str | None:
-        """Which weight a node gives, alone: as it is, or by functions of one input, such as its transposition and the
-        cast that autocast makes once for all uses."""
+    def _weight(self, node: Node | None, known: dict[Node, str | None]) -> str | None:
+        """Return the weight that a node gives alone, or None.
+
+        It gives it as it is, or by functions of one input, such as its transposition and the cast that autocast makes
+        once for all uses.
+        """
         path = []
         while node is not None and node not in self.leaves and node not in known:
             path.append(node)
@@ -87,19 +90,17 @@ class Uses:
         return name
 
 
-def _next(node: Node) -> Iterator[Node]:
-    return (below for below, _ in node.next_functions if below is not None)
-
-
-def _tensors_in(found: object, seen: set[int]) -> Iterator[Tensor]:
-    """In containers, and in the attributes of objects such as the outputs of transformers."""
-    if isinstance(found, Tensor):
-        yield found
-    elif id(found) not in seen and not isinstance(found, (nn.Module, str, bytes, type)):
-        seen.add(id(found))
-        if isinstance(found, Mapping):
-            found = found.values()
-        elif not isinstance(found, (tuple, list, set, frozenset)):
-            found = list(getattr(found, "__dict__", {}).values())
-        for part in list(found):
-            yield from _tensors_in(part, seen)
+def _tensors_in(result: object, visited: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors in containers, and in the attributes of objects such as the outputs of transformers."""
+    if isinstance(result, Tensor):
+        yield result
+    elif id(result) not in visited and not isinstance(result, (nn.Module, str, bytes, type)):
+        visited.add(id(result))
+        if isinstance(result, Mapping):
+            parts = result.values()
+        elif isinstance(result, (tuple, list, set, frozenset)):
+            parts = result
+        else:
+            parts = getattr(result, "__dict__", {}).values()
+        for part in list(parts):
+            yield from _tensors_in(part, visited)
