@@ -24,7 +24,7 @@ from torch import nn
 
 from projgrad.evaluate import tow
 from projgrad.evaluate.problem import Problem
-from projgrad.experiments.comparison.comparison import SETTINGS, ideal, trained
+from projgrad.experiments.comparison.comparison import SETTINGS, goal_without_retraining, load_or_train
 from projgrad.experiments.comparison.environment import environment
 from projgrad.experiments.comparison.methods import METHODS, TUNED_AS, Setting
 from projgrad.experiments.comparison.run import unlearn
@@ -58,10 +58,10 @@ def prepare(name: str, seed: int, out: Path) -> Tuned:
     one."""
     problem = SCENARIOS[name].load(seed).to("cuda" if torch.cuda.is_available() else "cpu")
     problem.test = problem.validation
-    original = trained(out, name, seed, "original", problem)
+    original = load_or_train(out, name, seed, "original", problem)
     if problem.training is None:
-        return seed, problem, original, ideal(accuracies(problem, original))
-    return seed, problem, original, accuracies(problem, trained(out, name, seed, "retrained", problem))
+        return seed, problem, original, goal_without_retraining(accuracies(problem, original))
+    return seed, problem, original, accuracies(problem, load_or_train(out, name, seed, "retrained", problem))
 
 
 def accuracies(problem: Problem, model: nn.Module) -> dict[str, float]:

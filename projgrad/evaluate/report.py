@@ -9,7 +9,7 @@ from typing import Any
 from .._atomic import replacing
 from .pictures import PICTURES, overview
 from .style import svg
-from .summary import CONFIDENCE, NAMES, differences, is_ours, known, spread, summarize, verdict
+from .summary import CONFIDENCE, NAMES, differences, known, orthograd_methods, spread, summarize, verdict
 from .tables import caption, columns
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -62,7 +62,7 @@ def _scenario(name: str, scenario: Mapping[str, Any], titles: Mapping[str, str])
         "verdict": verdict(scenario, titles),
         "header": [column.title for column in found],
         "rows": list(zip(*(column.cells for column in found), strict=True)),
-        "ours": [is_ours(method) for method in names if method in summarize(scenario)],
+        "ours": [method in orthograd_methods(scenario) for method in names if method in summarize(scenario)],
         "figures": [f for key, draw in PICTURES.items() if (f := _figure(key, draw(scenario, titles), name))],
         "differences": [
             (names[a], names[b], f"{d.mean:+.3f}", _interval(d), d.count, "yes" if d.significant else "no")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from .._options import number
 
 REFERENCES = ("original", "retrained")  # not contenders
+ORTHOGRAD_METHODS = ("orthograd", "orthograd-tensor", "orthograd-feasible", "orthograd-qr")  # of results that name none
 COSTS = ("steps", "seconds", "step_seconds", "peak_bytes")
 NAMES = {"tow": "ToW", "mia_auc": "MIA AUC", "uis": "UIS", "gap": "gap"}
 CONFIDENCE = 0.95
@@ -105,24 +106,25 @@ def lower_is_better(metric: str) -> bool:
     return metric in ("gap", "uis") or metric.startswith("wer")
 
 
-def is_ours(method: str) -> bool:
-    """OrthoGrad and its variants."""
-    return method.startswith("orthograd")
+def orthograd_methods(scenario: Mapping[str, Any]) -> Collection[str]:
+    """Return the names of OrthoGrad and its variants; older results do not give them, and have `ORTHOGRAD_METHODS`."""
+    return scenario.get("orthograd_methods", ORTHOGRAD_METHODS)
 
 
 def differences(scenario: Mapping[str, Any], metric: str = "tow") -> list[tuple[str, str, Difference]]:
-    """(variant, best other method, difference) for every OrthoGrad variant."""
-    order = ranked(scenario, metric)
-    best = next((method for method in order if not is_ours(method)), None)
-    found = [(method, best, paired(scenario, method, best, metric)) for method in order if best and is_ours(method)]
-    return [row for row in found if row[2] is not None]
+    """Return (variant, best other method, difference) for every OrthoGrad variant."""
+    order, variants = ranked(scenario, metric), orthograd_methods(scenario)
+    best = next((method for method in order if method not in variants), None)
+    pairs = [(method, best) for method in order if best and method in variants]
+    rows = [(*pair, paired(scenario, *pair, metric)) for pair in pairs]
+    return [row for row in rows if row[2] is not None]
 
 
 def verdict(scenario: Mapping[str, Any], titles: Mapping[str, str], metric: str = "tow") -> str:
-    """Who is best by a metric, and whether that is beyond the spread over seeds. Generated, whatever it says."""
-    order, name = ranked(scenario, metric), NAMES.get(metric, metric)
-    ours = next((method for method in order if is_ours(method)), None)
-    other = next((method for method in order if not is_ours(method)), None)
+    """Say who is best by a metric, and whether that is beyond the spread over seeds. Generated, whatever it says."""
+    order, name, variants = ranked(scenario, metric), NAMES.get(metric, metric), orthograd_methods(scenario)
+    ours = next((method for method in order if method in variants), None)
+    other = next((method for method in order if method not in variants), None)
     if ours is None or other is None:
         return f"Not enough finished runs to compare by {name}."
     rows, titles = summarize(scenario), known(scenario, titles)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._options import check_integer
-from .summary import is_ours, known, spread, summarize
+from .summary import known, orthograd_methods, spread, summarize
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,7 +63,7 @@ def table(scenario: Mapping[str, Any], titles: Mapping[str, str], width: int = W
     width = check_integer("width", width, 1)
 
     found = columns(scenario, titles)
-    bold = [is_ours(method) for method in known(scenario, titles)]
+    bold = [method in orthograd_methods(scenario) for method in known(scenario, titles)]
     wide = Console(width=10 * width)
     drop = iter(OPTIONAL)
     while wide.measure(drawn := _draw(scenario, found, bold)).maximum > width:

@@ -74,7 +74,7 @@ def _seeds(text: str) -> int:
 def _compare(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     import torch
 
-    from .comparison.comparison import plan
+    from .comparison.comparison import make_plan
     from .comparison.methods import METHODS
     from .scenarios import FAST, SCENARIOS
 
@@ -87,14 +87,14 @@ def _compare(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             parser.error(f"no {what} named {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     methods = None if args.methods is None else tuple(args.methods)
     command = "projgrad " + shlex.join(sys.argv[1:])
-    return _work(plan(command, tuple(names), args.seeds, methods, study=args.study), args.out)
+    return _work(make_plan(command, tuple(names), args.seeds, methods, study=args.study), args.out)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .comparison.comparison import plan
+    from .comparison.comparison import make_plan
 
     name, methods = DEMOS[args.data], ("ascent", "finetune", "neggrad", "orthograd", "orthograd-qr")
-    return _work(plan("projgrad demo", (name,), args.seeds, methods), args.out / f"demo-{args.data}")
+    return _work(make_plan("projgrad demo", (name,), args.seeds, methods), args.out / f"demo-{args.data}")
 
 
 def _work(plan: ComparisonPlan, out: Path) -> int:
@@ -103,22 +103,22 @@ def _work(plan: ComparisonPlan, out: Path) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from ..evaluate import draw, table, verdict, write_report
-    from .comparison.comparison import Compare
+    from .comparison.comparison import Comparison
     from .comparison.methods import TITLES
 
     console = Console() if sys.stdout.isatty() else Console(width=120)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left:"))
     with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=False), console=console) as progress:
         bar = progress.add_task("preparing")
-        job = Compare(plan, out, lambda cost, what: progress.update(bar, advance=cost, description=what))
-        progress.update(bar, total=job.expected_seconds)
+        comparison = Comparison(plan, out, lambda cost, what: progress.update(bar, advance=cost, description=what))
+        progress.update(bar, total=comparison.expected_seconds)
         try:
-            job.run()
+            comparison.run()
         except KeyboardInterrupt:
             console.print(f"Interrupted: what is finished is in {out}, and the same command goes on from there.")
             return 130
-        progress.update(bar, completed=job.expected_seconds, description="done")
-    found = job.results["scenarios"]
+        progress.update(bar, completed=comparison.expected_seconds, description="done")
+    found = comparison.results["scenarios"]
     for scenario in found.values():
         if scenario["skipped"]:
             console.print(f"{scenario['title']}: skipped. {scenario['skipped']}", markup=False, soft_wrap=True)
@@ -126,9 +126,9 @@ def _work(plan: ComparisonPlan, out: Path) -> int:
             console.print(table(scenario, TITLES, console.width), verdict(scenario, TITLES), highlight=False)
     if all(scenario["skipped"] for scenario in found.values()):
         return 2
-    draw(job.results, TITLES, out)
-    report = write_report(job.results, TITLES, out / "report.html")
-    console.print(f"Every number: {job.path}\nReport:       {report}", highlight=False, soft_wrap=True)
+    draw(comparison.results, TITLES, out)
+    report = write_report(comparison.results, TITLES, out / "report.html")
+    console.print(f"Every number: {comparison.path}\nReport:       {report}", highlight=False, soft_wrap=True)
     return 0
 
 

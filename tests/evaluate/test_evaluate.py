@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from projgrad.evaluate import (
     Classification,
+    differences,
     distance,
     gap,
     histogram,
@@ -266,7 +267,8 @@ def test_verdict_says_who_is_best_and_whether_that_can_be_told():
     assert "beyond the spread" in clear
     noisy = verdict(scenario({"scrub": [0.8, 0.7, 0.75], "orthograd": [0.7, 0.85, 0.75]}), TITLES)
     assert "not significant" in noisy
-    lost = verdict(scenario({"scrub": [0.9, 0.91], "orthograd": [0.1, 0.11], "orthograd_tensor": [0.2, 0.21]}), TITLES)
+    values = {"scrub": [0.9, 0.91], "orthograd": [0.1, 0.11], "orthograd_tensor": [0.2, 0.21]}
+    lost = verdict(scenario(values, orthograd_methods=("orthograd", "orthograd_tensor")), TITLES)
     assert "SCRUB is best" in lost
     assert "the best OrthoGrad variant (OrthoGrad, tensors) reaches 0.205" in lost
     assert "-0.700" in lost
@@ -285,6 +287,16 @@ def test_verdict_admits_what_it_does_not_know():
     text = verdict(broken, TITLES)
     assert "Broke down on some seeds and not seen at its best: SCRUB." in text
     assert "SCRUB (1 of 2)" in text
+
+
+def test_results_say_which_methods_are_orthograd_and_older_ones_have_the_names_of_their_time():
+    values = {"scrub": [0.8, 0.8], "mine": [0.9, 0.9], "orthograd-qr": [0.7, 0.7]}
+    named = scenario(values, orthograd_methods=["mine"])
+    assert "mine is best with 0.900 ± 0.000; the best other method (SCRUB)" in verdict(named, TITLES)
+    assert [row[:2] for row in differences(named)] == [("mine", "scrub")]
+    older = scenario(values)
+    assert "the best OrthoGrad variant (orthograd-qr)" in verdict(older, TITLES)
+    assert [row[:2] for row in differences(older)] == [("orthograd-qr", "mine")]
 
 
 def test_lower_word_error_rates_and_gaps_win():

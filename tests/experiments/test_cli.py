@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from projgrad.experiments import cli
-from projgrad.experiments.comparison.comparison import Compare
+from projgrad.experiments.comparison.comparison import Comparison
 from projgrad.experiments.scenarios import packages
 
 
@@ -68,6 +68,6 @@ def test_interruption_says_where_the_results_are(tmp_path, monkeypatch, capsys):
     def interrupt(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Compare, "run", interrupt)
+    monkeypatch.setattr(Comparison, "run", interrupt)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 130
     assert "the same command goes on from there" in " ".join(capsys.readouterr().out.split())
