@@ -108,7 +108,8 @@ def test_a_search_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
         done.append(setting)
         return tried(name, prepared, method, setting)
 
-    monkeypatch.setattr(tune, "SETTINGS", tmp_path)
+    monkeypatch.setattr(tune, "LOGS", tmp_path)
+    monkeypatch.setattr(tune, "SETTINGS", tmp_path / "settings")
     monkeypatch.setattr(tune, "tried", interrupted)
     search = ["tune", "tiny", "--methods", "neggrad", "--rates", "0.1", "0.2", "--out", str(tmp_path / "models")]
     monkeypatch.setattr(sys, "argv", search)
@@ -122,6 +123,7 @@ def test_a_search_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     assert len(done) == len(set(done)) == len(found["candidates"]["neggrad"]) == 6
     best = max(found["candidates"]["neggrad"], key=lambda row: row["tow"])
     assert found["chosen"]["neggrad"].items() <= best.items()
+    assert read_json(tmp_path / "settings" / "tiny.json") == tune.shipped(found)
     before = (tmp_path / "tiny.json").read_bytes()
     tune.main()
     assert len(done) == 6 and (tmp_path / "tiny.json").read_bytes() == before
@@ -314,15 +316,28 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if (SETTINGS / f"{name}.json").exists()])
 def test_shipped_settings_come_from_the_same_search_for_every_method(name):
-    found = read_settings(name)
-    assert set(found["chosen"]) | set(TUNED_AS) <= set(METHODS) | set(TUNED_AS)
-    grids = {method: sorted({row["lr"] for row in rows}) for method, rows in found["candidates"].items()}
+    tune = pytest.importorskip("bench.tune")
+    log = read_json(tune.LOGS / f"{name}.json")
+    assert read_settings(name) == tune.shipped(log)
+    assert set(log["chosen"]) | set(TUNED_AS) <= set(METHODS) | set(TUNED_AS)
+    grids = {method: sorted({row["lr"] for row in rows}) for method, rows in log["candidates"].items()}
     assert len({tuple(rates) for rates in grids.values()}) == 1
-    assert len({len(rows) for rows in found["candidates"].values()}) == 1
-    assert set(make_plan("", (name,), 3).seeds).isdisjoint(found["seeds"])
-    for method, rows in found["candidates"].items():
+    assert len({len(rows) for rows in log["candidates"].values()}) == 1
+    assert set(make_plan("", (name,), 3).seeds).isdisjoint(log["seeds"])
+    for method, rows in log["candidates"].items():
         best = max(rows, key=lambda row: row["tow"])
-        assert found["chosen"][method].items() <= best.items()
+        assert log["chosen"][method].items() <= best.items()
+
+
+def test_committed_results_have_the_counts_of_the_shipped_settings():
+    """Whatever the numbers of the candidates moved to: a plan of today counts as the frozen results do."""
+    from bench.compare_results import COMMITTED
+
+    for name, scenario in read_json(COMMITTED)["scenarios"].items():
+        counts = read_settings(name)["counts"]
+        for method, setting in scenario["settings"].items():
+            known = counts[TUNED_AS.get(method, method)]
+            assert known == {"usable": setting["usable"], "candidates": setting["candidates"]}, (name, method)
 
 
 def test_the_fast_scenarios_have_settings_for_every_method():

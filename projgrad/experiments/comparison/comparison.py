@@ -24,7 +24,6 @@ from .store import load_model, read_json, save_model, write_json
 SETTINGS = Path(__file__).with_name("settings")
 CURVE_POINTS = 12
 FIRST_SEED = 5  # the seeds of the search, 100 and 101, forget digits 0 and 1, people 20 and 21, speakers 1 and 2
-USABLE = 0.9  # ToW of a setting that counts as usable
 MEMORY_SECONDS = 3.0  # one new process for each method
 
 
@@ -40,8 +39,9 @@ class ComparisonPlan:
 
 
 def read_settings(scenario: str) -> dict[str, Any]:
-    """Return what `bench.tune` chose on validation data, with every candidate's numbers."""
-    return read_json(SETTINGS / f"{scenario}.json") or {"chosen": {}, "study": {}, "candidates": {}}
+    """Return what `bench.tune` chose on validation data: "chosen" and "study", settings by method, and "counts", how
+    many candidates of a method were usable: one that needs luck shows it."""
+    return read_json(SETTINGS / f"{scenario}.json") or {"chosen": {}, "study": {}, "counts": {}}
 
 
 def make_plan(
@@ -85,9 +85,9 @@ class Comparison:
 
     def _describe(self, name: str) -> dict[str, Any]:
         """Return a scenario's part of the results, before its runs."""
-        scenario = SCENARIOS[name]
+        scenario, counts = SCENARIOS[name], read_settings(name)["counts"]
         settings = {
-            method: asdict(setting) | _usable_counts(name, method)
+            method: asdict(setting) | counts.get(TUNED_AS.get(method, method), {})
             for method, setting in self.plan.settings[name].items()
         }
         fields = {key: getattr(scenario, key) for key in ("title", "credit", "forget_title", "small")}
@@ -228,12 +228,6 @@ class Comparison:
 
     def _save(self) -> None:
         write_json(self.path, self.results)
-
-
-def _usable_counts(name: str, method: str) -> dict[str, int]:
-    """Count the settings of the search that were good: a method that needs luck shows it."""
-    rows = read_settings(name)["candidates"].get(TUNED_AS.get(method, method), [])
-    return {"usable": sum(row["tow"] >= USABLE for row in rows), "candidates": len(rows)} if rows else {}
 
 
 def load_or_train(
