@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from .._options import number
+from ..ops.t_test import quantile
 
 REFERENCES = ("original", "retrained")  # not contenders
 ORTHOGRAD_METHODS = ("orthograd", "orthograd-tensor", "orthograd-feasible", "orthograd-qr")  # of results that name none
@@ -88,10 +89,8 @@ def paired(scenario: Mapping[str, Any], first: str, second: str, metric: str = "
     mean, count = fmean(differences), len(differences)
     if count == 1:
         return Difference(mean, None, None, None, count)
-    from scipy.stats import t
-
     error = stdev(differences) / math.sqrt(count)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    half = quantile((1 - CONFIDENCE) / 2, count - 1) * error
     return Difference(mean, error, mean - half, mean + half, count)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MOST_SEEDS = 95  # settings were searched on seeds from 100
 DEMOS = {"digits": "digits-labels", "faces": "faces"}
+WITHOUT_EXTENSION = "absent: everything works, slower; install projgrad where there is a C++ compiler to have it"
 MISSING = "this command needs the package {}: `make build`, or pip install '.[demo]', in the repository"
 
 
@@ -133,38 +134,24 @@ def _work(plan: ComparisonPlan, out: Path) -> int:
 
 
 def _list() -> int:
-    from rich.console import Console
-
     from .comparison.methods import METHODS
     from .scenarios import SCENARIOS
 
-    console = Console()
     for name, scenario in SCENARIOS.items():
         commands = "".join(f"\n    {command}" for command in scenario.missing())
         state = f"not installed; run:{commands}" if commands else "installed"
-        console.print(f"{name}: {scenario.title}; {state}", highlight=False, markup=False, soft_wrap=True)
-    console.print("Methods: " + ", ".join(METHODS), highlight=False)
+        print(f"{name}: {scenario.title}; {state}")
+    print("Methods: " + ", ".join(METHODS))
     return 0
 
 
 def _doctor() -> int:
-    from rich.console import Console
-    from rich.table import Table
-
+    """Print versions and hardware; needs no package beyond those that projgrad requires."""
     from .comparison.environment import environment
 
-    found = environment()
-    table = Table(show_header=False)
-    extension = found.pop("extension")
-    if extension is None:
-        table.add_row("C++ extension", "not built: the plain PyTorch code runs instead, slower")
-    else:
-        table.add_row("C++ extension", ", ".join(f"{key} {value}" for key, value in extension.items()))
-    for name, value in found.items():
-        table.add_row(name, "absent" if value is None else str(value))
-    Console().print(table, highlight=False)
+    about = environment()
+    extension = about.pop("extension")
+    build = WITHOUT_EXTENSION if extension is None else ", ".join(f"{k} {v}" for k, v in extension.items())
+    for name, value in {"C++ extension": build, **about}.items():
+        print(f"{name:16}{'absent' if value is None else value}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

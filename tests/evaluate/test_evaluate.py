@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -26,8 +27,7 @@ from projgrad.evaluate import (
     uis,
     verdict,
 )
-
-pytest.importorskip("sklearn")
+from projgrad.evaluate.metrics import LIMIT
 
 RETRAINED = {"forget": 0.25, "retain": 1.0, "test": 0.75}
 MODEL = {"forget": 0.5, "retain": 0.5, "test": 1.0}
@@ -80,6 +80,34 @@ def test_attack_is_scored_on_test_samples_that_it_was_not_fitted_on():
 def test_attack_takes_certainty():
     assert membership_auc(forget=[1.0, 1.0], test=[0.0, 0.0, 0.0, 0.0], retain=[1.0, 1.0, 0.0]) == 1
     assert membership_auc(forget=[1.0], test=[1.0, 1.0], retain=[1.0]) == 0.5
+
+
+CONFIDENCES = {
+    "any": lambda rng, k: rng.random(k),
+    "with ties": lambda rng, k: rng.random(k).round(1),
+    "high": lambda rng, k: rng.random(k) ** 0.05,
+    "nearly certain": lambda rng, k: np.exp(-rng.exponential(1e-6, k)),
+    "too alike for a fit": lambda rng, k: 0.5 + 1e-5 * rng.random(k),
+}
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("kind", CONFIDENCES)
+def test_attack_is_the_fit_and_the_area_of_scikit_learn(kind, seed):
+    linear_model, metrics = pytest.importorskip("sklearn.linear_model"), pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(seed)
+    p = {part: CONFIDENCES[kind](rng, int(rng.integers(2, 60))) for part in ("forget", "test", "retain")}
+
+    def joined(members, others):
+        x = np.concatenate([members, others]).clip(LIMIT, 1 - LIMIT)
+        return np.log(x / (1 - x))[:, None], np.repeat([1, 0], [len(members), len(others)])
+
+    order = np.random.default_rng(seed).permutation(len(p["test"]))
+    attacker = linear_model.LogisticRegression(class_weight="balanced")
+    attacker.fit(*joined(p["retain"], p["test"][order[::2]]))
+    x, member = joined(p["forget"], p["test"][order[1::2]])
+    expected = metrics.roc_auc_score(member, attacker.decision_function(x))
+    assert membership_auc(**p, seed=seed) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -241,11 +269,10 @@ def test_study_is_grouped_by_n():
 
 
 def test_paired_difference_is_the_paired_t_interval():
-    from scipy.stats import ttest_rel
-
+    stats = pytest.importorskip("scipy.stats")
     a, b = [0.9, 0.95, 0.8, 0.99], [0.85, 0.96, 0.7, 0.9]
     found = paired(scenario({"a": a, "b": b}), "a", "b")
-    expected = ttest_rel(a, b).confidence_interval(0.95)
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
     assert found.significant == (expected.low > 0)
 

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+import projgrad
 from projgrad.experiments import cli
+from projgrad.experiments.comparison import environment
 from projgrad.experiments.comparison.comparison import Comparison
 from projgrad.experiments.scenarios import packages
 
@@ -16,6 +18,50 @@ def test_doctor_prints_versions(capsys):
     printed = capsys.readouterr().out
     for name in ("projgrad", "torch", "triton", "C++ extension", "cuda"):
         assert name in printed
+
+
+PLAIN = """
+import sys
+sys.modules |= dict.fromkeys({blocked!r})
+import torch
+from projgrad import evaluate
+from projgrad.experiments.cli import main
+data = {{name: (torch.randn(30, 4), torch.arange(30) % 3) for name in ("retain", "forget", "test")}}
+model = torch.nn.Linear(4, 3)
+found = evaluate.scores(evaluate.Classification(**data), model, model, model)
+runs = [
+    {{"method": method, "seed": seed, "scores": found | {{"tow": tow + seed / 9}}}}
+    for method, tow in (("scrub", 0.1), ("orthograd", 0.7)) for seed in (0, 1)
+]
+print(found["mia_auc"], evaluate.verdict({{"runs": runs}}, {{}}))
+assert main(["compare", "--list"]) == 0
+sys.exit(main(["doctor"]))
+"""
+OPTIONAL = ("sklearn", "rich", "matplotlib", "scipy", "pandas", "PIL", "jinja2", "markupsafe", "transformers", "peft")
+
+
+def test_scores_and_doctor_need_only_what_projgrad_requires():
+    code = PLAIN.format(blocked=OPTIONAL)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert "orthograd is best" in process.stdout and "95 % interval" in process.stdout
+    assert "digits-labels" in process.stdout and f"projgrad        {projgrad.__version__}" in process.stdout
+
+
+def test_doctor_says_what_the_absent_extension_costs(monkeypatch, capsys):
+    monkeypatch.setattr(environment, "extension", lambda: None)
+    assert cli.main(["doctor"]) == 0
+    assert "C++ extension   absent: everything works, slower" in capsys.readouterr().out
+
+
+def test_the_package_runs_like_the_command():
+    def run(*arguments):
+        command = [sys.executable, "-m", "projgrad", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert run("--help").stdout.startswith("usage: projgrad [-h]")
+    wrong = run("compare", "--scenario", "mnist")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("usage: projgrad [-h]")
 
 
 def test_the_command_restarts_itself_with_passive_waiting():
@@ -59,8 +105,8 @@ def test_what_can_be_compared_is_listed(monkeypatch, capsys):
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich.table", None)
-    assert cli.main(["doctor"]) == 2
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert cli.main(["demo"]) == 2
     assert "pip install '.[demo]'" in capsys.readouterr().err
 
 
