@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MOST_SEEDS = 95  # settings were searched on seeds from 100
 DEMOS = {"digits": "digits-labels", "faces": "faces"}
-WITHOUT_EXTENSION = "absent: everything works, slower; install projgrad where there is a C++ compiler to have it"
+WITHOUT_EXTENSION = "absent: everything works, slower; to have it install projgrad again where there is a C++ compiler"
 MISSING = "this command needs the package {}: `make build`, or pip install '.[demo]', in the repository"
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,16 @@ def test_doctor_says_what_the_absent_extension_costs(monkeypatch, capsys):
     monkeypatch.setattr(environment, "extension", lambda: None)
     assert cli.main(["doctor"]) == 0
     assert "C++ extension   absent: everything works, slower" in capsys.readouterr().out
+
+
+def test_without_a_compiler_the_install_says_what_that_costs():
+    for package in ("setuptools", "pybind11"):
+        pytest.importorskip(package)
+    command, root = [sys.executable, "setup.py", "--name"], Path(__file__).parents[2]
+    env = os.environ | {"CXX": "/nonexistent/c++ -O1"}
+    process = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0 and process.stdout.strip() == "projgrad"
+    assert "there is no compiler '/nonexistent/c++ -O1'. Everything works, slower" in process.stderr
 
 
 def test_the_package_runs_like_the_command():
