@@ -44,7 +44,7 @@ ENDS = {
 
 @styled
 def tradeoff(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | None:
-    """Where each method ends: test against forget accuracy, all of it and close to the retrained model."""
+    """Draw where each method ends: test against forget accuracy, all of it and close to the retrained model."""
     names, rows = known(scenario, titles), summarize(scenario)
     rows = {m: rows[m] for m in names if m in rows and rows[m].keys() >= PARTS.keys()}
     if not rows:
@@ -69,7 +69,7 @@ def tradeoff(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure |
 
 @styled
 def curves(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | None:
-    """What happened on the way, mean over seeds: accuracies, losses, and what the projection did."""
+    """Draw what happened on the way, mean over seeds: accuracies, losses, and what the projection did."""
     names, orthograd = known(scenario, titles), orthograd_methods(scenario)
     looks = styles(titles | names, orthograd)
     drawn = {what: lines for what in CURVES if (lines := {m: c for m in names if (c := _curve(scenario, m, what))})}
@@ -101,7 +101,7 @@ def curves(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | N
 
 @styled
 def confidences(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | None:
-    """How sure each model is of the labels of forget and of test samples, all seeds together."""
+    """Draw how sure each model is of the labels of forget and of test samples, all seeds together."""
     names = known(scenario, titles)
     counts: dict[str, dict[str, list[int]]] = {}
     for run in scenario["runs"]:
@@ -132,7 +132,7 @@ def confidences(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figur
 
 @styled
 def study(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | None:
-    """What more retain samples in a step buy, and what they cost."""
+    """Draw what more retain samples in a step buy, and what they cost."""
     rows = summarize_study(scenario)
     names = {method: title for method, title in known(scenario, titles).items() if method in rows}
     if not names:
@@ -165,7 +165,7 @@ def study(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | No
 
 @styled
 def overview(results: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | None:
-    """One panel per scenario, one line per method: what is left of the forget set, and what of the test accuracy."""
+    """Draw a panel per scenario and a line per method: accuracy on the forget set and on the test set."""
     scenarios = [scenario for scenario in results["scenarios"].values() if scenario["runs"]]
     if not scenarios:
         return None
@@ -201,7 +201,7 @@ PICTURES: dict[str, Picture] = {
 
 
 def draw(results: Mapping[str, Any], titles: Mapping[str, str], out: Path | str) -> list[Path]:
-    """All pictures as PNG files <scenario>-<picture>.png and overview.png; returns the files."""
+    """Write all pictures as <scenario>-<picture>.png and overview.png; returns the files."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     figures = {"overview": overview(results, titles)}
@@ -245,7 +245,7 @@ def _whole_decades(ax: Axes) -> None:
 
 
 def _close(rows: Mapping[str, Any], goals: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Goals that have company worth a closer look, each with those near it."""
+    """Yield goals that have company worth a closer look, each with those near it."""
     for goal in goals:
         near = [m for m in rows if all(abs(rows[m][p]["mean"] - rows[goal][p]["mean"]) <= NEAR for p in PARTS)]
         if 2 < len(near) < len(rows):
@@ -264,7 +264,7 @@ def _point(ax: Axes, row: Mapping[str, Any], **look: Any) -> None:
 
 
 def _curve(scenario: Mapping[str, Any], method: str, key: str) -> dict[int, float]:
-    """Mean over seeds by step, at the steps that as many seeds reached as any."""
+    """Return the mean over seeds by step, at the steps that as many seeds reached as any."""
     points = defaultdict(list)
     for run in scenario["runs"]:
         if run["method"] == method:

@@ -49,7 +49,7 @@ STYLE = {
 
 
 def styled(function: Callable) -> Callable:
-    """Runs it with STYLE, and changes nobody else's."""
+    """Run the function with STYLE, and change nobody else's."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -62,7 +62,7 @@ def styled(function: Callable) -> Callable:
 
 
 def canvas(rows: int, columns: int, width: float, height: float, **shared: bool) -> tuple[Figure, Any]:
-    """A figure in inches and its axes [rows, columns]. Without pyplot: nothing global, nothing to close, no display."""
+    """Make a figure in inches and its axes [rows, columns], without pyplot: nothing global, nothing to close."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
@@ -96,13 +96,13 @@ def legend_entry(label: str, style: Mapping[str, Any], size: float = MARKER_SIZE
 
 
 def legend_cell(ax: Axes, handles: list) -> None:
-    """A legend in a cell of its own, where it covers nothing."""
+    """Put a legend in a cell of its own, where it covers nothing."""
     ax.axis("off")
     ax.legend(handles=handles, loc="upper left", handlelength=3, borderaxespad=0)
 
 
 def plain_log(axis: Any) -> None:
-    """Numbers on a logarithmic axis as 1, 20 or 5e-07."""
+    """Write numbers on a logarithmic axis as 1, 20 or 5e-07."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -111,14 +111,14 @@ def plain_log(axis: Any) -> None:
 
 @styled
 def png(figure: Figure, path: Path) -> Path:
-    """Saves the figure on white; returns the path."""
+    """Save the figure on white; returns the path."""
     figure.savefig(path, dpi=DPI, facecolor="white")
     return path
 
 
 @styled
 def svg(figure: Figure, name: str) -> str:
-    """The figure as SVG to stand inside a page: transparent, in the page's text colour; name keeps its ids apart."""
+    """Return the figure as SVG for a page: transparent, in the page's text colour; name keeps its ids apart."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()

@@ -56,7 +56,7 @@ def _common(parser: argparse.ArgumentParser, out: str) -> None:
 
 
 def _restart_with_passive_waiting() -> None:
-    """OpenMP reads the variable when torch loads it, which `import projgrad` has done before any line here can run.
+    """Start again with OMP_WAIT_POLICY set, which OpenMP read when torch was loaded, before any line here could run.
 
     On two shared cores small training steps took 184 ms with idle threads spinning and 12 ms with them sleeping.
     """
@@ -99,7 +99,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _work(plan: ComparisonPlan, out: Path) -> int:
-    """Run a plan with a progress bar; tables, pictures and a report of whatever finished."""
+    """Run a plan with a progress bar; show tables, pictures and a report of whatever finished."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -119,13 +119,13 @@ def _work(plan: ComparisonPlan, out: Path) -> int:
             console.print(f"Interrupted: what is finished is in {out}, and the same command goes on from there.")
             return 130
         progress.update(bar, completed=comparison.expected_seconds, description="done")
-    found = comparison.results["scenarios"]
-    for scenario in found.values():
+    scenarios = comparison.results["scenarios"].values()
+    for scenario in scenarios:
         if scenario["skipped"]:
             console.print(f"{scenario['title']}: skipped. {scenario['skipped']}", markup=False, soft_wrap=True)
         else:
             console.print(table(scenario, TITLES, console.width), verdict(scenario, TITLES), highlight=False)
-    if all(scenario["skipped"] for scenario in found.values()):
+    if all(scenario["skipped"] for scenario in scenarios):
         return 2
     draw(comparison.results, TITLES, out)
     report = write_report(comparison.results, TITLES, out / "report.html")

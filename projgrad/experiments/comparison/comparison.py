@@ -39,8 +39,11 @@ class ComparisonPlan:
 
 
 def read_settings(scenario: str) -> dict[str, Any]:
-    """Return what `bench.tune` chose on validation data: "chosen" and "study", settings by method, and "counts", how
-    many candidates of a method were usable: one that needs luck shows it."""
+    """Return what `bench.tune` chose on validation data.
+
+    "chosen" and "study": settings by method. "counts": how many candidates of a method were usable, which shows a
+    method that needs luck.
+    """
     return read_json(SETTINGS / f"{scenario}.json") or {"chosen": {}, "study": {}, "counts": {}}
 
 
@@ -104,7 +107,7 @@ class Comparison:
 
     @property
     def expected_seconds(self) -> float:
-        """Relative costs, for the progress bar; its speed corrects the unit."""
+        """Estimate the relative cost, for the progress bar; its speed corrects the unit."""
         return sum(self._expected_seconds(name) for name in self.plan.settings)
 
     def _expected_seconds(self, name: str) -> float:
@@ -233,8 +236,11 @@ class Comparison:
 def load_or_train(
     out: Path, name: str, seed: int, kind: str, problem: Problem, tick: Callable[[], None] = lambda: None
 ) -> nn.Module:
-    """Return the "original" or the "retrained" model, on the samples' device: published, from an earlier call, or
-    trained and kept; another recipe is another file. `tick` is called for every epoch."""
+    """Return the "original" or the "retrained" model, on the samples' device.
+
+    It is a published one, or one of an earlier call, or trained and kept; another recipe is another file. `tick` is
+    called for every epoch.
+    """
     device, training = problem.test.labels.device, problem.training
     if training is None:
         return problem.build().to(device)
