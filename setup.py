@@ -1,7 +1,10 @@
-"""Builds projgrad._C: the C++ kernels always, the CUDA kernels when torch has CUDA and a complete toolkit is found."""
+"""Builds projgrad._C where there is a C++ compiler: the C++ kernels always, the CUDA kernels when torch has CUDA and a
+complete toolkit is found."""
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,4 +81,18 @@ def extension():
     return built
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+def extensions() -> list:
+    """The extension; none without a compiler, which costs speed only. A compiler that fails is an error."""
+    compiler = cpp_extension.get_cxx_compiler()
+    # On Windows setuptools finds one that is not in PATH.
+    if os.name == "nt" or any(map(shutil.which, shlex.split(compiler)[:1])):
+        return [extension()]
+    print(
+        f"projgrad: installing without the C++ extension: there is no compiler {compiler!r}. Everything works, slower; "
+        "to have the extension install g++, or name another compiler in CXX, and install projgrad again",
+        file=sys.stderr,
+    )
+    return []
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

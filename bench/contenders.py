@@ -9,7 +9,7 @@ from torch import Tensor
 
 import projgrad
 from projgrad import projectors
-from projgrad.experiments.comparison.peak_memory import peak_memory
+from projgrad.experiments.comparison.memory import peak_memory
 
 
 def plain_project_out(u: Tensor, G: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from projgrad.experiments.comparison.peak_memory import peak_memory
+from projgrad.experiments.comparison.memory import peak_memory
 
 from .gpu_rows import Rows
 from .measure import spread

@@ -2,32 +2,27 @@
 
 import csv
 import os
-import platform
 import subprocess
 from pathlib import Path
 
 import torch
 
-import projgrad
-
-from .gpu_check import version
+from projgrad.experiments.comparison import environment as machine
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def environment(device: str = "cpu") -> dict[str, str]:
-    """Where and on what something was measured; COMMIT in the environment names the commit of a tree without .git."""
-    common = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "projgrad": projgrad.__version__,
-        "commit": os.environ.get("COMMIT") or _output("git", "describe", "--always", "--dirty"),
-    }
+    """Return the columns that say where and on what rows were measured, of what `projgrad doctor` shows; COMMIT in the
+    environment names the commit of a tree without .git."""
+    about = machine.environment()
+    common = {key: about[key] for key in ("torch", "python", "projgrad")}
+    common["commit"] = os.environ.get("COMMIT") or _output("git", "describe", "--always", "--dirty")
     if device != "cuda":
-        return {"device": _processor(), "threads": str(torch.get_num_threads()), **common}
+        return {"device": about["processor"], "threads": str(about["threads"]), **common}
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
-    versions = {"driver": driver, "cuda": torch.version.cuda or "none", "triton": version("triton")}
-    return {"device": torch.cuda.get_device_name(), **versions, **common}
+    versions = {"driver": driver, "cuda": torch.version.cuda or "none", "triton": about["triton"] or "none"}
+    return {"device": about["cuda"], **versions, **common}
 
 
 def _output(*command: str) -> str:
@@ -36,13 +31,6 @@ def _output(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else "unknown"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def report(rows: list[dict], name: str, title: str) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from projgrad.experiments.comparison.peak_memory import peak_memory
+from projgrad.experiments.comparison.memory import peak_memory
 
 from .measure import spread, timed
 from .report import RESULTS, environment

@@ -2,10 +2,10 @@
 
 Every method gets the same search: the same learning rates times three values of the one parameter that it has (one
 where a scenario takes long), the same tuning seeds (never those of the comparison), the same rule. The test samples are
-the same for all seeds and are not read. Writes settings/SCENARIO.json of
-projgrad/experiments/comparison with every candidate's numbers;
-trained models are kept in --out. Candidates whose numbers the file holds are not tried again: delete it to repeat a
-search. The searches outside the fast preset had --seeds 100 and the --rates that the file shows, cifar-small --middle.
+the same for all seeds and are not read. Every candidate's numbers go to bench/results/search/SCENARIO.json; what was
+chosen, and how many candidates were usable, to SCENARIO.json in projgrad/experiments/comparison/settings. Models
+are kept in --out. Candidates whose numbers the first file holds are not tried again: delete it to repeat a search. The
+searches outside the fast preset had --seeds 100 and the --rates that the file shows, cifar-small --middle.
 
 With --study: the learning rate for every number of retain samples of the n-study, at α = 0.5, where the projection has
 to protect what should stay known.
@@ -24,13 +24,17 @@ from torch import nn
 
 from projgrad.evaluate import tow
 from projgrad.evaluate.problem import Problem
-from projgrad.experiments.comparison.comparison import SETTINGS, ideal, trained
+from projgrad.experiments.comparison.comparison import SETTINGS, goal_without_retraining, load_or_train
 from projgrad.experiments.comparison.environment import environment
 from projgrad.experiments.comparison.methods import METHODS, TUNED_AS, Setting
 from projgrad.experiments.comparison.run import unlearn
 from projgrad.experiments.comparison.store import read_json, write_json
 from projgrad.experiments.scenarios import SCENARIOS
 
+from .report import RESULTS
+
+LOGS = RESULTS / "search"
+USABLE = 0.9  # ToW of a candidate that counts as usable
 RATES = (0.002, 0.008, 0.032, 0.128, 0.512, 2.048)  # the length of a first step: updates are clipped to norm 1
 STUDY_ALPHA = 0.5
 STUDIED = ("orthograd", "neggrad")  # with and without the projection
@@ -58,10 +62,10 @@ def prepare(name: str, seed: int, out: Path) -> Tuned:
     one."""
     problem = SCENARIOS[name].load(seed).to("cuda" if torch.cuda.is_available() else "cpu")
     problem.test = problem.validation
-    original = trained(out, name, seed, "original", problem)
+    original = load_or_train(out, name, seed, "original", problem)
     if problem.training is None:
-        return seed, problem, original, ideal(accuracies(problem, original))
-    return seed, problem, original, accuracies(problem, trained(out, name, seed, "retrained", problem))
+        return seed, problem, original, goal_without_retraining(accuracies(problem, original))
+    return seed, problem, original, accuracies(problem, load_or_train(out, name, seed, "retrained", problem))
 
 
 def accuracies(problem: Problem, model: nn.Module) -> dict[str, float]:
@@ -99,22 +103,36 @@ def searches(name: str, args: argparse.Namespace) -> list[tuple[str, list[Settin
     ]
 
 
-def known(settings: dict, method: str, setting: Setting) -> dict | None:
+def known(log: dict, method: str, setting: Setting) -> dict | None:
     """A candidate that was tried before, in either search: the search goes on where it stopped."""
-    rows = settings["candidates"].get(method, []) + settings["study_candidates"].get(method, [])
+    rows = log["candidates"].get(method, []) + log["study_candidates"].get(method, [])
     return next((row for row in rows if asdict(setting).items() <= row.items()), None)
 
 
-def keep(settings: dict, method: str, rows: list[dict], study: bool, finished: bool = True) -> None:
-    """The candidates' numbers and, of a finished search, the best, in the place of what an earlier one found."""
+def keep(log: dict, method: str, rows: list[dict], study: bool, finished: bool = True) -> None:
+    """Put in the log the candidates' numbers and, of a finished search, the best, in the place of an earlier search."""
     if not study:
-        settings["candidates"][method] = rows
+        log["candidates"][method] = rows
         if finished:
-            settings["chosen"][method] = chosen(rows)
+            log["chosen"][method] = chosen(rows)
         return
     for table, new in [("study_candidates", rows), ("study", [chosen(rows)])][: 1 + finished]:
-        others = [row for row in settings[table].get(method, []) if row["n"] != rows[0]["n"]]
-        settings[table][method] = sorted([*others, *new], key=lambda row: (row["n"], row["lr"]))
+        others = [row for row in log[table].get(method, []) if row["n"] != rows[0]["n"]]
+        log[table][method] = sorted([*others, *new], key=lambda row: (row["n"], row["lr"]))
+
+
+def shipped(log: dict) -> dict:
+    """Return what the comparison needs of a log: the settings, and how many candidates of each method were usable."""
+    counts = {
+        method: {"usable": sum(row["tow"] >= USABLE for row in rows), "candidates": len(rows)}
+        for method, rows in log["candidates"].items()
+    }
+    return {"chosen": log["chosen"], "study": log["study"], "counts": counts}
+
+
+def save(name: str, log: dict) -> None:
+    write_json(LOGS / f"{name}.json", log)
+    write_json(SETTINGS / f"{name}.json", shipped(log))
 
 
 def main() -> None:
@@ -130,24 +148,24 @@ def main() -> None:
     console = Console()
     with Progress(console=console) as progress:
         for name in args.scenarios:
-            path = SETTINGS / f"{name}.json"
-            settings = read_json(path) or {"chosen": {}, "study": {}, "candidates": {}, "study_candidates": {}}
-            if settings.get("seeds", args.seeds) != args.seeds:
-                parser.error(f"{path} was tuned on seeds {settings['seeds']}: use them, or delete it")
-            settings |= {"rule": RULE, "seeds": args.seeds, "environment": environment()}
+            path = LOGS / f"{name}.json"
+            log = read_json(path) or {"chosen": {}, "study": {}, "candidates": {}, "study_candidates": {}}
+            if log.get("seeds", args.seeds) != args.seeds:
+                parser.error(f"{path} was tuned on seeds {log['seeds']}: use them, or delete it")
+            log |= {"rule": RULE, "seeds": args.seeds, "environment": environment()}
             todo = searches(name, args)
             bar = progress.add_task(name, total=sum(len(grid) for _, grid in todo))
             prepared = [prepare(name, seed, args.out) for seed in args.seeds]
             for method, grid in todo:
-                rows = [known(settings, method, setting) for setting in grid]
+                rows = [known(log, method, setting) for setting in grid]
                 for i, setting in enumerate(grid):
                     if rows[i] is None:
                         rows[i] = tried(name, prepared, method, setting)
-                        keep(settings, method, [row for row in rows if row], args.study, None not in rows)
-                        write_json(path, settings)
+                        keep(log, method, [row for row in rows if row], args.study, None not in rows)
+                        save(name, log)
                     progress.advance(bar)
-                keep(settings, method, rows, args.study)
-                write_json(path, settings)
+                keep(log, method, rows, args.study)
+                save(name, log)
                 console.print(name, chosen(rows), max(row["tow"] for row in rows), method, highlight=False)
 
 

@@ -1,6 +1,8 @@
 """`python -m projgrad`: the command line."""
 
+import sys
+
 from .experiments.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

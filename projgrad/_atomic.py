@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike, *, durable: bool = False) -> Iterator[Path]:
-    """Gives a path to write to, and moves what is written there to `path` in one step.
+    """Give a path to write to, and move what is written there to `path` in one step.
 
     A reader, or an interruption, finds the old file or the new one; after an error the partial file is removed. Its
     name is unique, so that several processes can write one file: the last one stays. A link stays a link.
@@ -39,7 +39,7 @@ def replacing(path: str | os.PathLike, *, durable: bool = False) -> Iterator[Pat
 
 
 def _to_disk(path: Path) -> None:
-    """A file's contents, or the names in a folder, survive the machine's end."""
+    """Write a file's contents, or the names in a folder, to the disk: they survive the machine's end."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -11,34 +11,34 @@ from torch import Tensor
 
 
 def number(value: Any) -> float | int | None:
-    """A number of Python, numpy or a tensor without dimensions; None for anything else."""
+    """Return the number, of Python, numpy or a tensor without dimensions; None for anything else."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     return value if isinstance(value, Real) else None
 
 
 def check_real(what: str, value: Any, wanted: str, allowed: Callable[[float], bool]) -> float:
-    """A finite number for which `allowed` holds.
+    """Return a finite number for which `allowed` holds.
 
     Raises TypeError for anything but a number, ValueError for another one; both say that it must be `wanted`.
     """
-    found = None if isinstance(value, bool) else number(value)
-    if found is None:
+    real = None if isinstance(value, bool) else number(value)
+    if real is None:
         raise TypeError(f"{what} must be {wanted}; got {value!r}")
-    if not (math.isfinite(found) and allowed(found)):
-        raise ValueError(f"{what} must be {wanted}; got {found}")
-    return found
+    if not (math.isfinite(real) and allowed(real)):
+        raise ValueError(f"{what} must be {wanted}; got {real}")
+    return real
 
 
 def check_integer(what: str, value: Any, least: int) -> int:
-    """An integer of at least `least`; raises as `check_real` does."""
+    """Return an integer of at least `least`; raises as `check_real` does."""
     if type(value) is int and value >= least:  # torch.compile can follow this
         return value
     wanted = f"an integer of at least {least}"
-    found = check_real(what, value, wanted, lambda number: number >= least)
-    if not isinstance(found, Integral):
+    real = check_real(what, value, wanted, lambda number: number >= least)
+    if not isinstance(real, Integral):
         raise TypeError(f"{what} must be {wanted}; got {value!r}")
-    return int(found)
+    return int(real)
 
 
 def check_callable(what: str, value: Any, wanted: str) -> None:
@@ -47,27 +47,27 @@ def check_callable(what: str, value: Any, wanted: str) -> None:
 
 
 def within(what: str, value: Any, interval: str) -> float:
-    """A number in an interval, written as in the message: "[0, 1)" or "(0, inf]". Raises as `check_real` does."""
+    """Return a number in an interval such as "[0, 1)" or "(0, inf]"; raises as `check_real` does."""
     # The types of Python first: they are all that torch.compile can follow here.
-    found = value if type(value) in (float, int) else None if isinstance(value, bool) else number(value)
-    if found is None:
+    real = value if type(value) in (float, int) else None if isinstance(value, bool) else number(value)
+    if real is None:
         raise TypeError(f"{what} must be a number in {interval}; got {shown(value)}")
     low, high = (float(end) for end in interval[1:-1].split(","))
-    above = low <= found if interval[0] == "[" else low < found  # both False for NaN
-    below = found <= high if interval[-1] == "]" else found < high
+    above = low <= real if interval[0] == "[" else low < real  # both False for NaN
+    below = real <= high if interval[-1] == "]" else real < high
     if not (above and below):
-        raise ValueError(f"{what} must be in {interval}; got {found}")
-    return float(found)
+        raise ValueError(f"{what} must be in {interval}; got {real}")
+    return float(real)
 
 
 def check_solver(prefix: str, damping: Any, rtol: Any) -> tuple[float, float | None]:
-    """`damping` and `rtol` of a Gram system; both are relative to a unit diagonal."""
+    """Check `damping` and `rtol` of a Gram system and return them; both are relative to a unit diagonal."""
     damping = within(f"{prefix}damping", damping, "[0, inf)")
     return damping, None if rtol is None else within(f"{prefix}rtol", rtol, "[0, 1)")
 
 
 def check_max_norm(value: Any) -> float | None:
-    """The largest norm of an update, or None; infinity clips nothing, as in torch."""
+    """Check the largest norm of an update and return it, or None; infinity clips nothing, as in torch."""
     return None if value is None else within("max_norm (None: no clipping)", value, "(0, inf]")
 
 
@@ -89,7 +89,7 @@ def check_tensors(op: str, **given: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """A wrong argument in a message: numbers and words as they are, of all else the type."""
+    """Write a wrong argument for a message: numbers and words as they are, of all else the type."""
     return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else kind(value)
 
 

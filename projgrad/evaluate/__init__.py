@@ -1,6 +1,7 @@
 """What unlearning did to a model: metrics, means over seeds, tables, pictures and a report.
 
-The metrics need only torch and scikit-learn; tables need rich, pictures and the report matplotlib.
+Metrics and summaries need nothing beyond what projgrad requires; tables need rich, pictures matplotlib, and the report
+matplotlib and Jinja2: pip install "projgrad[demo]".
 """
 
 from .classification import Classification

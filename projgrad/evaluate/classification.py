@@ -38,7 +38,7 @@ class Classification(Problem):
         self.retain, self.forget, self.test = part("retain", retain), part("forget", forget), part("test", test)
         self.validation = None if validation is None else part("validation", validation)
         self.others = {name: part(name, samples) for name, samples in others.items()}
-        self.classes = 1 + max(int(some.labels.max()) for some in (self.retain, self.forget, self.test))
+        self.classes = 1 + max(int(part.labels.max()) for part in (self.retain, self.forget, self.test))
 
     def logits(self, model: nn.Module, part: Part) -> tuple[Tensor, Tensor]:
         weight = next(model.parameters(), None)
@@ -50,7 +50,7 @@ class Classification(Problem):
 
 
 def part(name: str, samples: Samples) -> Part:
-    """The samples as tensors, labels as int64; name: what to call them in an error."""
+    """Return the samples as tensors, labels as int64; name: what to call them in an error."""
     if isinstance(samples, Part):
         samples = (*samples.inputs, samples.labels)
     elif isinstance(samples, Dataset):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from .style import INK, PARTS, canvas, key, legend_cell, plain_log, png, size, styled, styles
-from .summary import is_ours, known, ranked, summarize, summarize_study
+from .style import INK, PARTS, canvas, legend_cell, legend_entry, marker_size, plain_log, png, styled, styles
+from .summary import known, orthograd_methods, ranked, summarize, summarize_study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,31 +44,34 @@ ENDS = {
 
 @styled
 def tradeoff(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | None:
-    """Where each method ends: test against forget accuracy, all of it and close to the retrained model."""
+    """Draw where each method ends: test against forget accuracy, all of it and close to the retrained model."""
     names, rows = known(scenario, titles), summarize(scenario)
     rows = {m: rows[m] for m in names if m in rows and rows[m].keys() >= PARTS.keys()}
     if not rows:
         return None
-    look = {m: {**style, "linestyle": ""} for m, style in styles(titles | names).items()}
+    orthograd = orthograd_methods(scenario)
+    looks = {m: {**style, "linestyle": ""} for m, style in styles(titles | names, orthograd).items()}
     goal, near = next(_close(rows, [m for m in ("retrained", *ranked(scenario)) if m in rows]), (None, ()))
     panels = [rows, near] if goal else [rows]
     figure, axes = canvas(1, len(panels), 4.2 * len(panels) + 2.2, 4)
-    for ax, some in zip(axes[0], panels, strict=True):
-        for method in some:
-            _point(ax, rows[method], method, look[method])
+    for ax, methods in zip(axes[0], panels, strict=True):
+        for method in methods:
+            size, front = marker_size(method, orthograd), method in orthograd
+            _point(ax, rows[method], markersize=size, zorder=3 if front else 2, **looks[method])
         ax.set(xlabel=f"forget accuracy %: {scenario['forget_title']}")
         ax.margins(0.08)
     axes[0, 0].set(ylabel="test accuracy %", title="All methods, ± spread over seeds")
     if len(panels) > 1:
         axes[0, 1].set_title(f"Close to {names[goal]}")
-    figure.legend(handles=[key(m, names[m], look[m]) for m in rows], loc="outside right upper")
+    figure.legend(handles=[_entry(m, names[m], looks, orthograd) for m in rows], loc="outside right upper")
     return figure
 
 
 @styled
 def curves(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | None:
-    """What happened on the way, mean over seeds: accuracies, losses, and what the projection did."""
-    names, look = known(scenario, titles), styles(titles | known(scenario, titles))
+    """Draw what happened on the way, mean over seeds: accuracies, losses, and what the projection did."""
+    names, orthograd = known(scenario, titles), orthograd_methods(scenario)
+    looks = styles(titles | names, orthograd)
     drawn = {what: lines for what in CURVES if (lines := {m: c for m in names if (c := _curve(scenario, m, what))})}
     if not drawn:
         return None
@@ -79,8 +82,8 @@ def curves(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | N
         for method, curve in lines.items():
             x = [100 * step / max(1, last[method]) for step in curve]
             y = [value * (100 if what in PARTS else 1) for value in curve.values()]
-            width = 2.2 if is_ours(method) else 1.3
-            ax.plot(x, y, markevery=0.24, markersize=4.5, linewidth=width, **look[method])
+            width = 2.2 if method in orthograd else 1.3
+            ax.plot(x, y, markevery=0.24, markersize=4.5, linewidth=width, **looks[method])
         if what == "residual" and any(value > 0 for curve in lines.values() for value in curve.values()):
             ax.set_yscale("log")
             _whole_decades(ax)
@@ -89,7 +92,7 @@ def curves(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | N
             plain_log(ax.yaxis)
         ax.set(title=CURVES[what], xlabel="share of the steps, %")
     cells = list(axes.flat[len(drawn) :])
-    handles = [key(m, f"{names[m]} ({last[m]} steps)", look[m]) for m in names if m in last]
+    handles = [_entry(m, f"{names[m]} ({last[m]} steps)", looks, orthograd) for m in names if m in last]
     legend_cell(cells[0], handles)
     for ax in cells[1:]:
         ax.remove()
@@ -98,22 +101,22 @@ def curves(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | N
 
 @styled
 def confidences(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | None:
-    """How sure each model is of the labels of forget and of test samples, all seeds together."""
+    """Draw how sure each model is of the labels of forget and of test samples, all seeds together."""
     names = known(scenario, titles)
     counts: dict[str, dict[str, list[int]]] = {}
     for run in scenario["runs"]:
-        for part, some in (run.get("confidence") or {}).items():
+        for part, bins in (run.get("confidence") or {}).items():
             sums = counts.setdefault(run["method"], {})
-            sums[part] = [a + b for a, b in zip(sums.get(part, [0] * len(some)), some, strict=True)]
+            sums[part] = [a + b for a, b in zip(sums.get(part, [0] * len(bins)), bins, strict=True)]
     shown = [method for method in names if method in counts]
     if not shown:
         return None
     rows = -(-len(shown) // 5)
     figure, axes = canvas(rows, 5, 12.5, 0.7 + 1.75 * rows, sharex=True, sharey=True)
     for ax, method in zip(axes.flat, shown, strict=False):
-        for part, some in counts[method].items():
-            edges = [i / len(some) for i in range(len(some) + 1)]
-            shares = [100 * value / max(1, sum(some)) for value in some]
+        for part, bins in counts[method].items():
+            edges = [i / len(bins) for i in range(len(bins) + 1)]
+            shares = [100 * count / max(1, sum(bins)) for count in bins]
             line = "-" if part == "forget" else "--"
             ax.stairs(shares, edges, fill=True, color=PARTS[part], alpha=0.22)
             ax.stairs(shares, edges, color=PARTS[part], linewidth=1.6, label=part, linestyle=line)
@@ -129,14 +132,16 @@ def confidences(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figur
 
 @styled
 def study(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | None:
-    """What more retain samples in a step buy, and what they cost."""
+    """Draw what more retain samples in a step buy, and what they cost."""
     rows = summarize_study(scenario)
     names = {method: title for method, title in known(scenario, titles).items() if method in rows}
     if not names:
         return None
-    look = styles(titles | known(scenario, titles))
-    sizes = sorted({n for some in rows.values() for n in some})
-    panels = {k: v for k, v in STUDY.items() if any(k in row for some in rows.values() for row in some.values())}
+    orthograd = orthograd_methods(scenario)
+    looks = styles(titles | known(scenario, titles), orthograd)
+    sizes = sorted({n for by_n in rows.values() for n in by_n})
+    measured = {key for by_n in rows.values() for row in by_n.values() for key in row}
+    panels = {key: about for key, about in STUDY.items() if key in measured}
     down = -(-len(panels) // 2)
     figure, axes = canvas(down, 2, 9, 0.5 + 2.6 * down)
     for ax, (what, (title, factor)) in zip(axes.flat, panels.items(), strict=False):
@@ -144,7 +149,7 @@ def study(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | No
             points = {n: row[what] for n, row in rows[method].items() if what in row}
             means = [factor * value["mean"] for value in points.values()]
             spreads = [factor * (value["std"] or 0) for value in points.values()]
-            ax.errorbar(list(points), means, yerr=spreads, capsize=2, elinewidth=1, markersize=5, **look[method])
+            ax.errorbar(list(points), means, yerr=spreads, capsize=2, elinewidth=1, markersize=5, **looks[method])
         ax.set_xscale("log", base=2)
         ax.set_xticks(sizes, [str(n) for n in sizes])
         ax.minorticks_off()
@@ -153,35 +158,36 @@ def study(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | No
             ax.set_ylim(bottom=0)
     for ax in axes.flat[len(panels) :]:
         ax.remove()
-    handles = [key(m, names[m], look[m]) for m in names]
+    handles = [_entry(m, names[m], looks, orthograd) for m in names]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, handlelength=3)
     return figure
 
 
 @styled
 def overview(results: Mapping[str, Any], titles: Mapping[str, str]) -> Figure | None:
-    """One panel per scenario, one line per method: what is left of the forget set, and what of the test accuracy."""
+    """Draw a panel per scenario and a line per method: accuracy on the forget set and on the test set."""
     scenarios = [scenario for scenario in results["scenarios"].values() if scenario["runs"]]
     if not scenarios:
         return None
     names = {m: t for scenario in scenarios for m, t in known({"runs": scenario["runs"]}, titles).items()}
     order = [m for m in {**titles, **names} if m in names]
+    orthograd = {m for scenario in scenarios for m in orthograd_methods(scenario)}
     across = min(3, len(scenarios))
     down = -(-len(scenarios) // across)
     figure, axes = canvas(down, across, 1.9 + 2.7 * across, 0.4 + down * (0.6 + 0.25 * len(order)), sharey=True)
     for i, (ax, scenario) in enumerate(zip(axes.flat, scenarios, strict=False)):
-        _line_up(ax, summarize(scenario), order)
+        _line_up(ax, summarize(scenario), order, orthograd)
         title = scenario["title"] + (" (small)" if scenario["small"] else "")
         ax.set_title(fill(title, 27), fontsize=10, loc="left")
         if i % across == 0:
             ax.set_yticks(range(len(order)), [names[m] for m in order])
             for label, method in zip(ax.get_yticklabels(), order, strict=True):
-                label.set_fontweight("bold" if is_ours(method) else "normal")
+                label.set_fontweight("bold" if method in orthograd else "normal")
     axes[0, 0].set_ylim(len(order) - 0.5, -0.5)
     for ax in axes.flat[len(scenarios) :]:
         ax.remove()
-    handles = [key("", f"{part} accuracy %", {**look, "linestyle": ""}) for part, look in ENDS.items()]
-    handles.append(key("", "of the retrained model", {"color": INK, "linestyle": ":"}))
+    handles = [legend_entry(f"{part} accuracy %", {**look, "linestyle": ""}) for part, look in ENDS.items()]
+    handles.append(legend_entry("of the retrained model", {"color": INK, "linestyle": ":"}))
     figure.legend(handles=handles, loc="outside upper center", ncols=3 if across > 1 else 1)
     return figure
 
@@ -195,7 +201,7 @@ PICTURES: dict[str, Picture] = {
 
 
 def draw(results: Mapping[str, Any], titles: Mapping[str, str], out: Path | str) -> list[Path]:
-    """All pictures as PNG files <scenario>-<picture>.png and overview.png; returns the files."""
+    """Write all pictures as <scenario>-<picture>.png and overview.png; returns the files."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     figures = {"overview": overview(results, titles)}
@@ -205,7 +211,11 @@ def draw(results: Mapping[str, Any], titles: Mapping[str, str], out: Path | str)
     return [png(figure, out / f"{name}.png") for name, figure in figures.items() if figure]
 
 
-def _line_up(ax: Axes, rows: Mapping[str, Any], order: Sequence[str]) -> None:
+def _entry(method: str, label: str, looks: Mapping[str, dict], orthograd: Collection[str]) -> Any:
+    return legend_entry(label, looks[method], marker_size(method, orthograd))
+
+
+def _line_up(ax: Axes, rows: Mapping[str, Any], order: Sequence[str], orthograd: Collection[str]) -> None:
     for y, method in enumerate(order):
         row = rows.get(method, {})
         if row.keys() < PARTS.keys():
@@ -215,7 +225,7 @@ def _line_up(ax: Axes, rows: Mapping[str, Any], order: Sequence[str]) -> None:
             spread = 100 * (row[part]["std"] or 0)
             ax.errorbar(100 * row[part]["mean"], y, xerr=spread, capsize=2, markersize=6, **look)
         if "tow" in row:
-            weight = "bold" if is_ours(method) else "normal"
+            weight = "bold" if method in orthograd else "normal"
             _beside(ax, f"{row['tow']['mean']:.2f}", y, weight=weight)
     _beside(ax, "ToW", -0.75)
     for part, color in PARTS.items():
@@ -235,28 +245,26 @@ def _whole_decades(ax: Axes) -> None:
 
 
 def _close(rows: Mapping[str, Any], goals: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Goals that have company worth a closer look, each with those near it."""
+    """Yield goals that have company worth a closer look, each with those near it."""
     for goal in goals:
         near = [m for m in rows if all(abs(rows[m][p]["mean"] - rows[goal][p]["mean"]) <= NEAR for p in PARTS)]
         if 2 < len(near) < len(rows):
             yield goal, near
 
 
-def _point(ax: Axes, row: Mapping[str, Any], method: str, style: Mapping[str, Any]) -> None:
+def _point(ax: Axes, row: Mapping[str, Any], **look: Any) -> None:
     ax.errorbar(
         *(100 * row[part]["mean"] for part in PARTS),
         xerr=100 * (row["forget"]["std"] or 0),
         yerr=100 * (row["test"]["std"] or 0),
         elinewidth=1,
         capsize=2,
-        markersize=size(method),
-        zorder=3 if is_ours(method) else 2,
-        **style,
+        **look,
     )
 
 
 def _curve(scenario: Mapping[str, Any], method: str, key: str) -> dict[int, float]:
-    """Mean over seeds by step, at the steps that as many seeds reached as any."""
+    """Return the mean over seeds by step, at the steps that as many seeds reached as any."""
     points = defaultdict(list)
     for run in scenario["runs"]:
         if run["method"] == method:

@@ -74,43 +74,45 @@ class Problem:
         return self
 
     def build(self) -> nn.Module:
-        """A new model, before training; the same for the same seed. Only parameters that require gradients are trained
-        and unlearned."""
+        """Make a new model, before training; the same for the same seed.
+
+        Only parameters that require gradients are trained and unlearned.
+        """
         raise NotImplementedError
 
     def logits(self, model: nn.Module, part: Part) -> tuple[Tensor, Tensor]:
-        """Logits (m, classes) and labels (m,): one row per sample, or one per token of the labels."""
+        """Return logits (m, classes) and labels (m,): one row per sample, or one per token of the labels."""
         return model(*part.inputs), part.labels
 
     def losses(self, model: nn.Module, part: Part) -> Tensor:
-        """One loss per sample (n,)."""
+        """Compute one loss per sample (n,)."""
         logits, labels = self.logits(model, part)
         losses = cross_entropy(logits, labels, reduction="none")
         return losses if len(losses) == len(part) else losses.view(len(part), -1).mean(1)
 
     def correct(self, model: nn.Module, part: Part) -> Tensor:
-        """How right the model is about each sample, in [0, 1] (n,): its labels."""
+        """Return the share of each sample's labels that the model has right, in [0, 1] (n,)."""
         logits, labels = self.logits(model, part)
         return (logits.argmax(1) == labels).double().view(len(part), -1).mean(1)
 
     def relabelled(self, part: Part, generator: torch.Generator) -> Part:
-        """The samples with a random other label each."""
+        """Return the samples with a random other label each."""
         shift = torch.randint(1, self.classes, part.labels.shape, generator=generator).to(part.labels.device)
         return Part(part.inputs, (part.labels + shift) % self.classes)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """Anything else that the scenario reports, by name, such as word error rates."""
+        """Measure anything else that the scenario reports, by name, such as word error rates."""
         return {}
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module, part: Part) -> float:
-        """Mean of `correct` over a part, some samples at a time."""
-        return torch.cat([self.correct(model, some) for some in pieces(part, self.batch)]).mean().item()
+        """Compute the mean of `correct` over a part, `batch` samples at a time."""
+        return torch.cat([self.correct(model, piece) for piece in pieces(part, self.batch)]).mean().item()
 
     @torch.no_grad()
     def confidence(self, model: nn.Module, part: Part) -> Tensor:
-        """Probability that the model gives each sample's label (n,), float64: exp(-loss)."""
-        return torch.cat([self.losses(model, some) for some in pieces(part, self.batch)]).double().neg().exp().cpu()
+        """Compute the probability that the model gives each sample's label (n,), float64: exp(-loss)."""
+        return torch.cat([self.losses(model, piece) for piece in pieces(part, self.batch)]).double().neg().exp().cpu()
 
 
 def pieces(part: Part, size: int = BATCH) -> list[Part]:

@@ -9,7 +9,7 @@ from typing import Any
 from .._atomic import replacing
 from .pictures import PICTURES, overview
 from .style import svg
-from .summary import CONFIDENCE, NAMES, differences, is_ours, known, spread, summarize, verdict
+from .summary import CONFIDENCE, NAMES, differences, known, orthograd_methods, spread, summarize, verdict
 from .tables import caption, columns
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -25,7 +25,7 @@ CAPTIONS = {
 
 
 def write_report(results: Mapping[str, Any], titles: Mapping[str, str], path: Path | str) -> Path:
-    """Writes the report, atomically; returns the path.
+    """Write the report, atomically; returns the path.
 
     results: the comparison as plain values; scenarios that were skipped, or are not finished, are shown as such.
     titles: {method: title}, in the order of the tables.
@@ -53,22 +53,22 @@ def write_report(results: Mapping[str, Any], titles: Mapping[str, str], path: Pa
 
 def _scenario(name: str, scenario: Mapping[str, Any], titles: Mapping[str, str]) -> dict[str, Any]:
     names = known(scenario, titles)
-    found = columns(scenario, titles)
+    cells = columns(scenario, titles)
     return {
         "title": scenario["title"],
         "credit": scenario["credit"],
         "small": scenario["small"],
         "caption": caption(scenario),
         "verdict": verdict(scenario, titles),
-        "header": [column.title for column in found],
-        "rows": list(zip(*(column.cells for column in found), strict=True)),
-        "ours": [is_ours(method) for method in names if method in summarize(scenario)],
+        "header": [column.title for column in cells],
+        "rows": list(zip(*(column.cells for column in cells), strict=True)),
+        "ours": [method in orthograd_methods(scenario) for method in names if method in summarize(scenario)],
         "figures": [f for key, draw in PICTURES.items() if (f := _figure(key, draw(scenario, titles), name))],
         "differences": [
             (names[a], names[b], f"{d.mean:+.3f}", _interval(d), d.count, "yes" if d.significant else "no")
             for a, b, d in differences(scenario)
         ],
-        "settings": [(names.get(method, method), _listed(some)) for method, some in scenario["settings"].items()],
+        "settings": [(names.get(method, method), _listed(setting)) for method, setting in scenario["settings"].items()],
         "scores": _scores(scenario, names),
         "stopped": [(names[r["method"]], r["seed"], r["stopped"]) for r in scenario["runs"] if r.get("stopped")],
     }
@@ -83,7 +83,7 @@ def _figure(key: str, figure: Any, name: str) -> dict[str, Any] | None:
 
 
 def _scores(scenario: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that was measured, whether the table above has it or not."""
+    """Return everything that was measured, whether the table above has it or not."""
     rows = summarize(scenario)
     metrics = list(dict.fromkeys(key for row in rows.values() for key in row))
     return {

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .summary import is_ours
+from .summary import ORTHOGRAD_METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +20,7 @@ INK = "#1f2328"  # of text and axes; inside a page it becomes the colour of the 
 OURS = (("#0072b2", "o"), ("#56b4e9", "D"), ("#5b5bd6", "p"), ("#1f9fd0", "H"))  # OrthoGrad and variants: blues
 OTHERS = ("#d55e00", "#e69f00", "#009e73", "#cc79a7", "#8c8c00", "#aa4499", "#44aa99", "#a6761d", "#7f7f7f")
 MARKERS = "s^vPX<>dh8"  # nobody needs to tell colours apart
+MARKER_SIZE = 6.5
 DASHES = ("--", "-.", (0, (4, 1, 1, 1)))
 REFERENCE = {
     "original": {"color": INK, "marker": "x", "linestyle": ":"},
@@ -48,7 +49,7 @@ STYLE = {
 
 
 def styled(function: Callable) -> Callable:
-    """Runs it with STYLE, and changes nobody else's."""
+    """Run the function with STYLE, and change nobody else's."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -61,49 +62,47 @@ def styled(function: Callable) -> Callable:
 
 
 def canvas(rows: int, columns: int, width: float, height: float, **shared: bool) -> tuple[Figure, Any]:
-    """A figure in inches and its axes [rows, columns]. Without pyplot: nothing global, nothing to close, no display."""
+    """Make a figure in inches and its axes [rows, columns], without pyplot: nothing global, nothing to close."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
-def styles(titles: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line of every method, by its place among all of them."""
-    methods = list(titles)
-    found: dict[str, dict[str, Any]] = {}
-    for i, method in enumerate(filter(is_ours, methods)):
+def styles(methods: Collection[str], orthograd: Collection[str] = ORTHOGRAD_METHODS) -> dict[str, dict[str, Any]]:
+    """Return colour, marker and line of every method, by its place among all of them; orthograd: which are blue."""
+    others = [method for method in methods if method not in orthograd and method not in REFERENCE]
+    looks: dict[str, dict[str, Any]] = dict(REFERENCE)
+    for i, method in enumerate(method for method in methods if method in orthograd):
         color, marker = OURS[i % len(OURS)]
-        found[method] = {"color": color, "marker": marker, "linestyle": "-"}
-    for i, method in enumerate(method for method in methods if not is_ours(method) and method not in REFERENCE):
-        found[method] = {
+        looks[method] = {"color": color, "marker": marker, "linestyle": "-"}
+    for i, method in enumerate(others):
+        looks[method] = {
             "color": OTHERS[i % len(OTHERS)],
             "marker": MARKERS[i % len(MARKERS)],
             "linestyle": DASHES[i % len(DASHES)],
         }
-    return {**REFERENCE, **found}
+    return looks
 
 
-def size(method: str) -> float:
-    """Of a method's marker."""
-    return 12 if method == "retrained" else 8 if is_ours(method) else 6.5
+def marker_size(method: str, orthograd: Collection[str]) -> float:
+    return 12 if method == "retrained" else 8 if method in orthograd else MARKER_SIZE
 
 
-def key(method: str, label: str, style: Mapping[str, Any]) -> Any:
-    """A legend's entry for a method."""
+def legend_entry(label: str, style: Mapping[str, Any], size: float = MARKER_SIZE) -> Any:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], label=label, markersize=size(method), **style)
+    return Line2D([], [], label=label, markersize=size, **style)
 
 
 def legend_cell(ax: Axes, handles: list) -> None:
-    """A legend in a cell of its own, where it covers nothing."""
+    """Put a legend in a cell of its own, where it covers nothing."""
     ax.axis("off")
     ax.legend(handles=handles, loc="upper left", handlelength=3, borderaxespad=0)
 
 
 def plain_log(axis: Any) -> None:
-    """Numbers on a logarithmic axis as 1, 20 or 5e-07."""
+    """Write numbers on a logarithmic axis as 1, 20 or 5e-07."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -112,14 +111,14 @@ def plain_log(axis: Any) -> None:
 
 @styled
 def png(figure: Figure, path: Path) -> Path:
-    """Saves the figure on white; returns the path."""
+    """Save the figure on white; returns the path."""
     figure.savefig(path, dpi=DPI, facecolor="white")
     return path
 
 
 @styled
 def svg(figure: Figure, name: str) -> str:
-    """The figure as SVG to stand inside a page: transparent, in the page's text colour; name keeps its ids apart."""
+    """Return the figure as SVG for a page: transparent, in the page's text colour; name keeps its ids apart."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from .._options import number
+from ..ops.t_test import quantile
 
 REFERENCES = ("original", "retrained")  # not contenders
+ORTHOGRAD_METHODS = ("orthograd", "orthograd-tensor", "orthograd-feasible", "orthograd-qr")  # of results that name none
 COSTS = ("steps", "seconds", "step_seconds", "peak_bytes")
 NAMES = {"tow": "ToW", "mia_auc": "MIA AUC", "uis": "UIS", "gap": "gap"}
 CONFIDENCE = 0.95
@@ -29,12 +31,12 @@ class Difference(NamedTuple):
 
     @property
     def significant(self) -> bool:
-        """Zero is outside the interval; never on one seed."""
+        """True if zero is outside the interval; never on one seed."""
         return self.low is not None and (self.low > 0 or self.high < 0)
 
 
 def summarize(scenario: Mapping[str, Any]) -> dict[str, dict[str, Stats]]:
-    """{method: {metric: {"mean", "std", "count"}}} over the seeds of a scenario's finished runs.
+    """Return {method: {metric: {"mean", "std", "count"}}} over the seeds of a scenario's finished runs.
 
     Metrics are those of the runs' scores and steps, seconds, step_seconds, peak_bytes; what is None in a run does not
     count, std is the sample standard deviation, None for one seed.
@@ -50,18 +52,20 @@ def summarize(scenario: Mapping[str, Any]) -> dict[str, dict[str, Stats]]:
 
 
 def summarize_study(scenario: Mapping[str, Any]) -> dict[str, dict[int, dict[str, Stats]]]:
-    """{method: {n: {metric: {"mean", "std", "count"}}}}, n rising: the runs with other numbers of retain samples.
+    """Return {method: {n: {metric: {"mean", "std", "count"}}}} of the n-study; n, retain samples a step, rises.
 
     Raises ValueError as `summarize` does.
     """
     methods = _grouped(_runs({"runs": (), **scenario}, "study", "n"), "method")
     return {
-        method: {n: _row(some) for n, some in sorted(_grouped(runs, "n").items())} for method, runs in methods.items()
+        method: {n: _row(group) for n, group in sorted(_grouped(runs, "n").items())} for method, runs in methods.items()
     }
 
 
 def paired(scenario: Mapping[str, Any], first: str, second: str, metric: str = "tow") -> Difference | None:
-    """first - second in a metric, seed by seed: d̄ ± t(0.975, seeds - 1) · sd(d) / √seeds; None without a common seed.
+    """Compare two methods seed by seed; None without a common seed.
+
+    d = first - second in the metric, one for each seed; interval: d̄ ± t(0.975, seeds - 1) · sd(d) / √seeds
 
     Raises ValueError as `summarize` does.
 
@@ -70,8 +74,8 @@ def paired(scenario: Mapping[str, Any], first: str, second: str, metric: str = "
         >>> values = {"a": (0.8, 0.9, 0.7), "b": (0.7, 0.7, 0.7)}
         >>> runs = [
         ...     {"method": method, "seed": seed, "scores": {"tow": value}}
-        ...     for method, some in values.items()
-        ...     for seed, value in enumerate(some)
+        ...     for method, column in values.items()
+        ...     for seed, value in enumerate(column)
         ... ]
         >>> paired({"runs": runs}, "a", "b").significant  # 0.1 ± 0.25
         False
@@ -87,15 +91,13 @@ def paired(scenario: Mapping[str, Any], first: str, second: str, metric: str = "
     mean, count = fmean(differences), len(differences)
     if count == 1:
         return Difference(mean, None, None, None, count)
-    from scipy.stats import t
-
     error = stdev(differences) / math.sqrt(count)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    half = quantile((1 - CONFIDENCE) / 2, count - 1) * error
     return Difference(mean, error, mean - half, mean + half, count)
 
 
 def ranked(scenario: Mapping[str, Any], metric: str = "tow") -> list[str]:
-    """The methods by their mean of a metric, best first, without the references and those it is unknown for."""
+    """Return the methods by their mean of a metric, best first, without references and those it is unknown for."""
     rows = summarize(scenario)
     known = [method for method, row in rows.items() if method not in REFERENCES and metric in row]
     return sorted(known, key=lambda method: rows[method][metric]["mean"], reverse=not lower_is_better(metric))
@@ -105,24 +107,25 @@ def lower_is_better(metric: str) -> bool:
     return metric in ("gap", "uis") or metric.startswith("wer")
 
 
-def is_ours(method: str) -> bool:
-    """OrthoGrad and its variants."""
-    return method.startswith("orthograd")
+def orthograd_methods(scenario: Mapping[str, Any]) -> Collection[str]:
+    """Return the names of OrthoGrad and its variants; older results do not give them, and have `ORTHOGRAD_METHODS`."""
+    return scenario.get("orthograd_methods", ORTHOGRAD_METHODS)
 
 
 def differences(scenario: Mapping[str, Any], metric: str = "tow") -> list[tuple[str, str, Difference]]:
-    """(variant, best other method, difference) for every OrthoGrad variant."""
-    order = ranked(scenario, metric)
-    best = next((method for method in order if not is_ours(method)), None)
-    found = [(method, best, paired(scenario, method, best, metric)) for method in order if best and is_ours(method)]
-    return [row for row in found if row[2] is not None]
+    """Return (variant, best other method, difference) for every OrthoGrad variant."""
+    order, variants = ranked(scenario, metric), orthograd_methods(scenario)
+    best = next((method for method in order if method not in variants), None)
+    pairs = [(method, best) for method in order if best and method in variants]
+    rows = [(*pair, paired(scenario, *pair, metric)) for pair in pairs]
+    return [row for row in rows if row[2] is not None]
 
 
 def verdict(scenario: Mapping[str, Any], titles: Mapping[str, str], metric: str = "tow") -> str:
-    """Who is best by a metric, and whether that is beyond the spread over seeds. Generated, whatever it says."""
-    order, name = ranked(scenario, metric), NAMES.get(metric, metric)
-    ours = next((method for method in order if is_ours(method)), None)
-    other = next((method for method in order if not is_ours(method)), None)
+    """Say who is best by a metric, and whether that is beyond the spread over seeds. Generated, whatever it says."""
+    order, name, variants = ranked(scenario, metric), NAMES.get(metric, metric), orthograd_methods(scenario)
+    ours = next((method for method in order if method in variants), None)
+    other = next((method for method in order if method not in variants), None)
     if ours is None or other is None:
         return f"Not enough finished runs to compare by {name}."
     rows, titles = summarize(scenario), known(scenario, titles)
@@ -163,7 +166,7 @@ def _cautions(scenario: Mapping[str, Any], rows: dict[str, dict], titles: Mappin
 
 
 def known(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> dict[str, str]:
-    """Titles of the methods that have runs, in display order; a method without a title keeps its name."""
+    """Return titles of the methods that have runs, in display order; a method without a title keeps its name."""
     runs = [*scenario["runs"], *(scenario.get("study") or ())]
     present = dict.fromkeys(run["method"] for run in runs)
     return {method: title for method, title in titles.items() if method in present} | {
@@ -172,7 +175,7 @@ def known(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> dict[str, s
 
 
 def spread(value: Stats | None, factor: float = 1.0, digits: int = 3, joint: str = " ± ") -> str:
-    """mean ± standard deviation as text; empty where there is nothing."""
+    """Write mean ± standard deviation; empty where there is nothing."""
     if value is None:
         return ""
     after = "" if value["std"] is None else f"{joint}{factor * value['std']:.{digits}f}"
@@ -187,7 +190,7 @@ def _grouped(runs: Iterable[dict], key: str) -> dict[Any, list[dict]]:
 
 
 def _runs(scenario: Mapping[str, Any], key: str = "runs", *wanted: str) -> Iterable[Mapping[str, Any]]:
-    """A scenario's runs, checked to have what they are grouped and averaged by."""
+    """Check that a scenario's runs have what they are grouped and averaged by, and return them."""
     if not isinstance(scenario, Mapping) or "runs" not in scenario:
         raise ValueError(f'a scenario should be a dictionary with its runs under "runs"; got {type(scenario).__name__}')
     runs = scenario.get(key) or ()
@@ -199,7 +202,7 @@ def _runs(scenario: Mapping[str, Any], key: str = "runs", *wanted: str) -> Itera
 
 
 def _value(run: Mapping[str, Any], metric: str, values: Mapping[str, Any]) -> float | int | None:
-    """A metric of a run; None where it is unknown, or no number such as a histogram."""
+    """Return a metric of a run; None where it is unknown, or no number such as a histogram."""
     value = number(values.get(metric))
     if value is not None and not math.isfinite(value):
         raise ValueError(
@@ -213,7 +216,7 @@ def _row(runs: list[dict]) -> dict[str, Stats]:
     row: dict[str, Stats] = {}
     merged = [(run, {**run["scores"], **{key: run.get(key) for key in COSTS}}) for run in runs]
     for metric in dict.fromkeys(key for _, values in merged for key in values):
-        values = [value for run, some in merged if (value := _value(run, metric, some)) is not None]
+        values = [value for run, scores in merged if (value := _value(run, metric, scores)) is not None]
         if values:
             std = stdev(values) if len(values) > 1 else None
             row[metric] = {"mean": fmean(values), "std": std, "count": len(values)}

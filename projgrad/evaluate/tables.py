@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._options import check_integer
-from .summary import is_ours, known, spread, summarize
+from .summary import known, orthograd_methods, spread, summarize
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +24,7 @@ class Column(NamedTuple):
 
 
 def columns(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> list[Column]:
-    """Method, accuracies, attack, ToW, word error rates where there are any, and costs; mean ± standard deviation."""
+    """Return method, accuracies, attack, ToW, word error rates if any, and costs, as mean ± standard deviation."""
     rows, names = summarize(scenario), known(scenario, titles)
     rows = {method: rows[method] for method in names if method in rows}
     rates = dict.fromkeys(key for row in rows.values() for key in row if key.startswith("wer"))
@@ -35,7 +35,7 @@ def columns(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> list[Colu
             values = [value and {**value, "std": None} for value in values]
         return Column(title, [spread(value, factor, digits, "±") for value in values])
 
-    found = [
+    all_columns = [
         Column("method", [names[method] for method in rows]),
         column("forget %", "forget", 100),
         column("retain %", "retain", 100),
@@ -49,11 +49,11 @@ def columns(scenario: Mapping[str, Any], titles: Mapping[str, str]) -> list[Colu
         column("peak MiB", "peak_bytes", 2**-20, alone=True),
         Column("usable", [_usable(scenario["settings"].get(method, {})) for method in rows]),
     ]
-    return [column for column in found if any(column.cells)]
+    return [column for column in all_columns if any(column.cells)]
 
 
 def table(scenario: Mapping[str, Any], titles: Mapping[str, str], width: int = WIDTH) -> Table:
-    """A rich table of a scenario, one row per method in the order of titles ({method: title}).
+    """Make a rich table of a scenario, one row per method in the order of titles ({method: title}).
 
     At most `width` columns wide: where there is less room some costs, which the JSON and the report have, are left out.
     Raises ValueError for a width below 1 and as `summarize` does, TypeError for one that is no integer.
@@ -61,21 +61,20 @@ def table(scenario: Mapping[str, Any], titles: Mapping[str, str], width: int = W
     from rich.console import Console
 
     width = check_integer("width", width, 1)
-
-    found = columns(scenario, titles)
-    bold = [is_ours(method) for method in known(scenario, titles)]
-    wide = Console(width=10 * width)
+    shown = columns(scenario, titles)
+    bold = [method in orthograd_methods(scenario) for method in known(scenario, titles)]
+    console = Console(width=10 * width)  # does not wrap what is measured on it
     drop = iter(OPTIONAL)
-    while wide.measure(drawn := _draw(scenario, found, bold)).maximum > width:
+    while console.measure(drawn := _draw(scenario, shown, bold)).maximum > width:
         title = next(drop, None)
         if title is None:
             break
-        found = [column for column in found if column.title != title]
+        shown = [column for column in shown if column.title != title]
     return drawn
 
 
 def caption(scenario: Mapping[str, Any]) -> str:
-    """What the numbers are made of, in a sentence or two."""
+    """Say what the numbers are made of, in a sentence or two."""
     sizes = ", ".join(f"{count:,} {part}" for part, count in scenario["sizes"].items())
     text = f"{sizes} samples; {scenario['parameters']:,} parameters"
     if scenario["trainable"] != scenario["parameters"]:
@@ -86,7 +85,7 @@ def caption(scenario: Mapping[str, Any]) -> str:
     return f"{text} Small: few samples or one seed." if scenario["small"] else text
 
 
-def _draw(scenario: Mapping[str, Any], found: list[Column], bold: list[bool]) -> Table:
+def _draw(scenario: Mapping[str, Any], shown: list[Column], bold: list[bool]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -99,13 +98,13 @@ def _draw(scenario: Mapping[str, Any], found: list[Column], bold: list[bool]) ->
         title_justify="left",
         caption_justify="left",
     )
-    for i, column in enumerate(found):
+    for i, column in enumerate(shown):
         drawn.add_column(column.title.replace("WER ", "WER\n"), justify="right" if i else "left", no_wrap=True)
-    for cells, style in zip(zip(*(column.cells for column in found), strict=True), bold, strict=True):
+    for cells, style in zip(zip(*(column.cells for column in shown), strict=True), bold, strict=True):
         drawn.add_row(*cells, style="bold" if style else "")
     return drawn
 
 
 def _usable(setting: Mapping[str, Any]) -> str:
-    """How many settings of the search worked: a method that needs luck shows it."""
+    """Write how many settings of the search worked: a method that needs luck shows it."""
     return f"{setting['usable']}/{setting['candidates']}" if {"usable", "candidates"} <= setting.keys() else ""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MOST_SEEDS = 95  # settings were searched on seeds from 100
 DEMOS = {"digits": "digits-labels", "faces": "faces"}
+WITHOUT_EXTENSION = "absent: everything works, slower; to have it install projgrad again where there is a C++ compiler"
 MISSING = "this command needs the package {}: `make build`, or pip install '.[demo]', in the repository"
 
 
@@ -55,7 +56,7 @@ def _common(parser: argparse.ArgumentParser, out: str) -> None:
 
 
 def _restart_with_passive_waiting() -> None:
-    """OpenMP reads the variable when torch loads it, which `import projgrad` has done before any line here can run.
+    """Start again with OMP_WAIT_POLICY set, which OpenMP read when torch was loaded, before any line here could run.
 
     On two shared cores small training steps took 184 ms with idle threads spinning and 12 ms with them sleeping.
     """
@@ -74,7 +75,7 @@ def _seeds(text: str) -> int:
 def _compare(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     import torch
 
-    from .comparison.comparison import plan
+    from .comparison.comparison import make_plan
     from .comparison.methods import METHODS
     from .scenarios import FAST, SCENARIOS
 
@@ -87,84 +88,70 @@ def _compare(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             parser.error(f"no {what} named {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     methods = None if args.methods is None else tuple(args.methods)
     command = "projgrad " + shlex.join(sys.argv[1:])
-    return _work(plan(command, tuple(names), args.seeds, methods, study=args.study), args.out)
+    return _work(make_plan(command, tuple(names), args.seeds, methods, study=args.study), args.out)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .comparison.comparison import plan
+    from .comparison.comparison import make_plan
 
     name, methods = DEMOS[args.data], ("ascent", "finetune", "neggrad", "orthograd", "orthograd-qr")
-    return _work(plan("projgrad demo", (name,), args.seeds, methods), args.out / f"demo-{args.data}")
+    return _work(make_plan("projgrad demo", (name,), args.seeds, methods), args.out / f"demo-{args.data}")
 
 
 def _work(plan: ComparisonPlan, out: Path) -> int:
-    """Run a plan with a progress bar; tables, pictures and a report of whatever finished."""
+    """Run a plan with a progress bar; show tables, pictures and a report of whatever finished."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from ..evaluate import draw, table, verdict, write_report
-    from .comparison.comparison import Compare
+    from .comparison.comparison import Comparison
     from .comparison.methods import TITLES
 
     console = Console() if sys.stdout.isatty() else Console(width=120)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left:"))
     with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=False), console=console) as progress:
         bar = progress.add_task("preparing")
-        job = Compare(plan, out, lambda cost, what: progress.update(bar, advance=cost, description=what))
-        progress.update(bar, total=job.expected_seconds)
+        comparison = Comparison(plan, out, lambda cost, what: progress.update(bar, advance=cost, description=what))
+        progress.update(bar, total=comparison.expected_seconds)
         try:
-            job.run()
+            comparison.run()
         except KeyboardInterrupt:
             console.print(f"Interrupted: what is finished is in {out}, and the same command goes on from there.")
             return 130
-        progress.update(bar, completed=job.expected_seconds, description="done")
-    found = job.results["scenarios"]
-    for scenario in found.values():
+        progress.update(bar, completed=comparison.expected_seconds, description="done")
+    scenarios = comparison.results["scenarios"].values()
+    for scenario in scenarios:
         if scenario["skipped"]:
             console.print(f"{scenario['title']}: skipped. {scenario['skipped']}", markup=False, soft_wrap=True)
         else:
             console.print(table(scenario, TITLES, console.width), verdict(scenario, TITLES), highlight=False)
-    if all(scenario["skipped"] for scenario in found.values()):
+    if all(scenario["skipped"] for scenario in scenarios):
         return 2
-    draw(job.results, TITLES, out)
-    report = write_report(job.results, TITLES, out / "report.html")
-    console.print(f"Every number: {job.path}\nReport:       {report}", highlight=False, soft_wrap=True)
+    draw(comparison.results, TITLES, out)
+    report = write_report(comparison.results, TITLES, out / "report.html")
+    console.print(f"Every number: {comparison.path}\nReport:       {report}", highlight=False, soft_wrap=True)
     return 0
 
 
 def _list() -> int:
-    from rich.console import Console
-
     from .comparison.methods import METHODS
     from .scenarios import SCENARIOS
 
-    console = Console()
     for name, scenario in SCENARIOS.items():
         commands = "".join(f"\n    {command}" for command in scenario.missing())
         state = f"not installed; run:{commands}" if commands else "installed"
-        console.print(f"{name}: {scenario.title}; {state}", highlight=False, markup=False, soft_wrap=True)
-    console.print("Methods: " + ", ".join(METHODS), highlight=False)
+        print(f"{name}: {scenario.title}; {state}")
+    print("Methods: " + ", ".join(METHODS))
     return 0
 
 
 def _doctor() -> int:
-    from rich.console import Console
-    from rich.table import Table
-
+    """Print versions and hardware; needs no package beyond those that projgrad requires."""
     from .comparison.environment import environment
 
-    found = environment()
-    table = Table(show_header=False)
-    extension = found.pop("extension")
-    if extension is None:
-        table.add_row("C++ extension", "not built: the plain PyTorch code runs instead, slower")
-    else:
-        table.add_row("C++ extension", ", ".join(f"{key} {value}" for key, value in extension.items()))
-    for name, value in found.items():
-        table.add_row(name, "absent" if value is None else str(value))
-    Console().print(table, highlight=False)
+    about = environment()
+    extension = about.pop("extension")
+    build = WITHOUT_EXTENSION if extension is None else ", ".join(f"{k} {v}" for k, v in extension.items())
+    for name, value in {"C++ extension": build, **about}.items():
+        print(f"{name:16}{'absent' if value is None else value}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from projgrad.evaluate import (
     Classification,
+    differences,
     distance,
     gap,
     histogram,
@@ -25,8 +27,7 @@ from projgrad.evaluate import (
     uis,
     verdict,
 )
-
-pytest.importorskip("sklearn")
+from projgrad.evaluate.metrics import LIMIT
 
 RETRAINED = {"forget": 0.25, "retain": 1.0, "test": 0.75}
 MODEL = {"forget": 0.5, "retain": 0.5, "test": 1.0}
@@ -79,6 +80,34 @@ def test_attack_is_scored_on_test_samples_that_it_was_not_fitted_on():
 def test_attack_takes_certainty():
     assert membership_auc(forget=[1.0, 1.0], test=[0.0, 0.0, 0.0, 0.0], retain=[1.0, 1.0, 0.0]) == 1
     assert membership_auc(forget=[1.0], test=[1.0, 1.0], retain=[1.0]) == 0.5
+
+
+CONFIDENCES = {
+    "any": lambda rng, k: rng.random(k),
+    "with ties": lambda rng, k: rng.random(k).round(1),
+    "high": lambda rng, k: rng.random(k) ** 0.05,
+    "nearly certain": lambda rng, k: np.exp(-rng.exponential(1e-6, k)),
+    "too alike for a fit": lambda rng, k: 0.5 + 1e-5 * rng.random(k),
+}
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("kind", CONFIDENCES)
+def test_attack_is_the_fit_and_the_area_of_scikit_learn(kind, seed):
+    linear_model, metrics = pytest.importorskip("sklearn.linear_model"), pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(seed)
+    p = {part: CONFIDENCES[kind](rng, int(rng.integers(2, 60))) for part in ("forget", "test", "retain")}
+
+    def joined(members, others):
+        x = np.concatenate([members, others]).clip(LIMIT, 1 - LIMIT)
+        return np.log(x / (1 - x))[:, None], np.repeat([1, 0], [len(members), len(others)])
+
+    order = np.random.default_rng(seed).permutation(len(p["test"]))
+    attacker = linear_model.LogisticRegression(class_weight="balanced")
+    attacker.fit(*joined(p["retain"], p["test"][order[::2]]))
+    x, member = joined(p["forget"], p["test"][order[1::2]])
+    expected = metrics.roc_auc_score(member, attacker.decision_function(x))
+    assert membership_auc(**p, seed=seed) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -240,11 +269,10 @@ def test_study_is_grouped_by_n():
 
 
 def test_paired_difference_is_the_paired_t_interval():
-    from scipy.stats import ttest_rel
-
+    stats = pytest.importorskip("scipy.stats")
     a, b = [0.9, 0.95, 0.8, 0.99], [0.85, 0.96, 0.7, 0.9]
     found = paired(scenario({"a": a, "b": b}), "a", "b")
-    expected = ttest_rel(a, b).confidence_interval(0.95)
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
     assert found.significant == (expected.low > 0)
 
@@ -266,7 +294,8 @@ def test_verdict_says_who_is_best_and_whether_that_can_be_told():
     assert "beyond the spread" in clear
     noisy = verdict(scenario({"scrub": [0.8, 0.7, 0.75], "orthograd": [0.7, 0.85, 0.75]}), TITLES)
     assert "not significant" in noisy
-    lost = verdict(scenario({"scrub": [0.9, 0.91], "orthograd": [0.1, 0.11], "orthograd_tensor": [0.2, 0.21]}), TITLES)
+    values = {"scrub": [0.9, 0.91], "orthograd": [0.1, 0.11], "orthograd_tensor": [0.2, 0.21]}
+    lost = verdict(scenario(values, orthograd_methods=("orthograd", "orthograd_tensor")), TITLES)
     assert "SCRUB is best" in lost
     assert "the best OrthoGrad variant (OrthoGrad, tensors) reaches 0.205" in lost
     assert "-0.700" in lost
@@ -285,6 +314,16 @@ def test_verdict_admits_what_it_does_not_know():
     text = verdict(broken, TITLES)
     assert "Broke down on some seeds and not seen at its best: SCRUB." in text
     assert "SCRUB (1 of 2)" in text
+
+
+def test_results_say_which_methods_are_orthograd_and_older_ones_have_the_names_of_their_time():
+    values = {"scrub": [0.8, 0.8], "mine": [0.9, 0.9], "orthograd-qr": [0.7, 0.7]}
+    named = scenario(values, orthograd_methods=["mine"])
+    assert "mine is best with 0.900 ± 0.000; the best other method (SCRUB)" in verdict(named, TITLES)
+    assert [row[:2] for row in differences(named)] == [("mine", "scrub")]
+    older = scenario(values)
+    assert "the best OrthoGrad variant (orthograd-qr)" in verdict(older, TITLES)
+    assert [row[:2] for row in differences(older)] == [("orthograd-qr", "mine")]
 
 
 def test_lower_word_error_rates_and_gaps_win():

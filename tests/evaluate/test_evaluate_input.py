@@ -24,8 +24,6 @@ from projgrad.evaluate import (
 )
 from projgrad.evaluate.problem import Part
 
-pytest.importorskip("sklearn")
-
 LABELS = torch.arange(40) % 4
 X = nn.functional.one_hot(LABELS, 4).float()
 

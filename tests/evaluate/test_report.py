@@ -55,6 +55,7 @@ def made_up_scenario(methods=tuple(TITLES), seeds=(0, 1), **more):
         "credit": "made up",
         "small": False,
         "forget_title": "wrong labels repeated",
+        "orthograd_methods": ["orthograd", "orthograd_tensor"],
         "sizes": {"retain": 855, "forget": 151, "validation": 200, "test": 360},
         "parameters": 76498,
         "trainable": 1000,
@@ -120,8 +121,9 @@ def test_table_fits_120_columns_with_word_error_rates(rates):
 
 
 def test_a_method_keeps_its_look_and_shares_it_with_nobody():
-    methods = ["original", "retrained", *(f"m{i}" for i in range(9)), *(f"orthograd{i}" for i in range(4))]
-    found = styles(methods)
+    variants = [f"variant{i}" for i in range(4)]
+    methods = ["original", "retrained", *(f"m{i}" for i in range(9)), *variants]
+    found = styles(methods, variants)
     assert len({(look["color"], look["marker"]) for look in found.values()}) == len(methods)
     assert len({look["marker"] for name, look in found.items() if name.startswith("m")}) == 9
 

@@ -17,9 +17,10 @@ from torch import nn
 
 from projgrad import evaluate
 from projgrad.evaluate.problem import MissingData, Part, Problem, Training
-from projgrad.experiments.comparison import comparison as job
+from projgrad.evaluate.summary import ORTHOGRAD_METHODS
+from projgrad.experiments.comparison import comparison
 from projgrad.experiments.comparison import run as runs
-from projgrad.experiments.comparison.comparison import SETTINGS, Compare, ComparisonPlan, plan, tuned
+from projgrad.experiments.comparison.comparison import SETTINGS, Comparison, ComparisonPlan, make_plan, read_settings
 from projgrad.experiments.comparison.memory import peak_bytes
 from projgrad.experiments.comparison.methods import METHODS, TITLES, TUNED_AS, Setting, batches
 from projgrad.experiments.comparison.store import load_model, read_json, save_model, write_json
@@ -76,7 +77,7 @@ def test_every_method_makes_its_steps(tiny):
             method
         )
         assert [point["step"] for point in done.curve] == [0, 1, 2, 3]
-        if method.startswith("orthograd") and method != "orthograd-feasible":
+        if METHODS[method].is_orthograd and method != "orthograd-feasible":
             assert done.residual <= 1e-5 and 0 < done.preserved_norm < 1, method
 
 
@@ -107,7 +108,8 @@ def test_a_search_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
         done.append(setting)
         return tried(name, prepared, method, setting)
 
-    monkeypatch.setattr(tune, "SETTINGS", tmp_path)
+    monkeypatch.setattr(tune, "LOGS", tmp_path)
+    monkeypatch.setattr(tune, "SETTINGS", tmp_path / "settings")
     monkeypatch.setattr(tune, "tried", interrupted)
     search = ["tune", "tiny", "--methods", "neggrad", "--rates", "0.1", "0.2", "--out", str(tmp_path / "models")]
     monkeypatch.setattr(sys, "argv", search)
@@ -121,6 +123,7 @@ def test_a_search_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     assert len(done) == len(set(done)) == len(found["candidates"]["neggrad"]) == 6
     best = max(found["candidates"]["neggrad"], key=lambda row: row["tow"])
     assert found["chosen"]["neggrad"].items() <= best.items()
+    assert read_json(tmp_path / "settings" / "tiny.json") == tune.shipped(found)
     before = (tmp_path / "tiny.json").read_bytes()
     tune.main()
     assert len(done) == 6 and (tmp_path / "tiny.json").read_bytes() == before
@@ -139,13 +142,14 @@ def load_state(model, other):
 
 def test_a_comparison_is_complete(tiny, tmp_path):
     moved = []
-    compare = Compare(tiny, tmp_path, lambda cost, what: moved.append(cost))
+    compare = Comparison(tiny, tmp_path, lambda cost, what: moved.append(cost))
     compare.run()
     found = read_json(tmp_path / "compare.json")
     about = found["scenarios"]["tiny"]
     assert found["finished"] and about["skipped"] is None
     assert [run["method"] for run in about["runs"]] == ["retrained", "original", "neggrad", "orthograd"]
     assert [(run["method"], run["n"]) for run in about["study"]] == [("orthograd", 4), ("orthograd", 8)]
+    assert about["orthograd_methods"] == list(ORTHOGRAD_METHODS)
     assert about["sizes"] == {"retain": 60, "forget": 12, "validation": 18, "test": 30}
     for run in about["runs"]:
         assert 0 <= run["scores"]["mia_auc"] <= 1 and len(run["confidence"]["test"]) == 20
@@ -154,21 +158,21 @@ def test_a_comparison_is_complete(tiny, tmp_path):
 
 
 def test_finished_runs_are_not_run_again(tiny, tmp_path, monkeypatch):
-    Compare(tiny, tmp_path).run()
+    Comparison(tiny, tmp_path).run()
     first = read_json(tmp_path / "compare.json")
-    monkeypatch.setattr(job, "unlearn", lambda *_, **__: pytest.fail("a finished run was repeated"))
-    monkeypatch.setattr(job, "train", lambda *_: pytest.fail("a model was trained again"))
+    monkeypatch.setattr(comparison, "unlearn", lambda *_, **__: pytest.fail("a finished run was repeated"))
+    monkeypatch.setattr(comparison, "train", lambda *_: pytest.fail("a model was trained again"))
     moved = []
-    again = Compare(tiny, tmp_path, lambda cost, what: moved.append(cost))
+    again = Comparison(tiny, tmp_path, lambda cost, what: moved.append(cost))
     again.run()
     assert read_json(tmp_path / "compare.json")["scenarios"] == first["scenarios"]
     assert sum(moved) == pytest.approx(again.expected_seconds)
 
 
 def test_another_setting_is_run_again(tiny, tmp_path):
-    Compare(tiny, tmp_path).run()
+    Comparison(tiny, tmp_path).run()
     other = ComparisonPlan("test", (0,), {"tiny": {"neggrad": Setting(0.2, 3, 8, 0.8)}}, {"tiny": {}}, False)
-    Compare(other, tmp_path).run()
+    Comparison(other, tmp_path).run()
     assert read_json(tmp_path / "runs" / "tiny" / "0-neggrad.json")["setting"]["lr"] == 0.2
 
 
@@ -178,13 +182,13 @@ def test_an_interruption_loses_no_finished_run(tiny, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Compare(tiny, tmp_path, interrupt).run()
+        Comparison(tiny, tmp_path, interrupt).run()
     found = read_json(tmp_path / "compare.json")
     assert not found["finished"]
     assert [run["method"] for run in found["scenarios"]["tiny"]["runs"]] == ["retrained", "original", "neggrad"]
-    Compare(tiny, tmp_path).run()
+    Comparison(tiny, tmp_path).run()
     whole, fresh = read_json(tmp_path / "compare.json"), tmp_path / "fresh"
-    Compare(tiny, fresh).run()
+    Comparison(tiny, fresh).run()
     assert numbers(whole) == numbers(read_json(fresh / "compare.json"))
 
 
@@ -198,7 +202,7 @@ sys.path[:0] = {tests!r}
 from pathlib import Path
 import test_compare as t
 t.SCENARIOS["tiny"] = t.scenario()
-t.Compare(t.small_plan(seeds=tuple(range(200))), Path({out!r})).run()
+t.Comparison(t.small_plan(seeds=tuple(range(200))), Path({out!r})).run()
 """
 
 
@@ -217,7 +221,7 @@ def test_a_killed_comparison_goes_on(tmp_path, monkeypatch):
     kept = {path: path.read_text() for path in (tmp_path / "runs").rglob("*.json")}
     assert all(json.loads(text)["method"] for text in kept.values())
     json.loads((tmp_path / "compare.json").read_text())
-    Compare(small_plan(seeds=(0, 1, 2)), tmp_path).run()
+    Comparison(small_plan(seeds=(0, 1, 2)), tmp_path).run()
     assert all(path.read_text() == text for path, text in kept.items())
     assert len(read_json(tmp_path / "compare.json")["scenarios"]["tiny"]["runs"]) == 12
 
@@ -258,7 +262,7 @@ def test_missing_data_is_skipped_and_named(tmp_path, monkeypatch):
         raise MissingData("The clusters: needs clusters, which is not installed. Run:\n    pip install clusters")
 
     monkeypatch.setitem(SCENARIOS, "tiny", scenario(load))
-    compare = Compare(small_plan(), tmp_path)
+    compare = Comparison(small_plan(), tmp_path)
     about = compare.run()["scenarios"]["tiny"]
     assert "pip install clusters" in about["skipped"] and about["runs"] == []
 
@@ -270,7 +274,7 @@ def test_without_a_retrained_model_the_goal_is_the_original_without_the_forget_s
             self.training = None
 
     monkeypatch.setitem(SCENARIOS, "tiny", scenario(Published))
-    about = Compare(small_plan(), tmp_path).run()["scenarios"]["tiny"]
+    about = Comparison(small_plan(), tmp_path).run()["scenarios"]["tiny"]
     original, unlearned, _ = about["runs"]
     a, b = original["scores"], unlearned["scores"]
     expected = math.prod(
@@ -312,20 +316,33 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if (SETTINGS / f"{name}.json").exists()])
 def test_shipped_settings_come_from_the_same_search_for_every_method(name):
-    found = tuned(name)
-    assert set(found["chosen"]) | set(TUNED_AS) <= set(METHODS) | set(TUNED_AS)
-    grids = {method: sorted({row["lr"] for row in rows}) for method, rows in found["candidates"].items()}
+    tune = pytest.importorskip("bench.tune")
+    log = read_json(tune.LOGS / f"{name}.json")
+    assert read_settings(name) == tune.shipped(log)
+    assert set(log["chosen"]) | set(TUNED_AS) <= set(METHODS) | set(TUNED_AS)
+    grids = {method: sorted({row["lr"] for row in rows}) for method, rows in log["candidates"].items()}
     assert len({tuple(rates) for rates in grids.values()}) == 1
-    assert len({len(rows) for rows in found["candidates"].values()}) == 1
-    assert set(plan("", (name,), 3).seeds).isdisjoint(found["seeds"])
-    for method, rows in found["candidates"].items():
+    assert len({len(rows) for rows in log["candidates"].values()}) == 1
+    assert set(make_plan("", (name,), 3).seeds).isdisjoint(log["seeds"])
+    for method, rows in log["candidates"].items():
         best = max(rows, key=lambda row: row["tow"])
-        assert found["chosen"][method].items() <= best.items()
+        assert log["chosen"][method].items() <= best.items()
+
+
+def test_committed_results_have_the_counts_of_the_shipped_settings():
+    """Whatever the numbers of the candidates moved to: a plan of today counts as the frozen results do."""
+    from bench.compare_results import COMMITTED
+
+    for name, scenario in read_json(COMMITTED)["scenarios"].items():
+        counts = read_settings(name)["counts"]
+        for method, setting in scenario["settings"].items():
+            known = counts[TUNED_AS.get(method, method)]
+            assert known == {"usable": setting["usable"], "candidates": setting["candidates"]}, (name, method)
 
 
 def test_the_fast_scenarios_have_settings_for_every_method():
     for name in FAST:
-        assert set(plan("", (name,), 3).settings[name]) == set(METHODS) - set(TUNED_AS)
+        assert set(make_plan("", (name,), 3).settings[name]) == set(METHODS) - set(TUNED_AS)
         assert set(TITLES) == {"original", "retrained", *METHODS}
 
 

@@ -1,20 +1,59 @@
-"""Peak memory of one whole step of each method, from the same batch and weights."""
+"""Peak memory of a block of code, and of one whole step of each method, from the same batch and weights."""
 
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ...evaluate.problem import Problem
 from .methods import METHODS, Context, Setting, batches
-from .peak_memory import peak_memory
+
+
+class Peak:
+    """`bytes` above what was in use at entry, filled when the block ends; None where the system cannot tell."""
+
+    bytes: int | None = None
+
+
+@contextmanager
+def peak_memory(device: str | torch.device = "cpu") -> Iterator[Peak]:
+    """Measure the memory that a block needs beyond what is resident when it starts.
+
+    CPU: the resident-set high-water mark of the whole process, reset on entry (Linux; elsewhere `bytes` stays None).
+    Freed memory that the allocator kept is not counted again, so measure large needs, or in a fresh process.
+    CUDA: the allocator's peak.
+    """
+    peak = Peak()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+    except OSError:
+        yield peak
+        return
+    yield peak
+    peak.bytes = max(0, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def peak_bytes(
@@ -24,15 +63,15 @@ def peak_bytes(
     forget_batch: int,
     tick: Callable[[str], None],
 ) -> list[int | None]:
-    """Peak memory of a step of each method above the loaded model and batch, each in a fresh process, two at a time.
+    """Measure the peak memory of a step of each method above the loaded model and batch.
 
-    An earlier call's freed memory would hide the next call's need. The allocator is told to return what is freed at
-    once: repeats then agree to 1 %, instead of 30 % for the smallest.
+    Each runs in a fresh process, two at a time: an earlier call's freed memory would hide the next call's need. The
+    allocator returns at once what is freed: repeats then agree to 1 %, instead of 30 % for the smallest.
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
     def one(method: str, setting: Setting) -> int | None:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", __name__],
             input=pickle.dumps((problem, model, method, setting, forget_batch)),
             stdout=subprocess.PIPE,
@@ -40,17 +79,17 @@ def peak_bytes(
             start_new_session=True,  # Ctrl-C is the parent's to handle
         )
         tick(method)
-        if done.returncode:
+        if process.returncode:
             warnings.warn(f"the memory of a step of {method} could not be measured; see its error above", stacklevel=2)
             return None
-        return json.loads(done.stdout)
+        return json.loads(process.stdout)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(one, *zip(*steps, strict=True)))
 
 
-def measure(problem: Problem, model: nn.Module, method: str, setting: Setting, forget_batch: int) -> int | None:
-    """The peak of a step above the model, the batch and what the method prepares; the learning rate is 0."""
+def measure_step(problem: Problem, model: nn.Module, method: str, setting: Setting, forget_batch: int) -> int | None:
+    """Measure the peak of a step above the model, the batch and what the method prepares; the learning rate is 0."""
     generator = torch.Generator().manual_seed(0)
     forget = next(batches(problem.forget, forget_batch, generator))
     retain = next(batches(problem.retain, setting.n, generator))
@@ -64,4 +103,4 @@ def measure(problem: Problem, model: nn.Module, method: str, setting: Setting, f
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(*pickle.load(sys.stdin.buffer))))
+    print(json.dumps(measure_step(*pickle.load(sys.stdin.buffer))))

@@ -54,16 +54,17 @@ class Context:
 @dataclass(frozen=True)
 class Method:
     """make(context) -> step. values: what the search tries for the method's own parameter, called `symbol`; with the
-    symbol "steps" they are multiples of the scenario's number of steps."""
+    symbol "steps" they are multiples of the scenario's number of steps. is_orthograd: OrthoGrad or a variant of it."""
 
     title: str
     make: Callable[[Context], Step]
     symbol: str
     values: tuple[float, ...]
+    is_orthograd: bool = False
 
 
 def _closures(method) -> Callable[[Context], Step]:
-    """A method that takes an ordinary forget loss and one retain loss per sample."""
+    """Make the steps of a method that takes an ordinary forget loss and one retain loss per sample."""
 
     def make(context: Context) -> Step:
         unlearner = method(context)
@@ -118,7 +119,7 @@ def _pgu(c: Context) -> Step:
         return c.problem.logits(model, Part(batch[:-1], batch[-1]))
 
     def tensors(part: Part) -> Iterator[tuple[torch.Tensor, ...]]:
-        return ((*some.inputs, some.labels) for some in pieces(part, c.problem.batch))
+        return ((*piece.inputs, piece.labels) for piece in pieces(part, c.problem.batch))
 
     unlearner = PGU(c.model, c.optimizer, gamma=c.setting.value, max_norm=MAX_NORM, forward=forward)
     unlearner.fit(tensors(Part.joined(c.problem.retain, c.problem.forget)))
@@ -146,19 +147,19 @@ METHODS = {
     "pcgrad": Method("PCGrad", _closures(_pcgrad), "α", ALPHAS),
     "salun": Method("SalUn", _salun, "α", ALPHAS),
     "scrub": Method("SCRUB", _scrub, "ascending share", (0.1, 0.3, 0.9)),
-    "orthograd": Method("OrthoGrad", _orthograd(), "α", ALPHAS),
-    "orthograd-tensor": Method("OrthoGrad, per tensor", _orthograd(scope="per_tensor"), "α", ALPHAS),
+    "orthograd": Method("OrthoGrad", _orthograd(), "α", ALPHAS, True),
+    "orthograd-tensor": Method("OrthoGrad, per tensor", _orthograd(scope="per_tensor"), "α", ALPHAS, True),
     "pgu": Method("PGU", _pgu, "γ", (0.8, 0.9, 0.95)),
     "feasible": Method("feasible ascent", _feasible, "δ", (0.05, 0.2, 0.45)),
-    "orthograd-feasible": Method("OrthoGrad, then feasible", _orthograd_feasible, "α", ALPHAS),
-    "orthograd-qr": Method("OrthoGrad, QR", _orthograd(projector=projectors.qr), "α", ALPHAS),
+    "orthograd-feasible": Method("OrthoGrad, then feasible", _orthograd_feasible, "α", ALPHAS, True),
+    "orthograd-qr": Method("OrthoGrad, QR", _orthograd(projector=projectors.qr), "α", ALPHAS, True),
 }
 TUNED_AS = {"orthograd-qr": "orthograd"}  # the same method: it takes its settings
 TITLES = {"original": "original", "retrained": "retrained", **{name: m.title for name, m in METHODS.items()}}
 
 
 def batches(part: Part, size: int, generator: torch.Generator) -> Iterator[Part]:
-    """Endless random batches without repetition inside one; all of the part where it is smaller."""
+    """Yield endless random batches without repetition inside one; all of the part where it is smaller."""
     while True:
         order = torch.randperm(len(part), generator=generator).to(part.labels.device)
         for rows in order.split(size)[: max(1, len(order) // size)]:

@@ -18,7 +18,7 @@ CURVE = ("forget_loss", "retain_loss", "rank", "preserved_norm", "residual")
 
 @dataclass
 class Unlearned:
-    """What an unlearning run left beside the model.
+    """The records of an unlearning run, beside the model.
 
     seconds: wall time of all steps and what the method prepares before them, without evaluation. stopped: why the run
     ended early, with the model of the last good point.
@@ -34,7 +34,7 @@ class Unlearned:
 
 
 def train(problem: Problem, parts: Sequence[Part], seed: int, tick: Callable[[], None] = lambda: None) -> nn.Module:
-    """A new model trained on some parts, by the problem's recipe; `tick` is called after every epoch."""
+    """Train a new model on the parts, by the problem's recipe; `tick` is called after every epoch."""
     data, recipe = Part.joined(*parts), problem.training
     model = problem.build().to(data.labels.device)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=recipe.lr)
@@ -80,52 +80,52 @@ def unlearn(
     step = METHODS[method].make(Context(problem, model, optimizer, setting, generators[2]))
     prepared = _now(problem) - start
 
-    def point(done: int, record: object) -> None:
+    def add_point(steps_made: int, record: object) -> None:
         if points:
             shares = {key: problem.accuracy(model, getattr(problem, key)) for key in ("forget", "test")}
             numbers = {key: getattr(record, key, None) for key in CURVE}
-            curve.append({"step": done, **shares, **{k: v if v == v else None for k, v in numbers.items()}})
+            curve.append({"step": steps_made, **shares, **{k: v if v == v else None for k, v in numbers.items()}})
 
-    point(0, None)
-    good = 0, [p.detach().clone() for p in trained]
-    for done in range(steps):
-        if done % every == 0:
-            here = done, [p.detach().clone() for p in trained]
+    add_point(0, None)
+    last_good = 0, [p.detach().clone() for p in trained]
+    for step_index in range(steps):
+        if step_index % every == 0:
+            checkpoint = step_index, [p.detach().clone() for p in trained]
         batch = next(forget_batches), next(retain_batches)
         start = _now(problem)
         try:
             records.append(step(*batch))
         except FloatingPointError as error:
-            stopped = f"step {done + 1} of {steps}: {error}"
+            stopped = f"step {step_index + 1} of {steps}: {error}"
             break
         seconds.append(_now(problem) - start)
-        good = here  # a step from there was finite
+        last_good = checkpoint  # a step from there was finite
         decay.step()
         tick()
-        if (done + 1) % every == 0 or done + 1 == steps:
-            point(done + 1, records[-1])
+        if (step_index + 1) % every == 0 or step_index + 1 == steps:
+            add_point(step_index + 1, records[-1])
     if stopped is None and not all(p.isfinite().all() for p in trained):
         stopped = f"after step {steps} a parameter is not finite"
     if stopped:
-        stopped += f"; the model after {good[0]} steps was restored"
+        stopped += f"; the model after {last_good[0]} steps was restored"
         with torch.no_grad():
-            for p, before in zip(trained, good[1], strict=True):
+            for p, before in zip(trained, last_good[1], strict=True):
                 p.copy_(before)
-    kept = [r.preserved_norm for r in records if hasattr(r, "preserved_norm")]
-    left = [r.residual for r in records if hasattr(r, "residual")]
+    preserved_norms = [r.preserved_norm for r in records if hasattr(r, "preserved_norm")]
+    residuals = [r.residual for r in records if hasattr(r, "residual")]
     return Unlearned(
         steps=len(records),
         seconds=prepared + sum(seconds),
         step_seconds=median(seconds) if seconds else None,
-        preserved_norm=median(kept) if kept else None,
-        residual=max(left) if left else None,
+        preserved_norm=median(preserved_norms) if preserved_norms else None,
+        residual=max(residuals) if residuals else None,
         stopped=stopped,
         curve=curve,
     )
 
 
 def _now(problem: Problem) -> float:
-    """The clock, when the device has finished."""
+    """Read the clock, when the device has finished."""
     if problem.test.labels.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()

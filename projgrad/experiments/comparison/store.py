@@ -10,7 +10,7 @@ from ..._atomic import replacing
 
 
 def write_json(path: Path, content: Any) -> None:
-    """A reader, or an interruption, finds the old file or the new one."""
+    """Write a file in one step: a reader, or an interruption, finds the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n")

@@ -34,7 +34,7 @@ class Scenario:
     gpu: bool = False
 
     def missing(self) -> list[str]:
-        """The commands that install what it needs and is not there."""
+        """Return the commands that install what it needs and is not there."""
         commands = []
         for package in self.needs:
             try:

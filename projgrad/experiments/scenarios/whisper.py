@@ -33,7 +33,7 @@ KINDS = {"weight": "weight", "gamma": "weight", "encodings": "weight", "bias": "
 
 
 def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
-    """The variables of a CTranslate2 `model.bin` by name; scalars are settings. Little-endian, read-only.
+    """Read the variables of a CTranslate2 `model.bin` by name; scalars are settings. Little-endian, read-only.
 
     Raises:
         ValueError: the file is cut short, or holds a type of number that is not known here.
@@ -52,22 +52,22 @@ def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
         at += size
         return data[at - size : at].rstrip(b"\0").decode()
 
-    found = {}
+    variables = {}
     try:
         number("I"), text(), number("I")  # version of the format, name and version of the architecture
         for _ in range(number("I")):
             name = text()
             shape = [number("I") for _ in range(number("B"))]
             dtype, size = np.dtype(DTYPES[number("B")]), number("I")
-            found[name] = np.frombuffer(data, dtype, size // dtype.itemsize, at).reshape(shape)
+            variables[name] = np.frombuffer(data, dtype, size // dtype.itemsize, at).reshape(shape)
             at += size
     except (struct.error, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a whole CTranslate2 model of numbers known here: {error!r}") from error
-    return found
+    return variables
 
 
 def read_whisper(path: Path, positions: int | None = None) -> nn.Module:
-    """A CTranslate2 Whisper as a `transformers.WhisperForConditionalGeneration` in float32, in evaluation mode.
+    """Read a CTranslate2 Whisper as a `transformers.WhisperForConditionalGeneration` in float32, in evaluation mode.
 
     Args:
         path: its `model.bin`.
@@ -108,7 +108,7 @@ def read_whisper(path: Path, positions: int | None = None) -> nn.Module:
 
 
 def new_whisper(**sizes: int) -> nn.Module:
-    """A Whisper with random weights, without dropout, in evaluation mode."""
+    """Make a Whisper with random weights, without dropout, in evaluation mode."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     with torch.random.fork_rng(devices=[]):
@@ -116,7 +116,7 @@ def new_whisper(**sizes: int) -> nn.Module:
 
 
 def _translated(name: str, value: np.ndarray) -> dict[str, Tensor]:
-    """One variable of the file under the names of transformers."""
+    """Return a variable of the file under the names of transformers."""
     match = re.fullmatch(r"(encoder|decoder)/(?:layer_(\d+)/)?(.+)/(\w+)", name)
     if match is None or match[3] not in LAYERS or match[4] not in KINDS:
         raise ValueError(f"{name} {value.shape} has no place in a Whisper model")
@@ -134,7 +134,7 @@ def _translated(name: str, value: np.ndarray) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def transcribe(model: nn.Module, features: Tensor, prefix: list[int], end: int, limit: int) -> Tensor:
-    """Greedy transcripts as token ids (n, t), t <= limit: up to and with the end token, then -100.
+    """Make greedy transcripts as token ids (n, t), t <= limit: up to and with the end token, then -100.
 
     Args:
         model: a Whisper.
@@ -146,10 +146,10 @@ def transcribe(model: nn.Module, features: Tensor, prefix: list[int], end: int, 
     memory = model.get_encoder()(features).last_hidden_state  # [n, positions, d]
     tokens = torch.tensor(prefix, device=features.device).expand(len(features), -1)
     open_ = torch.ones(len(features), dtype=torch.bool, device=features.device)
-    cache, found = None, []
-    while open_.any() and len(found) < limit:
+    cache, columns = None, []
+    while open_.any() and len(columns) < limit:
         made = model(encoder_outputs=(memory,), decoder_input_ids=tokens, past_key_values=cache, use_cache=True)
         tokens, cache = made.logits[:, -1:].argmax(-1), made.past_key_values
-        found.append(tokens[:, 0].where(open_, -100))
+        columns.append(tokens[:, 0].where(open_, -100))
         open_ &= tokens[:, 0] != end
-    return torch.stack(found, 1)
+    return torch.stack(columns, 1)
