@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
 from ._options import check_integer
-from .ops.flat import gram
-from .ops.reference import cosines
+from .ops.gram import gram
+from .ops.refinement import cosines
 from .recording.losses import check_losses
 from .tape.project import Projection
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..ops.feasible import _feasible
+from ..ops.feasible import feasible_op
 from ..ops.t_test import quantile
 from ..recording.host_reads import lengths, to_host
 from ..tape.tape import Tape
@@ -46,7 +46,7 @@ class Coordinate:
             u = self.u[name]
             u = torch.zeros_like(d) if u is None else u
             tensors = (x.reshape(-1) for x in (d, u, self.total[name], self.squares[name]))
-            masked[name], sums = _feasible(*tensors, self.n, level)
+            masked[name], sums = feasible_op(*tensors, self.n, level)
             masked[name] = masked[name].view(d.shape)
             parts.append(sums[:5].to(parts[0].device if parts else sums.device))
         return masked, to_host(torch.stack(parts).sum(0))

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..ops.cost import GramRoute
-from .rule import Rule, gram, working
+from ..ops.numerics import product_dtype
+from .rule import Rule, gram
 
 
 class Lookup(Rule):
@@ -21,7 +22,7 @@ class Lookup(Rule):
     name = "lookup"
 
     def __init__(self, ids: Tensor, b: Tensor, shape: torch.Size) -> None:
-        self.n, self.shape, self.dtype, self.device = len(ids), shape, working(b.dtype, False), b.device
+        self.n, self.shape, self.dtype, self.device = len(ids), shape, product_dtype(b.dtype), b.device
         self.has_16bit_factor = b.dtype.itemsize == 2
         self.ids, self.b = ids, b.reshape(*ids.shape, self.cols)
         self._known: tuple[Tensor, Tensor] | None = None

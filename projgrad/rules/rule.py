@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..ops import linear_impl
 from ..ops.cost import GramRoute, chunk_bytes, linear_route
-from ..ops.flat import _gram
-from ..ops.linear_impl import _linear_combine_, _linear_dot, _linear_gram, _linear_moments
+from ..ops.gram import gram_op
+from ..ops.numerics import product_dtype
 
 
 class Rule:
@@ -100,11 +101,7 @@ def gram(g: Tensor, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Te
     """K and v of an explicit chunk g [n, ...], u [m, ...] or None."""
     flat = g.reshape(len(g), -1)
     u = flat.new_empty((0, flat.shape[1])) if u is None else u.reshape(len(u), -1)
-    return _gram(flat, u.to(flat.dtype), float64)
-
-
-def working(dtype: torch.dtype, float64: bool) -> torch.dtype:
-    return torch.float64 if float64 or dtype == torch.float64 else torch.float32
+    return gram_op(flat, u.to(flat.dtype), float64)
 
 
 class Rows(Rule):
@@ -114,11 +111,11 @@ class Rows(Rule):
 
     def __init__(self, g: Tensor) -> None:
         self.g, self.device = g, g.device  # [n, *shape]
-        self.n, self.shape, self.dtype = len(g), g.shape[1:], working(g.dtype, False)
+        self.n, self.shape, self.dtype = len(g), g.shape[1:], product_dtype(g.dtype)
         self.has_16bit_factor, self.cheap = g.dtype.itemsize == 2, g.numel() < 1 << 18
 
     def chunk(self, rows: slice, float64: bool = False) -> Tensor:
-        return self.g.reshape(self.n, self.rows, self.cols)[:, rows].to(working(self.g.dtype, float64))
+        return self.g.reshape(self.n, self.rows, self.cols)[:, rows].to(product_dtype(self.g.dtype, float64=float64))
 
 
 class Product(Rule):
@@ -135,7 +132,7 @@ class Product(Rule):
         sizes = self.left + self.right
         self.inverse = tuple(self.order.index(d) for d in range(len(order)))
         self.shape = torch.Size(sizes[d] for d in self.inverse)
-        self.dtype = working(torch.promote_types(p.dtype, q.dtype), False)
+        self.dtype = product_dtype(p.dtype, q.dtype)
         self.has_16bit_factor = p.dtype.itemsize == 2 or q.dtype.itemsize == 2
 
     @property
@@ -164,7 +161,7 @@ class Product(Rule):
     def gram(self, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Tensor]:
         p, q = self.p.flatten(2), self.q.flatten(2)
         u = p.new_empty((0, p.shape[2], q.shape[2])) if u is None else self.matrix(u)
-        return _linear_gram(q, p, u, float64)
+        return linear_impl.linear_gram(q, p, u, float64)
 
     def cost(self) -> GramRoute:
         i, o = math.prod(self.right), math.prod(self.left)
@@ -172,21 +169,23 @@ class Product(Rule):
         return linear_route(self.n, self.p.shape[1], i, o, itemsize=itemsize, device=self.device.type)
 
     def dot(self, u: Tensor, float64: bool = False) -> Tensor:
-        return _linear_dot(self.q.flatten(2), self.p.flatten(2), self.matrix(u), float64)
+        return linear_impl.linear_dot(self.q.flatten(2), self.p.flatten(2), self.matrix(u), float64)
 
     def combine_(self, out: Tensor, c: Tensor, float64: bool = False) -> None:
         if float64:
             return super().combine_(out, c, float64)
         p, q, target = self.p.flatten(2), self.q.flatten(2), out.permute(self.order)
         if len(self.left) == 1 and len(self.right) == 1:
-            _linear_combine_(target, q, p, c)
+            linear_impl.linear_combine_(target, q, p, c)
         else:
             part = torch.zeros(p.shape[2], q.shape[2], dtype=self.dtype, device=p.device)
-            _linear_combine_(part, q, p, c)
+            linear_impl.linear_combine_(part, q, p, c)
             target.add_(part.view(target.shape))
 
     def moments_(self, first: Tensor, second: Tensor) -> None:
-        for out, part in zip((first, second), _linear_moments(self.q.flatten(2), self.p.flatten(2)), strict=True):
+        for out, part in zip(
+            (first, second), linear_impl.linear_moments(self.q.flatten(2), self.p.flatten(2)), strict=True
+        ):
             target = out.permute(self.order)
             target.add_(part.view(target.shape))
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.numerics import product_dtype
 from ..recording.recording import Source
-from ..rules.rule import Product, Rule, working
+from ..rules.rule import Product, Rule
 
 if TYPE_CHECKING:
     from .tape import Tape
@@ -129,7 +130,7 @@ class Moments(Consumer):
     def __init__(self, tape: Tape) -> None:
         super().__init__(tape)
         self.first, self.second = (
-            {name: p.new_zeros(p.shape, dtype=working(p.dtype, False)) for name, p in tape.parameters.items()}
+            {name: p.new_zeros(p.shape, dtype=product_dtype(p.dtype)) for name, p in tape.parameters.items()}
             for _ in range(2)
         )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _options
-from ..ops import reference
+from ..ops import refinement
 from ..recording.host_reads import lengths, to_host
 from ..recording.recording import Source
 from ..rules.rule import Rule
@@ -131,14 +131,13 @@ def _ask_squares(tape: Tape) -> dict[str, float]:
 def _steps(method: GradientAccess, n: int, solver: Solver, rtol: float | None, checks: Checks, name: str = "") -> Steps:
     """Project p.grad once; again as long as that leaves more than rounding; then add Gᵀ add."""
     add, plain = solver.add, not solver.damping and rtol is None
-    float64, _ = reference.first_pass(n, method.dtype, rtol)
+    float64 = refinement.starts_in_float64(n, method.dtype, rtol)
     u2 = method.squares()
     if not math.isfinite(u2):
         raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
 
     def system(b: Tensor) -> System:
-        cut = reference.default_rtol(n, torch.float64 if float64 else torch.float32) if rtol is None else rtol
-        return System(K, b, cut)
+        return System(K, b, refinement.rank_tolerance(n, float64, rtol))
 
     def length_left() -> float:
         """‖u - Gᵀ x‖ as the products have it."""

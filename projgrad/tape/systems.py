@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import reference
-from ..ops.flat import _gram_solve
+from ..ops.gram_solve import gram_solve_op
+from ..ops.numerics import in_range
 from ..recording.host_reads import Reading
 from .check import WeightStats, weight_stats
 
@@ -53,9 +53,9 @@ Steps = Generator[System, Solved, "Projection"]  # a projection: stops where it 
 
 def _solve(systems: Sequence[System], damping: float, shifts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """x [l, n], and the numbers of each [l, 20]; shifts: weights are shifts[0] - shifts[1] x, [3, n] and [3, 1]."""
-    rhs = [reference.in_range(s.K, s.b[:, None]) for s in systems]
+    rhs = [in_range(s.K, s.b[:, None]) for s in systems]
     K, b, rhs = (_stacked(some) for some in ([s.K for s in systems], [s.b for s in systems], rhs))
-    x, rank, _ = _gram_solve(K, rhs, damping, systems[0].cut)
+    x, rank, _ = gram_solve_op(K, rhs, damping, systems[0].cut)
     x = x[..., 0]
     w = shifts[0] - shifts[1] * x[:, None]  # [l, 3, n]
     Kw = torch.bmm(w, K)

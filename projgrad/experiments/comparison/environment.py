@@ -3,21 +3,12 @@
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from ...kernels import extension
 from ...version import __version__
-
-
-def extension() -> dict[str, Any] | None:
-    """`build_info()` of the C++ extension, or None where it was not built."""
-    if find_spec("projgrad._C") is None:
-        return None
-    import projgrad._C as _C
-
-    return dict(_C.build_info())
 
 
 def environment() -> dict[str, Any]:
