@@ -42,7 +42,7 @@ gram_op = define_op("gram", _default, shapes=_shapes, setup=_setup, backward=_ba
 
 
 def gram(G: Tensor, u: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """Gram matrix of the rows of G and, in the same pass over G, their products with u.
+    """Compute the Gram matrix of the rows of G and, in the same pass over G, their products with u.
 
     K = G Gᵀ,  v = G u
 

@@ -156,7 +156,7 @@ def _check_other(op: str, name: str, other: Tensor, a: Tensor) -> None:
 
 
 def linear_gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | None = None) -> Tensor:
-    """Gram matrix of the per-sample gradients of a linear layer, from its factors.
+    """Compute the Gram matrix of the per-sample gradients of a linear layer, from its factors.
 
     K_jk = <g_j, g2_k> = Σ_tt' (a_jt · a2_kt') (b_jt · b2_kt'),  g_j = Σ_t b_jt a_jtᵀ
 
@@ -205,7 +205,7 @@ def linear_gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | Non
 
 
 def linear_dot(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-    """Inner products of the per-sample gradients of a linear layer with a direction, from its factors.
+    """Compute the inner products of the per-sample gradients of a linear layer with a direction, from its factors.
 
     v_j = <g_j, u> = Σ_t b_jtᵀ u a_jt
 
@@ -238,7 +238,7 @@ def linear_dot(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
 
 
 def linear_combine(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Weighted sum of the per-sample gradients of a linear layer, from its factors.
+    """Compute a weighted sum of the per-sample gradients of a linear layer, from its factors.
 
     Σ_j c_j g_j = Σ_jt c_j b_jt a_jtᵀ
 
@@ -271,7 +271,7 @@ def linear_combine(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the per-sample gradients of a linear layer and of their squares, element by element, from its factors.
+    """Sum the per-sample gradients of a linear layer and their squares, element by element, from its factors.
 
     Σ_j g_j,  Σ_j g_j²
 
