@@ -6,7 +6,6 @@ values that fit these times best. A result that is wrong is not timed.
 """
 
 import argparse
-import csv
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,8 +16,9 @@ from torch import Tensor
 from projgrad.ops import linear_impl
 from projgrad.ops.cost import CPU, TOKENS, GramRoute, Rates, linear_route
 
-from .measure import timed
-from .report import RESULTS, environment
+from .harness import timed
+from .machine import environment
+from .report import RESULTS, read_csv, write_csv
 
 ROUTES = ("factors", "chunks")
 SAMPLES, POSITIONS, WIDTHS = (1, 4, 16, 64, 128), (1, 4, 16, 64, 256), (16, 64, 256, 1024)
@@ -148,15 +148,6 @@ def table(title: str, columns: tuple[str, ...], lines: Iterable[Iterable[str]]) 
     Console(width=120).print(shown)
 
 
-def write(rows: list[dict], path: Path) -> None:
-    about = environment()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} | about for row in rows)
-
-
 def show(rows: list[dict], chunk: int | None) -> None:
     """Print how good the model's choices are, the worst of them, and its constants beside the fitted ones."""
     today, fitted = CPU._asdict(), fit(rows)
@@ -184,12 +175,13 @@ def main() -> None:
     parser.add_argument("--refit", type=Path, metavar="FILE", help="measure nothing: the tables of this file")
     args = parser.parse_args()
     if args.refit:
-        with args.refit.open(newline="") as file:
-            return show(list(csv.DictReader(file)), None)
+        return show(read_csv(args.refit), None)
     sizes = TINY if args.tiny else list(itertools.product(SAMPLES, POSITIONS, WIDTHS, WIDTHS))
     rows = [row for size in sizes if (row := time_routes(*size)) is not None]
     path = args.out / f"routes_cpu{'_tiny' if args.tiny else ''}.csv"
-    write(rows, path)
+    about = environment()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(path, [row | about for row in rows], [*rows[0], *about])
     show(rows, best_budget(TINY[:2] if args.tiny else LARGE))
     print(path)
 

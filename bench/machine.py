@@ -1,0 +1,104 @@
+"""What this machine has, and what the GPU benchmarks miss on it: `python -m bench.machine [--arch]`.
+
+projgrad is imported late: here its extension may not be built yet, or be broken.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+OPTIONAL = {
+    "rich": "the tests of tables, the ahead-of-time compilation test",
+    "transformers": "tests on its models; whole steps then run on the repository's own decoder",
+    "peft": "tests on adapters",
+    "xdist": "tests in several processes",
+    "sklearn": "the tests of the comparison",
+    "matplotlib": "pictures",
+    "pytest_benchmark": "nothing on a GPU",
+}
+NEEDED = {"triton": "every Triton kernel", "pytest": "the part `tests`", "pybind11": "the compiled extension"}
+TOOLS = {
+    "nvcc": "the CUDA part of the extension",
+    "ninja": "a fast build",
+    "c++": "the extension",
+    "compute-sanitizer": "the part `sanitize`",
+}
+
+
+def environment(device: str = "cpu") -> dict[str, str]:
+    """Return where and on what something is measured; COMMIT in the environment names a tree without .git."""
+    import projgrad
+
+    common = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "projgrad": projgrad.__version__,
+        "commit": os.environ.get("COMMIT") or _output("git", "describe", "--always", "--dirty"),
+    }
+    if device != "cuda":
+        return {"device": _processor(), "threads": str(torch.get_num_threads()), **common}
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
+    versions = {"driver": driver, "cuda": torch.version.cuda or "none", "triton": version("triton")}
+    return {"device": torch.cuda.get_device_name(), **versions, **common}
+
+
+def _output(*command: str) -> str:
+    """Return what a command prints, "unknown" where it fails."""
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return ended.stdout.strip() if ended.returncode == 0 and ended.stdout.strip() else "unknown"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def arch() -> str:
+    """Return the compute capabilities of all GPUs here, as TORCH_CUDA_ARCH_LIST wants them."""
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
+
+
+def main() -> int:
+    if "--arch" in sys.argv:
+        print(arch())
+        return 0
+    print(f"Python {sys.version.split()[0]}, torch {torch.__version__} (CUDA {torch.version.cuda})", end=", ")
+    print(", ".join(f"{name} {version(name)}" for name in ("triton", "numpy", "transformers")))
+    for i in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(i)
+        free = torch.cuda.mem_get_info(i)[0] / 2**30
+        print(f"cuda:{i} {about.name}, {arch()}, {free:.1f} of {about.total_memory / 2**30:.1f} GiB free")
+    for name, use in {**NEEDED, **OPTIONAL}.items():
+        if importlib.util.find_spec(name) is None:
+            print(f"missing: {name}; without it: no {use}" if name in NEEDED else f"missing: {name}; skipped: {use}")
+    for name, use in TOOLS.items():
+        if shutil.which(name) is None:
+            print(f"missing: {name}, for {use}")
+    if not torch.cuda.is_available():
+        print("no CUDA device")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
