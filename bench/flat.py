@@ -289,6 +289,8 @@ def main() -> None:
         return work(int(n), int(p), dtype)
     args = arguments(__doc__, default="cpu")
     if args.device == "cpu":
+        if args.tiny or args.only:
+            raise SystemExit("--tiny and --only are for --device cuda; on a CPU: python -m pytest bench -k CASE")
         command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only"]
         sys.exit(subprocess.call(command, cwd=ROOT, env={"OMP_WAIT_POLICY": "passive", **os.environ}))
     deadline, clock = Deadline(args.seconds), Clock()

@@ -217,7 +217,7 @@ KERNELS = (linear_gram, linear_dot, gram, subtract, gram_solve, linear_combine, 
 
 
 def specialisations(names: Sequence[str] = ()) -> Iterator[Specialisation]:
-    """Of the kernels with these names; of all where there are none."""
+    """Yield the specialisations of the kernels with these names; of all where there are none."""
     for kernel in KERNELS:
         if not names or kernel.__name__ in names:
             yield from kernel()

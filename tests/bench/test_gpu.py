@@ -28,15 +28,15 @@ def script(*arguments, **variables):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def test_parts():
+def test_the_script_lists_its_parts_and_refuses_others():
     listed = script("--list")
     assert listed.stdout.split() == ["build", "tests", "sanitize", "flat", "layers", "steps"]
     refused = script("flat", "speed")
     assert refused.returncode == 2 and "no part speed" in refused.stderr
 
 
-def test_the_command(tmp_path):
-    """A part that fails stops neither the others nor its own report."""
+def test_a_failing_part_stops_no_other(tmp_path):
+    """Nor its own report."""
     parts = "tests:no_such_test or", "layers:linear_dot 4x1x8x8"
     done = script("--tiny", *parts, OUT=str(tmp_path), COMMIT="named")
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
@@ -61,7 +61,7 @@ def part(module, monkeypatch, folder, only):
     return stop.value.code
 
 
-def test_flat(tmp_path, monkeypatch):
+def test_flat_ops_are_measured_and_rows_stay(tmp_path, monkeypatch):
     assert part(flat, monkeypatch, tmp_path, "8x3000") == 0
     assert {row["op"] for row in read(tmp_path / "gpu_flat_tiny.csv")} == {"ceiling", "project_out", "gram", "subtract"}
     assert part(flat, monkeypatch, tmp_path, "gram_solve") == 0
@@ -73,7 +73,7 @@ def clock():
     return harness.Clock()
 
 
-def test_flat_rows(clock):
+def test_rows_of_flat_ops_are_right_and_complete(clock):
     for case in flat.gpu_cases(tiny=True):
         rows = list(flat.flat_rows(case, CEILINGS, clock))
         assert [row["op"] for row in rows] == ["project_out"] * 2 + ["gram"] * 2 + ["subtract"] * 2
@@ -139,7 +139,7 @@ class InProcess:
 
 
 @pytest.mark.parametrize("transformers", [True, False])
-def test_steps(transformers, tmp_path, monkeypatch):
+def test_steps_of_every_contender(transformers, tmp_path, monkeypatch):
     """Also with the repository's own decoder."""
     monkeypatch.setattr(models, "TRANSFORMERS", transformers and models.TRANSFORMERS)
     monkeypatch.setattr(steps_cuda, "start", InProcess)
@@ -152,7 +152,7 @@ def test_steps(transformers, tmp_path, monkeypatch):
     assert float(rows["projgrad global"]["error"]) <= steps_cuda.LIMITS[torch.bfloat16]
 
 
-def test_token_losses():
+def test_token_losses_equal_cross_entropy():
     logits, y = torch.randn(5, 7, dtype=torch.float64, requires_grad=True), torch.randint(7, (5,))
     found = models.TokenLosses.apply(logits.float(), y)
     expected = torch.nn.functional.cross_entropy(logits.float(), y, reduction="none")
@@ -170,13 +170,13 @@ def test_rows_of_the_same_device_stay(tmp_path):
     assert not Rows(path, ("size", "ms"), ("size",), "cpu").rows
 
 
-def test_targets():
+def test_targets_are_met_or_missed():
     wanted = [("ms", "<=", 2.0), ("rate", ">=", 3.0)]
     assert meets({"ms": 2.0, "rate": 3.0}, wanted) == {"target": "ms <= 2 and rate >= 3", "met": "yes"}
     assert meets({"ms": 2.0}, wanted)["met"] == "NO" and meets({}, [])["target"] == ""
 
 
-def test_readme_section(tmp_path):
+def test_section_of_the_readme(tmp_path):
     assert gpu_readme.gpu(tmp_path) == gpu_readme.NOT_MEASURED
     columns, key = flat.COLUMNS, flat.KEY
     rows = Rows(tmp_path / "gpu_flat.csv", columns, key, "cpu")
