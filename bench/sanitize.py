@@ -20,7 +20,7 @@ import torch
 from .report import RESULTS
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
-STATUS = 86  # of compute-sanitizer, where it reports an error
+STATUS = 86  # of compute-sanitizer, where it found something
 OURS = re.compile(r"projgrad|gram_solve|\b(gram|subtract|scales|pairs|basis_project|feasible|linear_\w+)_kernel\b")
 REFUSED = ("Device not supported", "device is not supported", "Unable to find a supported device")
 
