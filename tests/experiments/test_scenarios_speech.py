@@ -173,7 +173,7 @@ def test_transcripts_are_greedy_and_stop(whisper):
         ("k i t t e n", "s i t t i n g", 3),
     ],
 )
-def test_word_errors(truth, said, errors):
+def test_word_errors_are_the_edit_distance_of_words(truth, said, errors):
     assert speech.word_errors(truth.split(), said.split()) == errors
 
 

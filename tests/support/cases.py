@@ -5,6 +5,7 @@ import importlib.util
 import torch
 
 TRITON = importlib.util.find_spec("triton") is not None  # it has no build for some systems: all but CUDA works there
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 N, P = 6, 300
 
 

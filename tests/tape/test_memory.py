@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from test_tape import MODES
+from steps import MODES
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo.functional import Uses

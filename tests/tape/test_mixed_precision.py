@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_tape import MODES
+from steps import MODES
 from torch import nn
 from torch.nn import functional as F
 from zoo import ZOO
