@@ -14,6 +14,7 @@ from torch import Tensor
 
 import projgrad
 from projgrad.ops import linear_impl as layer
+from projgrad.ops.registration import FALLBACKS
 
 
 class Alternative(NamedTuple):
@@ -49,16 +50,16 @@ def forced(name: str) -> Callable[[Tensor, Tensor, None], Tensor]:
     """A route of ours, whatever the cost model says."""
 
     def call(a: Tensor, b: Tensor, _: None = None) -> Tensor:
-        route = layer._route(a, b, only=name)
+        route = layer.gram_route(a, b, only=name)
         if name == "factors":
-            return torch.ops.projgrad.token_gram(a, b, False, route.rows)
-        return layer._chunks(a, b, b.new_empty(0, b.shape[2], a.shape[2]), False, route)[0]
+            return layer.token_gram(a, b, False, route.rows)
+        return layer.gram_of_chunks(a, b, b.new_empty(0, b.shape[2], a.shape[2]), False, route)[0]
 
     return call
 
 
 def composed_gram(a: Tensor, b: Tensor, _: None = None) -> Tensor:
-    return layer.composed["token_gram"](a, b, False, layer._route(a, b, only="factors").rows)
+    return FALLBACKS["token_gram"](a, b, False, layer.gram_route(a, b, only="factors").rows)
 
 
 def gram_kernel(a: Tensor, b: Tensor, _: None = None) -> Tensor:
@@ -74,7 +75,7 @@ def dot_kernel(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
 
 
 def composed_dot(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-    return layer.composed["layer_dot"](a, b, u[None], False)[:, 0]
+    return FALLBACKS["linear_dot_pass"](a, b, u[None], False)[:, 0]
 
 
 def combine_kernel(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -136,14 +137,14 @@ ALTERNATIVES: dict[str, dict[str, Alternative]] = {
     "linear_combine": {
         "projgrad": Alternative(lambda a, b, c: projgrad.linear_combine(a, b, c)),
         "kernel": Alternative(combine_kernel),
-        "composed": Alternative(lambda a, b, c: added(layer.composed["layer_combine_"], a, b, c)),
+        "composed": Alternative(lambda a, b, c: added(FALLBACKS["linear_combine_pass_"], a, b, c)),
         "library, factors": Alternative(products_combine),
         "library, gradients": Alternative(gradients_combine),
     },
     "linear_moments": {
         "projgrad": Alternative(lambda a, b, _: projgrad.linear_moments(a, b)),
         "kernel": Alternative(moments_kernel),
-        "composed": Alternative(lambda a, b, _: layer.composed["layer_moments"](a, b)),
+        "composed": Alternative(lambda a, b, _: FALLBACKS["linear_moments_pass"](a, b)),
         "library, gradients": Alternative(gradients_moments),
     },
     "basis_project": {

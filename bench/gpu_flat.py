@@ -14,7 +14,7 @@ from torch import Tensor
 import projgrad
 from projgrad import projectors
 from projgrad.ops import reference
-from projgrad.ops import t_test as student
+from projgrad.ops.t_test import feasibility_thresholds
 
 from .contenders import pseudo_inverse_solve
 from .gpu_measure import (
@@ -262,7 +262,7 @@ def feasible_rows(p: int, dtype: torch.dtype, most: Ceilings, clock: Clock) -> I
     d, u = (torch.randn(p, device=DEVICE).to(dtype) for _ in range(2))
     total = n**0.5 * torch.randn(p, device=DEVICE)
     squares = total.square() / n + n * torch.rand(p, device=DEVICE)
-    exact = reference.feasible(d, u, total, squares, n, *student.feasibility_thresholds(n, 0.05, F32))[0]
+    exact = reference.feasible(d, u, total, squares, n, *feasibility_thresholds(n, 0.05, F32))[0]
     contenders = {
         "projgrad": Contender(lambda: projgrad.feasible(d, u, total, squares, n)),
         "plain": Contender(lambda: plain_feasible(d, u, total, squares, n)),

@@ -21,7 +21,8 @@ from .report import RESULTS
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 STATUS = 86  # of compute-sanitizer, where it found something
-OURS = re.compile(r"projgrad|gram_solve|\b(gram|subtract|scales|pairs|basis_project|feasible|linear_\w+)_kernel\b")
+TRITON = r"gram|subtract|scales|pairs|add_partial_sums|check_residual|basis_project|feasible|linear_\w+"
+OURS = re.compile(rf"projgrad|gram_solve|\b({TRITON})_kernel\b")
 REFUSED = ("Device not supported", "device is not supported", "Unable to find a supported device")
 
 

@@ -31,7 +31,7 @@ class Specialisation(NamedTuple):
 
 def gram() -> Iterator[Specialisation]:
     from projgrad.kernels.gram import DIRECTIONS, gram_kernel, gram_wide_kernel, tile
-    from projgrad.kernels.sums import shape, sums_kernel
+    from projgrad.kernels.partial_sums import add_partial_sums_kernel, shape
 
     ones, divisible = {"g_column": 1, "u_column": 1}, ("p", "per_split", "g_row", "u_row")
     for dtype, size in zip(DTYPES, (4, 8, 2, 2), strict=True):
@@ -64,11 +64,11 @@ def gram() -> Iterator[Specialisation]:
         rows, block = shape(splits)
         for mirror in ("lower", "mean"):
             constants = {"ROWS": rows, "BLOCK": block, "MIRROR": mirror, "PREDICATED": True}
-            yield Specialisation(f"sums of {splits} {mirror}", sums_kernel, types, constants, 8)
+            yield Specialisation(f"sums of {splits} {mirror}", add_partial_sums_kernel, types, constants, 8)
 
 
 def subtract() -> Iterator[Specialisation]:
-    from projgrad.kernels.pending import BLOCK, pending_kernel
+    from projgrad.kernels.residual import BLOCK, check_residual_kernel
     from projgrad.kernels.subtract import subtract_kernel, tile
 
     for dtype, size in zip(DTYPES, (4, 8, 2, 2), strict=True):
@@ -83,23 +83,12 @@ def subtract() -> Iterator[Specialisation]:
     types = {name: "*fp64" for name in ("K", "r", "squares", "c", "b", "worst")} | {"rank": "*i64", "todo": "*i1"}
     types |= {"damping": "fp64", "limit": "fp64", "noise": "fp64"}
     constants = {"BLOCK": BLOCK, "CHOSEN": True, "COUNTED": True}
-    yield Specialisation("pending", pending_kernel, types, constants)
-
-
-def gram_solve() -> Iterator[Specialisation]:
-    from projgrad.kernels.gram_solve import WARPS, gram_solve_kernel
-
-    for dtype in ("fp32", "fp64"):
-        types = {name: f"*{dtype}" for name in ("K", "b", "x")} | {"factor": "*fp64", "y": "*fp64", "rank": "*i64"}
-        types |= {"smallest": "*fp64"}
-        types |= {"damping": "fp64", "rtol": "fp64"}
-        for N in (16, 32, 64):
-            yield Specialisation(f"gram_solve {dtype} n={N}", gram_solve_kernel, types, {"N": N, "M": 1}, WARPS)
+    yield Specialisation("check_residual", check_residual_kernel, types, constants)
 
 
 def linear_gram() -> Iterator[Specialisation]:
+    from projgrad.kernels.factor_scales import scales_kernel
     from projgrad.kernels.linear_gram import linear_gram_kernel, pairs_kernel, tile
-    from projgrad.kernels.scales import scales_kernel
 
     steps = [f"{x}_{d}" for x in ("a", "a2", "b", "b2") for d in "nt"]
     ones = dict.fromkeys(("a_i", "a2_i", "b_o", "b2_o"), 1)
@@ -213,7 +202,7 @@ def feasible() -> Iterator[Specialisation]:
         yield Specialisation(f"feasible {change} {moments}", feasible_kernel, types, constants, WARPS, divisible=("p",))
 
 
-KERNELS = (linear_gram, linear_dot, gram, subtract, gram_solve, linear_combine, linear_moments, basis_project, feasible)
+KERNELS = (linear_gram, linear_dot, gram, subtract, linear_combine, linear_moments, basis_project, feasible)
 
 
 def specialisations(names: Sequence[str] = ()) -> Iterator[Specialisation]:

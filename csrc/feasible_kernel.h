@@ -1,19 +1,9 @@
 // The inner loop of feasible, compiled once per instruction set (simd.h).
 
+#include "vectors.h"
+
 namespace projgrad::SIMD_NAME {
 namespace {
-
-constexpr int64_t kLanes = SIMD_BYTES / sizeof(double);
-typedef double Wide __attribute__((vector_size(SIMD_BYTES)));
-
-// A vector of elements of T as doubles.
-template <class T>
-Wide widen(const T* p) {
-  typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T))));
-  Narrow v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, Wide);
-}
 
 // A chunk that may be read to the end of a vector, zeros behind it: as it is, or converted into `buffer`.
 template <class S, class T>
@@ -32,26 +22,25 @@ void feasible_chunk(const S* d, const S* u, const R* total, const R* squares, in
                     double slack, double floor, S* out, double* sums) {
   using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
   using W = std::conditional_t<std::is_same_v<R, double>, double, float>;
-  typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T))));
   constexpr int64_t size = 1024;
   T change[size], forget[size], kept[size];
   W first[size], second[size];
   const int64_t padded = (length + kLanes - 1) / kLanes * kLanes;
   const T *x_data = readable(d, length, padded, change), *w_data = readable(u, length, padded, forget);
   const W *sum_data = readable(total, length, padded, first), *square_data = readable(squares, length, padded, second);
-  const Wide zero = {}, one = zero + 1, nan = zero + std::numeric_limits<double>::quiet_NaN();
-  Wide moved = {}, count = {}, before = {}, after = {}, along = {}, across = {};
+  const Doubles zero = {}, one = zero + 1, nan = zero + std::numeric_limits<double>::quiet_NaN();
+  Doubles moved = {}, count = {}, before = {}, after = {}, along = {}, across = {};
   for (int64_t k = 0; k < padded; k += kLanes) {
-    const Wide x = widen(x_data + k), w = widen(w_data + k), sum = widen(sum_data + k), square = widen(square_data + k);
-    const Wide r = sum * root, left = square - r * r;
-    const Wide spread =
-        (left > 0 ? left : zero) + slack * square + (((sum != 0) | (square != 0)) ? zero + floor : zero);
-    const Wide gain = (x > 0 ? -r : r) * (r < 0 ? -r : r), harm = x > 0 ? w : -w;
+    const Doubles x = widen(x_data + k), w = widen(w_data + k), sum = widen(sum_data + k),
+                  square = widen(square_data + k);
+    const Doubles r = sum * root, variance = square - r * r;
+    const Doubles spread =
+        (variance > 0 ? variance : zero) + slack * square + (((sum != 0) | (square != 0)) ? zero + floor : zero);
+    const Doubles gain = (x > 0 ? -r : r) * (r < 0 ? -r : r), harm = x > 0 ? w : -w;
     const auto keep = (x != 0) & (harm <= 0) & (gain >= bound * spread);
     const auto finite = (x - x) + (w - w) + (sum - sum) + (square - square) == 0;
-    const Wide y = finite ? (keep ? x : zero) : nan;
-    const Narrow rounded = __builtin_convertvector(y, Narrow);
-    __builtin_memcpy(kept + k, &rounded, sizeof rounded);
+    const Doubles y = finite ? (keep ? x : zero) : nan;
+    store(kept + k, y);
     moved += x != 0 ? one : zero;
     count += keep ? one : zero;
     before += x * x;
@@ -60,7 +49,7 @@ void feasible_chunk(const S* d, const S* u, const R* total, const R* squares, in
     across += y * sum;
   }
   for (int64_t k = 0; k < length; ++k) out[k] = static_cast<S>(kept[k]);
-  const Wide all[] = {moved, count, before, after, along, across};
+  const Doubles all[] = {moved, count, before, after, along, across};
   for (int64_t s = 0; s < 6; ++s)
     for (int64_t k = 0; k < kLanes; ++k) sums[s] += all[s][k];
 }

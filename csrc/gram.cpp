@@ -1,7 +1,7 @@
 // gram: K = G Gᵀ and v = G uᵀ in one pass over G.
 //
 // Columns are taken in chunks that stay in cache. Inside a chunk the products are summed in T (float for everything but
-// float64 input, unless `wide`), across chunks in double, so the error of K stays that of one short chunk.
+// float64 input, unless `float64`), across chunks in double, so the error of K stays that of one short chunk.
 
 #include "common.h"
 
@@ -36,7 +36,7 @@ void gram_rows(const Matrix& G, const Matrix& u, double* K, double* v, const Ten
     for (int64_t j = 0; j < n; ++j) v[j * m + i] = sums[(n + i) * n + j];
 }
 
-std::tuple<Tensor, Tensor> gram(Tensor G, Tensor u, bool wide) {
+std::tuple<Tensor, Tensor> gram(Tensor G, Tensor u, bool float64) {
   STD_TORCH_CHECK(u.scalar_type() == G.scalar_type() && u.size(1) == G.size(1), "gram: u must match G (n, p)");
   const Matrix g(G), w(u);
   Tensor K = doubles(G, {g.rows, g.rows}), v = doubles(G, {g.rows, w.rows});
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> gram(Tensor G, Tensor u, bool wide) {
   dispatch(G.scalar_type(), [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     if constexpr (!std::is_same_v<S, double>) {
-      if (!wide) return gram_rows<S, float>(g, w, k, b, G);
+      if (!float64) return gram_rows<S, float>(g, w, k, b, G);
     }
     gram_rows<S, double>(g, w, k, b, G);
   });

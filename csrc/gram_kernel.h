@@ -1,51 +1,39 @@
 // The inner loops of gram, compiled once per instruction set (simd.h).
 
+#include "vectors.h"
+
 namespace projgrad::SIMD_NAME {
 namespace {
 
-template <class T, int64_t bytes>
-T sum(const T* parts) {
-  typedef T Half __attribute__((vector_size(bytes / 2)));
-  Half low, high;
-  __builtin_memcpy(&low, parts, sizeof low);
-  __builtin_memcpy(&high, parts + bytes / 2 / sizeof(T), sizeof high);
-  low += high;
-  T left[bytes / 2 / sizeof(T)];
-  __builtin_memcpy(left, &low, sizeof low);
-  if constexpr (bytes / 2 == sizeof(T)) return left[0];
-  else return sum<T, bytes / 2>(left);
+// The sum of `bytes` of numbers, the upper half added to the lower one until one number is left.
+template <class T, int64_t bytes = SIMD_BYTES>
+T sum(const void* numbers) {
+  if constexpr (bytes == sizeof(T)) {
+    return *static_cast<const T*>(numbers);
+  } else {
+    typedef T Half __attribute__((vector_size(bytes / 2)));
+    Half low, high;
+    __builtin_memcpy(&low, numbers, sizeof low);
+    __builtin_memcpy(&high, static_cast<const char*>(numbers) + bytes / 2, sizeof high);
+    low += high;
+    return sum<T, bytes / 2>(&low);
+  }
 }
-
-template <class T>
-struct Simd {
-  typedef T vector __attribute__((vector_size(SIMD_BYTES)));
-  static constexpr int64_t lanes = SIMD_BYTES / sizeof(T);
-  static vector load(const T* p) {
-    vector v;
-    __builtin_memcpy(&v, p, sizeof v);
-    return v;
-  }
-  static T total(vector v) {
-    T parts[lanes];
-    __builtin_memcpy(parts, &v, sizeof v);
-    return sum<T, SIMD_BYTES>(parts);
-  }
-};
 
 // out[i][j] = a_i · b_j for a block of rows: every loaded vector is used I or J times. `ahead`: four rows to bring into
 // L2 meanwhile, or null.
 template <int I, int J, class T>
 void dots(const T* const* a, const T* const* b, int64_t length, double* out, int64_t pitch, const T* const* ahead) {
-  using V = Simd<T>;
-  typename V::vector acc[I][J] = {};
+  constexpr int64_t lanes = SIMD_BYTES / sizeof(T);
+  Vector<T> acc[I][J] = {};
   int64_t k = 0;
-  for (; k + V::lanes <= length; k += V::lanes) {
+  for (; k + lanes <= length; k += lanes) {
     if (ahead)
       for (int i = 0; i < 4; ++i) __builtin_prefetch(ahead[i] + k, 0, 2);
-    typename V::vector x[I];
-    for (int i = 0; i < I; ++i) x[i] = V::load(a[i] + k);
+    Vector<T> x[I];
+    for (int i = 0; i < I; ++i) x[i] = load(a[i] + k);
     for (int j = 0; j < J; ++j) {
-      const auto y = V::load(b[j] + k);
+      const auto y = load(b[j] + k);
       for (int i = 0; i < I; ++i) acc[i][j] += x[i] * y;
     }
   }
@@ -53,7 +41,7 @@ void dots(const T* const* a, const T* const* b, int64_t length, double* out, int
     for (int j = 0; j < J; ++j) {
       T tail = 0;
       for (int64_t last = k; last < length; ++last) tail += a[i][last] * b[j][last];
-      out[i * pitch + j] = V::total(acc[i][j]) + tail;
+      out[i * pitch + j] = sum<T>(&acc[i][j]) + tail;
     }
 }
 

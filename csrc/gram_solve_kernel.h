@@ -1,21 +1,14 @@
 // One Gram system, compiled once per instruction set (simd.h).
 
+#include "vectors.h"
+
 namespace projgrad::SIMD_NAME {
 namespace {
-
-constexpr int64_t kLanes = SIMD_BYTES / sizeof(double);
-typedef double Wide __attribute__((vector_size(SIMD_BYTES)));
-
-inline Wide load(const double* p) {
-  Wide v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
 
 // row -= Σ_q c_q factor_q on I vectors that stay in registers.
 template <int I>
 void reduce(const double* factor, int64_t pitch, const double* c, int64_t k, double* row) {
-  Wide acc[I];
+  Doubles acc[I];
   for (int i = 0; i < I; ++i) acc[i] = load(row + i * kLanes);
   for (int64_t q = 0; q < k; ++q)
     for (int i = 0; i < I; ++i) acc[i] -= c[q] * load(factor + q * pitch + i * kLanes);
@@ -75,11 +68,9 @@ int64_t solve(const T* K, const T* b, T* x, int64_t n, int64_t m, double damping
     }
     for (int64_t k = rank - 1; k >= 0; --k) {
       const double* row = factor + k * pitch;
-      Wide sum = {};
+      Doubles sum = {};
       for (int64_t i = 0; i < pitch; i += kLanes) sum += load(row + i) * load(z + i);
-      double known = 0;
-      for (int64_t i = 0; i < kLanes; ++i) known += sum[i];
-      z[pivots[k]] = (y[k] - known) / row[pivots[k]];
+      z[pivots[k]] = (y[k] - total(sum)) / row[pivots[k]];
     }
     for (int64_t i = 0; i < n; ++i)
       x[i * m + d] = usable ? static_cast<T>(z[i] * scale[i]) : std::numeric_limits<T>::quiet_NaN();

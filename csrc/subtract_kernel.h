@@ -1,33 +1,15 @@
 // The inner loops of subtract, compiled once per instruction set (simd.h).
 
+#include "vectors.h"
+
 namespace projgrad::SIMD_NAME {
 namespace {
-
-constexpr int64_t kLanes = SIMD_BYTES / sizeof(double);
-typedef double Wide __attribute__((vector_size(SIMD_BYTES)));
-
-// A vector of elements of T as doubles.
-template <class T>
-Wide widen(const T* p) {
-  typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T))));
-  Narrow v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, Wide);
-}
-
-inline void store(double* p, Wide v) { __builtin_memcpy(p, &v, sizeof v); }
-
-inline double total(Wide v) {
-  double sum = 0;
-  for (int64_t k = 0; k < kLanes; ++k) sum += v[k];
-  return sum;
-}
 
 // out -= Σ_i c_i g_i over I rows. `length` is a multiple of kLanes here and below.
 template <int I, class T>
 void accumulate(const T* const* g, const double* c, int64_t length, double* out) {
   for (int64_t k = 0; k < length; k += kLanes) {
-    Wide sum = widen(out + k);
+    Doubles sum = widen(out + k);
     for (int i = 0; i < I; ++i) sum -= c[i] * widen(g[i] + k);
     store(out + k, sum);
   }
@@ -38,37 +20,35 @@ void accumulate(const T* const* g, const double* c, int64_t length, double* out)
 template <int I, class T>
 void dots(const T* const* g, const double* out, int64_t length, double* r, int64_t stride) {
   constexpr int64_t line = 64 / sizeof(T);
-  Wide sum[I] = {};
+  Doubles sum[I] = {};
   for (int64_t k = 0; k < length; k += kLanes) {
     if (k % line == 0)
       for (int i = 0; i < I; ++i) __builtin_prefetch(g[i] + length + k, 0, 2);
-    const Wide x = widen(out + k);
+    const Doubles x = widen(out + k);
     for (int i = 0; i < I; ++i) sum[i] += widen(g[i] + k) * x;
   }
   for (int i = 0; i < I; ++i) r[i * stride] += total(sum[i]);
 }
 
-// wide = narrow, and ‖narrow‖².
+// Copies a row into doubles; returns its squared norm.
 template <class T>
-double copy_square(const T* narrow, int64_t length, double* wide) {
-  Wide sum = {};
+double copy_square(const T* row, int64_t length, double* exact) {
+  Doubles sum = {};
   for (int64_t k = 0; k < length; k += kLanes) {
-    const Wide x = widen(narrow + k);
-    store(wide + k, x);
+    const Doubles x = widen(row + k);
+    store(exact + k, x);
     sum += x * x;
   }
   return total(sum);
 }
 
-// narrow = wide, rounded to T, and ‖wide‖².
+// Rounds a row to T; returns its squared norm before that.
 template <class T>
-double round_square(const double* wide, int64_t length, T* narrow) {
-  typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T))));
-  Wide sum = {};
+double round_square(const double* exact, int64_t length, T* row) {
+  Doubles sum = {};
   for (int64_t k = 0; k < length; k += kLanes) {
-    const Wide x = widen(wide + k);
-    const Narrow rounded = __builtin_convertvector(x, Narrow);
-    __builtin_memcpy(narrow + k, &rounded, sizeof rounded);
+    const Doubles x = load(exact + k);
+    store(row + k, x);
     sum += x * x;
   }
   return total(sum);

@@ -10,8 +10,10 @@ from .methods.pgu.loss import unlearning_loss
 from .methods.pgu.pgu import PGU, PGURecord
 from .ops.basis_project import basis_project
 from .ops.feasible import feasible
-from .ops.flat import ProjectionInfo, gram, gram_solve, project_out
+from .ops.gram import gram
+from .ops.gram_solve import gram_solve
 from .ops.linear import linear_combine, linear_dot, linear_gram, linear_moments
+from .ops.project_out import ProjectionInfo, project_out
 from .tape.per_sample import per_sample
 from .tape.tape import Tape
 from .version import __version__

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .products import precision, product
-from .sample_tile import GROUP, PARTIAL_BYTES, load_rows, matrix_units, splits_of, tile_of
+from ..ops.basis_project import project_in_pieces
+from .tile_products import precision, product
+from .weight_tiles import GROUP, PARTIAL_BYTES, load_rows, matrix_units, splits_of, tile_of
 
 
 @triton.jit
@@ -20,7 +21,10 @@ def basis_project_kernel(
     BLOCK_ROW: tl.constexpr, BLOCK_COLUMN: tl.constexpr, BLOCK_K: tl.constexpr,
     SUBTRACT: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of x y [l, rows, columns] over one split of the depth, or of base - x y. Grid: (l tiles, splits)."""
+    """Compute one tile of x y [l, rows, columns] over one split of the depth, or of base - x y.
+
+    Grid: (l tiles, splits).
+    """
     l, split = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1)
     r, s = tile_of(tl.program_id(0) % tiles, tl.cdiv(rows, BLOCK_ROW), tl.cdiv(columns, BLOCK_COLUMN), GROUP)
     row, column = r * BLOCK_ROW + tl.arange(0, BLOCK_ROW), s * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
@@ -39,9 +43,9 @@ def basis_project_kernel(
 
 
 def tile(rows: int, columns: int, raw: bool) -> dict[str, int]:
-    """Blocks, warps and stages: 128 x 128 reads least; 64 of the sum a step for half types as they are.
+    """Return blocks, warps and stages: 128 x 128 reads least; half types as they are (`raw`) take 64 of the sum a step.
 
-    For parts as many as fit: sm_80 holds those of both sides in registers and spills with more.
+    Parts of float32 take as many as fit: sm_80 holds those of both sides in registers and spills with more.
     """
     block, depth = (128, 16) if min(rows, columns) > 64 else (64, 32)
     return {
@@ -50,7 +54,7 @@ def tile(rows: int, columns: int, raw: bool) -> dict[str, int]:
 
 
 def _launch(out: Tensor, base: Tensor | None, x: Tensor, y: Tensor, launch: dict[str, int], splits: int = 1) -> Tensor:
-    """x y [l, rows, columns] as partial sums in out [splits, l, rows, columns], or base - x y in one split."""
+    """Write x y [l, rows, columns] as partial sums in out [splits, l, rows, columns], or base - x y in one split."""
     (l, rows, depth), columns = x.shape, y.shape[2]
     tiles = triton.cdiv(rows, launch["BLOCK_ROW"]) * triton.cdiv(columns, launch["BLOCK_COLUMN"])
     per_split = triton.cdiv(triton.cdiv(depth, launch["BLOCK_K"]), splits)
@@ -63,7 +67,7 @@ def _launch(out: Tensor, base: Tensor | None, x: Tensor, y: Tensor, launch: dict
 
 
 def _coefficients(D: Tensor, M: Tensor) -> Tensor:
-    """C = D M [l, rows, k] in float32; the sum over i is split where there are few tiles."""
+    """Return C = D M [l, rows, k] in float32; the sum over i is split where there are few tiles."""
     (l, rows, i), k = D.shape, M.shape[2]
     launch = tile(rows, k, matrix_units(D, M))
     tiles = l * triton.cdiv(rows, launch["BLOCK_ROW"]) * triton.cdiv(k, launch["BLOCK_COLUMN"])
@@ -73,10 +77,12 @@ def _coefficients(D: Tensor, M: Tensor) -> Tensor:
 
 
 def basis_project(D: Tensor, M: Tensor) -> Tensor:
-    """D - (D M) Mᵀ [l, o, i] for D [l, o, i] and M [l, i, k], float32 and half types, any strides.
+    """Return D - (D M) Mᵀ [l, o, i] for D [l, o, i] and M [l, i, k], any strides; float64 by library products.
 
     C is as large as D where k is near i: rows are taken so many at a time that it stays within PARTIAL_BYTES.
     """
+    if torch.float64 in (D.dtype, M.dtype):
+        return project_in_pieces(D, M)
     (l, _, i), k = D.shape, M.shape[2]
     if D.numel() == 0 or k == 0:
         return D.clone(memory_format=torch.contiguous_format)

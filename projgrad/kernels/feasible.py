@@ -1,15 +1,11 @@
-"""feasible on CUDA: mean, variance, test and mask in one pass, which waits for memory.
-
-Per element 24 float64 operations and 4 conversions (triton 3.9, sm_90): a third and a quarter of what their units do on
-an H200 while 20 bytes move, predicted, not measured.
-"""
+"""feasible on CUDA: mean, variance, test and mask in one pass, which waits for memory."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sums import sums
+from .partial_sums import add_partial_sums
 
 WARPS, STEPS = 4, 8  # blocks of one program: enough that the six sums are few, and programs many
 
@@ -19,7 +15,7 @@ def feasible_kernel(
     d, u, total, squares, out, part, p, root: tl.float64, bound: tl.float64, slack: tl.float64, floor: tl.float64,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """STEPS blocks of the coordinates; the sums of each program in part [programs, 6]. root = 1 / √n."""
+    """Mask STEPS blocks of the coordinates; the sums of each program go to part [programs, 6]. root = 1 / √n."""
     LANES: tl.constexpr = BLOCK // VECTOR
     moved = tl.zeros((LANES,), tl.int32)
     kept = tl.zeros((LANES,), tl.int32)
@@ -57,7 +53,7 @@ def feasible_kernel(
 
 
 def tile(*itemsizes: int) -> dict[str, int]:
-    """16 bytes a lane of the widest tensor."""
+    """Return the constants of a launch: 16 bytes a lane of the widest tensor."""
     vector = 16 // max(itemsizes)
     return {"BLOCK": WARPS * 32 * vector, "VECTOR": vector, "STEPS": STEPS}
 
@@ -65,7 +61,7 @@ def tile(*itemsizes: int) -> dict[str, int]:
 def feasible(
     d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, bound: float, slack: float, floor: float
 ) -> tuple[Tensor, Tensor]:
-    """The kept part of d [p] and the six sums of `reference.feasible` [6]."""
+    """Return the kept part of d [p] and the six sums of `reference.feasible` [6]."""
     p, launch = len(d), tile(d.element_size(), total.element_size())
     out, added = d.new_empty(p), d.new_zeros(6, dtype=torch.float64)
     if p:
@@ -75,5 +71,5 @@ def feasible(
         feasible_kernel[(programs,)](
             d, u, total, squares, out, part, p, n**-0.5, bound, slack, floor, **launch, num_warps=WARPS
         )
-        sums(part, added)
+        add_partial_sums(part, added)
     return out, added

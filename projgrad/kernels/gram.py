@@ -10,17 +10,7 @@ three products for the precision "highest"; "high" drops l lᵀ, at most 2⁻²�
 keeps h hᵀ, the 11 bits of tf32. Blocks are short because tensor cores cut where others round: a sum of positive
 products loses about 0.2 eps for every 16 columns.
 
-Predicted, not measured, for n = 64 on an H200 (132 SMs, 1.75 GHz, 4.3 TB/s): instructions of the main loop (triton 3.9,
-sm_90) per element, and the part of the time that memory needs in which their unit can do them
-
-    unit                     float32        bfloat16
-    issue                    20.4   74 %    11.8   86 %
-    shared memory, bytes     19     70 %     8.5   62 %
-    tensor cores, products    3     44 %     1     29 %
-    conversions to float64    1.06  31 %     0.53  31 %
-    float64                   2.2   16 %     1.1   16 %
-
-Two programs of four warps fit on an SM, with 64 KiB on their way from memory.
+For n = 64 two programs of four warps fit on an SM, with 64 KiB on their way from memory.
 """
 
 import torch
@@ -28,15 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .products import dot, precision
-from .sums import sums
+from .partial_sums import add_partial_sums
+from .tile_products import dot, precision
 
-DIRECTIONS = 4  # directions a pass without K, kept in registers; with K one
+DIRECTIONS = 4  # of one pass without K, kept in registers; a pass with K has one
 
 
 @triton.jit
 def corner(tile):
-    """Row and column of a tile of the lower triangle, tiles counted row by row."""
+    """Return row and column of a tile of the lower triangle, tiles counted row by row."""
     i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
     i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
     i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
@@ -45,14 +35,14 @@ def corner(tile):
 
 @triton.jit
 def _power(e):
-    """2^e in float64, without a conversion."""
+    """Return 2^e in float64, without a conversion."""
     return ((e + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def _down(x, TARGET: tl.constexpr):
-    """For every row of x [C, R, 8 W, 16 S] a power of two that brings its largest element near 2^TARGET, and the e
-    with 2^-e that power."""
+    """Return, for every row of x [C, R, 8 W, 16 S], a power of two that brings its largest element near 2^TARGET, and
+    the e with 2^-e that power."""
     bits = tl.max(tl.max(tl.abs(x), 0), 2).to(tl.int32, bitcast=True)
     e = tl.minimum(tl.maximum(bits >> 23, max(1, TARGET + 1)), min(254, 253 + TARGET))
     return ((254 + TARGET - e) << 23).to(tl.float32, bitcast=True)[None, :, :, None], e - 127 - TARGET
@@ -60,7 +50,7 @@ def _down(x, TARGET: tl.constexpr):
 
 @triton.jit
 def _matrix(x):
-    """[N, columns] of [C, R, 8 W, 16 S], columns in the order in which nothing moves between lanes: any is right."""
+    """Return [N, columns] of [C, R, 8 W, 16 S]. The order of columns moves nothing between lanes: any is right."""
     C: tl.constexpr = x.shape[0]
     R: tl.constexpr = x.shape[1]
     W: tl.constexpr = x.shape[2] // 8
@@ -71,7 +61,7 @@ def _matrix(x):
 
 @triton.jit
 def _vector(x):
-    """[N] of [R, 8 W], in the order of the rows of `_matrix`."""
+    """Return [N] of [R, 8 W], in the order of the rows of `_matrix`."""
     R: tl.constexpr = x.shape[0]
     W: tl.constexpr = x.shape[1] // 8
     return tl.reshape(tl.permute(tl.reshape(x, (R, W, 8)), (1, 0, 2)), (W * R * 8,))
@@ -79,7 +69,7 @@ def _vector(x):
 
 @triton.jit
 def _products(x, y, PARTS: tl.constexpr, SAME: tl.constexpr, OPERAND: tl.constexpr):
-    """x yᵀ in float32; where y is x, its symmetric part is that of the result."""
+    """Return x yᵀ in float32; if y is x (SAME), only the symmetric part of the result is right."""
     narrow = x.to(OPERAND)
     h = _matrix(narrow)
     acc = tl.zeros((h.shape[0], h.shape[0]), tl.float32)
@@ -108,7 +98,7 @@ def gram_kernel(
     W: tl.constexpr, C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, SAME: tl.constexpr, WITH_K: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of one tile of K, N = 16 W rows and columns, and of its rows of v over one split of the columns.
+    """Sum one tile of K, N = 16 W rows and columns, and of its rows of v over one split of the columns.
 
     Grid: (tiles of the lower triangle, or of the rows without K; splits). part [splits, size]: K [n, n] and, at `at`,
     M columns of v [n, m]. A block has C times 64 bytes of every row.
@@ -176,7 +166,7 @@ def gram_wide_kernel(
     N: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, D: tl.constexpr, SAME: tl.constexpr, WITH_K: tl.constexpr,
     PREDICATED: tl.constexpr,
 ):  # fmt: skip
-    """The same in float64; where PREDICATED and the flag `todo` is 0, nothing."""
+    """Sum the same in float64; where PREDICATED and the flag `todo` is 0, do nothing."""
     tile, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if PREDICATED and tl.load(todo) == 0:
         return
@@ -217,7 +207,7 @@ def gram_wide_kernel(
 
 
 def tile(n: int, float64: bool, itemsize: int) -> tuple[int, int, int]:
-    """Rows of a tile, columns of a block, warps: what stays in registers, for N = 64 twice on an SM.
+    """Return rows of a tile, columns of a block and warps: what stays in registers, for N = 64 twice on an SM.
 
     Narrow blocks have 256 bytes a row, of which three are in flight; half as much where two tiles of a half type meet.
     """
@@ -227,10 +217,17 @@ def tile(n: int, float64: bool, itemsize: int) -> tuple[int, int, int]:
     return N, (256 if n <= N or itemsize == 4 else 128) // itemsize, N // 16
 
 
-def gram(
+def gram(G: Tensor, u: Tensor, float64: bool) -> tuple[Tensor, Tensor]:
+    """Return K [n, n] and v [n, m]."""
+    K, v = launch_gram(G, u, float64)
+    return K, v.clone()  # outputs of an op must not share memory
+
+
+def launch_gram(
     G: Tensor, u: Tensor, float64: bool, todo: Tensor | None = None, previous: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """K [n, n] and v [n, m]; with `todo`, a device flag, both stay in the memory of `previous` where it is 0.
+    """Return K [n, n] and v [n, m] in one memory, that of `previous` where it is given; `todo`: a device flag, where it
+    is 0 `previous` stays as it is.
 
     The splits, and so the order of the sums, depend on the problem only: up to 4096 programs, for the largest GPUs,
     and partial sums of 16 MiB at most.
@@ -265,5 +262,5 @@ def gram(
     for at in range(first, m, DIRECTIONS):
         launch(False, at, min(DIRECTIONS, m - at))
     total = G.new_empty(size, dtype=torch.float64) if previous is None else previous
-    sums(part, total, n, "mean" if rows == 1 and not float64 else "lower", todo)
+    add_partial_sums(part, total, n, "mean" if rows == 1 and not float64 else "lower", todo)
     return total[: n * n].view(n, n), total[n * n :].view(n, m)

@@ -10,15 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .products import precision, product
-from .sample_tile import GROUP, block_t, load_rows, load_transposed, matrix_units, splits_of, tile_of
+from .tile_products import precision, product
+from .weight_tiles import GROUP, block_t, load_rows, load_transposed, matrix_units, splits_of, tile_of
 
 SHORT = 16  # positions; a step of one sample would be mostly padding below, and three products for parts cost less
 
 
 @triton.jit
 def _halves(c):
-    """c as a product: the power of two nearest to its root, and the rest. c of tiny gradients leaves float32."""
+    """Return c as a product: a power of two near its root, and the rest. c of tiny gradients leaves float32."""
     e = (((c.to(tl.int64, bitcast=True) >> 52) & 2047) - 1023) >> 1
     rest = c * ((1023 - e) << 52).to(tl.float64, bitcast=True)
     return rest.to(tl.float32), ((1023 + e) << 52).to(tl.float64, bitcast=True).to(tl.float32)
@@ -30,7 +30,7 @@ def linear_combine_kernel(
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
     SCALED: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of W over one split of the steps. Grid: (tiles, splits).
+    """Sum one tile of W over one split of the steps. Grid: (tiles, splits).
 
     A step is BLOCK_T positions of one sample or, if SCALED, BLOCK_T tokens of any samples.
     PARTIAL: out [splits, o, i] is overwritten; else out [o, i] is added to, rounded once.
@@ -76,7 +76,7 @@ def linear_combine_kernel(
 
 
 def tile(o: int, i: int, t: int, raw: bool) -> dict[str, int]:
-    """Blocks, warps and stages: 128 x 128 reads least; two accumulators of 64 registers a thread on 8 warps.
+    """Return blocks, warps and stages: 128 x 128 reads least; two accumulators of 64 registers a thread on 8 warps.
 
     Parts are made 16 tokens at a time: they fit in 128 registers on sm_90, so that two programs share a processor and
     one makes parts while the other multiplies, and without spills on sm_80, where operands are held in registers.
@@ -87,7 +87,7 @@ def tile(o: int, i: int, t: int, raw: bool) -> dict[str, int]:
 
 
 def linear_combine_(out: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
-    """out [o, i] += Σ_j c_j g_j for a [n, t, i], b [n, t, o], c [n] float64; float32 and half types, any strides."""
+    """Add Σ_j c_j g_j to out [o, i] for a [n, t, i], b [n, t, o] and c [n] float64; no float64 factors, any strides."""
     (n, t, i), o = a.shape, b.shape[2]
     if n * t * o * i == 0:
         return

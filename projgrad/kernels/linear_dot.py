@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .products import precision, product
-from .scales import largest, scales
+from .factor_scales import largest, scales
+from .tile_products import precision, product
 
 # By the bytes of an element: a float32 accumulator of 128 x 128 is 64 registers a thread with 8 warps; the parts of
 # float32 need registers too. Stages as in linear_gram.
@@ -19,7 +19,7 @@ def linear_dot_kernel(
     a, b, u, scale, far, out, n, t, i, o, a_n, a_t, a_i, b_n, b_t, b_o, u_o, u_i,
     T: tl.constexpr, O: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [o tiles, n t] = Σ over a tile of o of b ∘ (a uᵀ). Grid: (token tiles, o tiles).
+    """Write out [o tiles, n t] = Σ over a tile of o of b ∘ (a uᵀ). Grid: (token tiles, o tiles).
 
     scale [3, n]: of a, b and u. Two variants are launched, and `far` says which of them has to work.
     """
@@ -51,7 +51,7 @@ def linear_dot_kernel(
 
 
 def linear_dot(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-    """v [n, m] in float64 for a [n, t, i], b [n, t, o] and u [m, o, i]; no float64 input."""
+    """Return v [n, m] in float64 for a [n, t, i], b [n, t, o] and u [m, o, i]; no float64 input."""
     if a.shape[2] < b.shape[2]:  # sum over the longer side inside, the shorter one outside
         a, b, u = b, a, u.mT
     (n, t, i), (m, o) = a.shape, u.shape[:2]

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .factor_scales import largest, scales
 from .gram import corner
-from .products import dot, precision, product
-from .scales import largest, scales
+from .tile_products import dot, precision, product
 
 PAIRS = 16  # samples on a side of one program of the second kernel
 
@@ -25,7 +25,7 @@ def _products(
     x, y, rows, columns, size, x_step, y_step, x_scale, y_scale,
     T: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x yᵀ [T, T] over `size` columns of the rows that start at the offsets `rows` and `columns`."""
+    """Return x yᵀ [T, T] over `size` columns of the rows that start at the offsets `rows` and `columns`."""
     acc = tl.zeros((T, T), tl.float32)
     if SCALED:
         x_scale, y_scale = tl.load(x_scale), tl.load(y_scale)
@@ -42,13 +42,13 @@ def _products(
 
 @triton.jit
 def _segment(x, t, period, T: tl.constexpr):
-    """Which segment token x is in: they begin at multiples of t and of T; period = lcm(t, T)."""
+    """Return which segment token x is in: they begin at multiples of t and of T; period = lcm(t, T)."""
     return x // t + x // T - x // period
 
 
 @triton.jit
 def _sums(p, mine, theirs, T: tl.constexpr, S: tl.constexpr):
-    """mine p theirs [S, S] for mine [S, T] and theirs [T, S] of zeros and ones, which are exact in bfloat16.
+    """Return mine p theirs [S, S] for mine [S, T] and theirs [T, S] of zeros and ones, which are exact in bfloat16.
 
     In float32, the parts of p one after the other.
     """
@@ -72,8 +72,9 @@ def linear_gram_kernel(
     T: tl.constexpr, BLOCK: tl.constexpr, S: tl.constexpr, SYMMETRIC: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of tokens against another; out [segments, width]. Grid: tile pairs, with SYMMETRIC the lower triangle.
+    """Multiply one tile of tokens with another; out [segments, width].
 
+    Grid: tile pairs, with SYMMETRIC the lower triangle.
     samples: the row length of scale. S: room for the segments of a tile. SYMMETRIC: the diagonal tiles are
     halved, so that K = out + outᵀ. Two variants are launched, and `far` says which of them has to work.
     """
@@ -115,7 +116,7 @@ def pairs_kernel(
     out, weight, weight2, K, n, n2, t, t2, period, period2, width, most, most2,
     T: tl.constexpr, PAIRS: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
-    """K_jk: the segments of sample j against those of sample k, summed and brought back to scale.
+    """Sum the segments of sample j against those of sample k into K_jk and bring it back to scale.
 
     Grid: blocks of PAIRS x PAIRS of K. most, most2: segments that a sample has at most.
     """
@@ -136,7 +137,7 @@ def pairs_kernel(
 
 
 def tile(n: int, t: int, itemsize: int) -> tuple[int, int, int, int, int]:
-    """T, room for segments, columns of a block, stages and warps.
+    """Return T, room for segments, columns of a block, stages and warps.
 
     Two float32 accumulators of T x T are 128 registers a thread for T = 128 and 8 warps, and twice that would not fit;
     that is 64 flops for a byte read from L2, whose latency the stages hide. Half of that side for fewer tokens, so that
@@ -149,7 +150,7 @@ def tile(n: int, t: int, itemsize: int) -> tuple[int, int, int, int, int]:
 
 
 def linear_gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | None = None) -> Tensor:
-    """K [n, n2] in float64 for a [n, t, i], b [n, t, o], a2 [n2, t2, i], b2 [n2, t2, o]; no float64 factors."""
+    """Return K [n, n2] in float64 for a [n, t, i], b [n, t, o], a2 [n2, t2, i], b2 [n2, t2, o]; no float64 factors."""
     symmetric = a2 is None or b2 is None
     if symmetric:
         a2, b2 = a, b

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .products import precision, product
-from .sample_tile import GROUP, block_t, load_rows, load_transposed, matrix_units, splits_of, tile_of
+from .tile_products import precision, product
+from .weight_tiles import GROUP, block_t, load_rows, load_transposed, matrix_units, splits_of, tile_of
 
 RUN = 64  # samples summed in registers before they are added to the sums in memory: the error grows with RUN + n / RUN
 
@@ -17,7 +17,7 @@ def linear_moments_kernel(
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of W over one split of the samples, added to sums [splits, 2, o, i]. Grid: (tiles, splits)."""
+    """Add one tile of W over one split of the samples to sums [splits, 2, o, i]. Grid: (tiles, splits)."""
     r, s = tile_of(tl.program_id(0), tl.cdiv(o, BLOCK_O), tl.cdiv(i, BLOCK_I), GROUP)
     row, column = r * BLOCK_O + tl.arange(0, BLOCK_O), s * BLOCK_I + tl.arange(0, BLOCK_I)
     split, k, steps = tl.program_id(1), tl.arange(0, BLOCK_T), tl.cdiv(t, BLOCK_T)
@@ -46,7 +46,7 @@ def linear_moments_kernel(
 
 
 def tile(o: int, i: int, t: int, raw: bool) -> dict[str, int]:
-    """Blocks, warps and stages: three accumulators of 32 registers a thread; 64 more would spill.
+    """Return blocks, warps and stages: three accumulators of 32 registers a thread; 64 more would spill.
 
     A step of 16 positions is too small for 256 threads to load 16 bytes each (parts, of float32, are not); one of 64
     spills on 128 threads of sm_80.
@@ -58,7 +58,7 @@ def tile(o: int, i: int, t: int, raw: bool) -> dict[str, int]:
 
 
 def linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_j g_j and Σ_j g_j² [o, i], float32, for a [n, t, i] and b [n, t, o] of float32 and half types, any strides.
+    """Return Σ_j g_j and Σ_j g_j² [o, i], float32, for a [n, t, i] and b [n, t, o]; no float64, any strides.
 
     Single positions are right here too but cheaper as two products, (b²)ᵀ a² and bᵀ a: a step is then mostly padding.
     """

@@ -1,14 +1,6 @@
 """subtract on CUDA: out = u - cᵀ G and r = G outᵀ, one read of G for n ≤ 512.
 
 All arithmetic is in float64: out may be a millionth of u, and r decides whether the projection is good enough.
-Predicted, not measured, for n = 64 on an H200 (132 SMs, 1.75 GHz, 4.3 TB/s): instructions of the main loop (triton 3.9,
-sm_90) per element, and the part of the time that memory needs in which their unit can do them
-
-    unit            float32        bfloat16
-    issue           10.2   37 %    7.6   55 %
-    conversions      1.28  37 %    1.16  67 %
-    float64          3.5   26 %    3.4   50 %
-    shuffles         0.75  11 %    0.75  22 %
 """
 
 import torch
@@ -16,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sums import sums
+from .partial_sums import add_partial_sums
 
 LARGEST = 512  # rows whose block stays in registers between its two uses
 
@@ -26,8 +18,9 @@ def subtract_kernel(
     u, G, c, out, part, todo, n, m, p, per_split, size, u_row, u_column, g_row, g_column,
     N: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr, PREDICATED: tl.constexpr,
 ):  # fmt: skip
-    """One split of the columns of one direction. Grid: (m, splits). part [splits, size]: r [n, m], squares [2, m].
+    """Compute one split of the columns of one direction.
 
+    Grid: (m, splits). part [splits, size]: r [n, m], squares [2, m].
     ONCE: the N rows of a block are all there are.
     """
     d, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -78,19 +71,19 @@ def subtract_kernel(
 
 
 def tile(n: int, itemsize: int) -> tuple[int, int, int]:
-    """Rows and columns of a block, warps: 128 bytes a lane, three blocks of which two are on their way."""
+    """Return rows and columns of a block, and warps: 128 bytes a lane, three blocks of which two are on their way."""
     N = triton.next_power_of_2(max(1, n)) if n <= LARGEST else 64
     warps = 4 if N <= 128 else 8
     return N, min(256 if N >= 16 else 512, warps * 4096 // (N * itemsize)), warps
 
 
 def views(total: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """r [n, m] and squares [2, m] in the memory that subtract_ fills."""
+    """Return r [n, m] and squares [2, m] in the memory that subtract_ fills."""
     return total[: n * m].view(n, m), total[n * m :].view(2, m)
 
 
 def subtract_(out: Tensor, total: Tensor, u: Tensor, G: Tensor, c: Tensor, todo: Tensor | None = None) -> None:
-    """Fills out [m, p] and total [(n + 2) m]; `todo`: a device flag, where it is 0 both stay as they are."""
+    """Fill out [m, p] and total [(n + 2) m]; `todo`: a device flag, where it is 0 both stay as they are."""
     (m, p), n = u.shape, len(G)
     N, block, warps = tile(n, G.element_size())
     splits = max(1, min(triton.cdiv(p, 4 * block), 4096, 2**21 // len(total)))
@@ -101,14 +94,15 @@ def subtract_(out: Tensor, total: Tensor, u: Tensor, G: Tensor, c: Tensor, todo:
         u, G, c.contiguous(), out, part, todo, n, m, p, per_split, len(total), *u.stride(), *G.stride(),
         N=N, BLOCK=block, ONCE=n <= N, PREDICATED=todo is not None, num_warps=warps,
     )  # fmt: skip
-    sums(part, total, todo=todo)
+    add_partial_sums(part, total, todo=todo)
 
 
 def subtract(u: Tensor, G: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """out [m, p], r [n, m], squares [2, m]."""
+    """Return out [m, p], r [n, m] and squares [2, m]."""
     (m, p), n = u.shape, len(G)
     out = torch.empty((m, p), dtype=u.dtype, device=u.device)
     total = c.new_zeros((n + 2) * m)
     if m and p:
         subtract_(out, total, u, G, c)
-    return out, *views(total, n, m)
+    r, squares = views(total, n, m)
+    return out, r, squares.clone()  # outputs of an op must not share memory

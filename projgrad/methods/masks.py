@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.feasible import _feasible
+from ..ops.feasible import feasible_op
 from ..ops.t_test import quantile
 from ..recording.host_reads import to_host
 from ..tape.tape import Tape
@@ -63,7 +63,7 @@ class Coordinate:
         for name, d in change.items():
             u = torch.zeros_like(d) if self.u[name] is None else self.u[name]
             tensors = (x.reshape(-1) for x in (d, u, self.total[name], self.squares[name]))
-            kept, sums = _feasible(*tensors, self.n, level)
+            kept, sums = feasible_op(*tensors, self.n, level)
             masked[name] = kept.view(d.shape)
             parts.append(sums[:5].to(parts[0].device if parts else sums.device))
         return masked, Sums(*to_host(torch.stack(parts).sum(0)))

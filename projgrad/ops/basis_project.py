@@ -1,28 +1,22 @@
-"""The op that removes from a gradient what lies in a basis of its layer's inputs: schema, docstring and gradient."""
+"""basis_project: removes from a gradient what lies in a basis of its layer's inputs."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from .. import _options
+from .checks import check_dtype
 from .cost import chunk_bytes
-from .flat import DTYPES, _check_reverse_mode
-from .linear_impl import _multiplied
-from .registration import call, register
+from .numerics import product_dtype
+from .registration import call, check_reverse_mode, define_op
 
-# The schema. Inside it D is always [l, o, i] and M [l, i, k]. The default kernel is made of products.
-
-
-@custom_op("projgrad::basis_project", mutates_args=())
-def _basis_project(D: Tensor, M: Tensor) -> Tensor:
-    return _products(D, M)
+# Inside the op D is always [l, o, i] and M [l, i, k].
 
 
-def _products(D: Tensor, M: Tensor, budget: int | None = None) -> Tensor:
-    """Some rows of D at a time, and of M, where it must be converted, some columns."""
-    (l, _, i), k, dtype = D.shape, M.shape[2], _multiplied(D, M)
+def project_in_pieces(D: Tensor, M: Tensor, budget: int | None = None) -> Tensor:
+    """Return D - (D M) Mᵀ by products of some rows of D at a time and, where M must be converted, some columns of M."""
+    (l, _, i), k, dtype = D.shape, M.shape[2], product_dtype(D.dtype, M.dtype)
     elements = (budget or chunk_bytes(D.device.type)) // dtype.itemsize
     columns = max(1, k if M.dtype == dtype else elements // max(1, l * i))
     rows = max(1, elements // max(1, l * (2 * i + min(k, columns))))
@@ -38,38 +32,34 @@ def _products(D: Tensor, M: Tensor, budget: int | None = None) -> Tensor:
     return out
 
 
-@_basis_project.register_fake
-def _(D, M):
+def _default(D: Tensor, M: Tensor) -> Tensor:
+    return project_in_pieces(D, M)
+
+
+def _shapes(D: Tensor, M: Tensor) -> Tensor:
     return D.new_empty(D.shape)
 
 
-# Gradient, written with the same op, so that it can be differentiated again. In float64, rounded at the end.
-
-
-def _basis_project_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _basis_project_backward(ctx, dout):
-    """dD = dout - (dout M) Mᵀ and dM = -Dᵀ (dout M) - doutᵀ (D M)."""
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return dD = dout - (dout M) Mᵀ and dM = -Dᵀ (dout M) - doutᵀ (D M), in float64 and rounded at the end."""
     D, M = ctx.saved_tensors
     dM = None
     if ctx.needs_input_grad[1]:
         d, m, e = D.double(), M.double(), dout.double()
         dM = -(d.mT @ (e @ m) + e.mT @ (d @ m)).to(M.dtype)
-    return call(_basis_project, dout, M), dM
+    return call(basis_project_op, dout, M), dM
 
 
-def _basis_project_vmap(info, in_dims, D, M):
+def _vmap(info: Any, in_dims: tuple, D: Tensor, M: Tensor) -> tuple[Tensor, int]:
     size = info.batch_size
     if in_dims[1] is None:  # one basis for all: more rows of D
         D = D.movedim(in_dims[0], 1)  # [l, size, o, i]
-        return call(_basis_project, D.flatten(1, 2), M).unflatten(1, D.shape[1:3]), 1
+        return call(basis_project_op, D.flatten(1, 2), M).unflatten(1, D.shape[1:3]), 1
     D, M = (x.expand(size, *x.shape) if d is None else x.movedim(d, 0) for x, d in zip((D, M), in_dims, strict=True))
-    return call(_basis_project, D.flatten(0, 1), M.flatten(0, 1)).unflatten(0, D.shape[:2]), 0
+    return call(basis_project_op, D.flatten(0, 1), M.flatten(0, 1)).unflatten(0, D.shape[:2]), 0
 
 
-register(_basis_project, _basis_project_setup, _basis_project_backward, _basis_project_vmap)
+basis_project_op = define_op("basis_project", _default, shapes=_shapes, backward=_backward, vmap=_vmap)
 
 
 def basis_project(D: Tensor, M: Tensor) -> Tensor:
@@ -105,14 +95,13 @@ def basis_project(D: Tensor, M: Tensor) -> Tensor:
             f"got D {tuple(D.shape)} and M {tuple(M.shape)}"
         )
     for name, x in (("D", D), ("M", M)):
-        if x.dtype not in DTYPES:
-            raise TypeError(f"basis_project: {name} must be float32, float64, bfloat16 or float16; got {x.dtype}")
+        check_dtype("basis_project", name, x)
     if D.device != M.device:
         raise ValueError(f"basis_project: D and M must be on one device; got D on {D.device} and M on {M.device}")
-    _check_reverse_mode("basis_project", D, M)
+    check_reverse_mode("basis_project", D, M)
     i, k = M.shape[-2:]
     if M.ndim == 2:
         count = D.shape[:-1].numel()
-        return call(_basis_project, D.reshape(1, count, i), M[None]).reshape(D.shape)
+        return call(basis_project_op, D.reshape(1, count, i), M[None]).reshape(D.shape)
     l = M.shape[:-2].numel()
-    return call(_basis_project, D.reshape(l, D.shape[-2], i), M.reshape(l, i, k)).reshape(D.shape)
+    return call(basis_project_op, D.reshape(l, D.shape[-2], i), M.reshape(l, i, k)).reshape(D.shape)

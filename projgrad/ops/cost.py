@@ -1,4 +1,4 @@
-"""What the routes to the Gram matrix of a layer cost, and how large a chunk may be."""
+"""The cost model: which route to the Gram matrix of a layer is faster, and how large a chunk may be."""
 
 import functools
 import math
@@ -9,12 +9,16 @@ TOKENS = 128  # rows of a token product: what the CPU kernel of `gram` keeps in 
 
 
 class Rates(NamedTuple):
-    """Nanoseconds; only their ratios matter. A multiplication and an addition count as two.
+    """Times in nanoseconds, only whose ratios matter, and a size. A multiplication with an addition is two flops.
 
-    call: one product with what surrounds it. product: the ordinary weight gradient. gram: lower triangle of an explicit
-    matrix, products added in float64. token_gram: with hundreds of rows, which no longer fit beside each other.
-    element: a per-sample gradient written into the chunk and read again. pack: an element of a factor laid out for one
-    block product. pair: a pair of tokens, two products multiplied and summed. chunk: bytes of one chunk.
+    call: one product with what surrounds it.
+    product: a flop of the ordinary weight gradient.
+    gram: a flop of the lower triangle of an explicit matrix, products added in float64.
+    token_gram: the same with hundreds of rows, which no longer fit into the cache beside each other.
+    element: an element of a per-sample gradient, written into the chunk and read again.
+    pack: an element of a factor, laid out for one block product.
+    pair: a pair of tokens, two products multiplied and summed.
+    chunk: bytes of one chunk.
     """
 
     call: float
@@ -27,7 +31,7 @@ class Rates(NamedTuple):
     chunk: int
 
 
-# Measured on two Zen 4 cores in float32 (`python -m bench.cost`); a chunk stays in a common L3.
+# Measured on two Zen 4 cores in float32 (`python -m bench.routes`); a chunk stays in a common L3.
 CPU = Rates(30_000.0, 1 / 190, 1 / 190, 1 / 60, 0.09, 0.25, 2.0, 8 << 20)
 # Predicted, not measured, for a GPU with 4.3 TB/s and 790 TFLOP/s in 16 bits, of which a kernel reaches 60 to 70 %:
 # float32 in six of those products or by its own units. A chunk written and read costs 8 bytes of bandwidth an element;
@@ -38,16 +42,17 @@ DOUBLE = FLOAT._replace(gram=1 / 30e3, token_gram=1 / 30e3, element=0.004, pair=
 
 
 def rates(device: str = "cpu", itemsize: int = 4) -> Rates:
-    """For a type of device and the bytes of a factor's element."""
+    """Return the rates of a type of device, for factors with elements of `itemsize` bytes."""
     return CPU if device != "cuda" else HALF if itemsize == 2 else FLOAT if itemsize == 4 else DOUBLE
 
 
 def chunk_bytes(device: str) -> int:
+    """Return the bytes of one chunk on a type of device."""
     return rates(device).chunk
 
 
 class GramRoute(NamedTuple):
-    """How to compute the Gram matrix of a layer.
+    """The way to compute the Gram matrix of a layer.
 
     name: "factors" (token products) or "chunks" (blocks of per-sample gradients).
     rows, columns: the block of W [o, i] that one chunk covers; for factors, samples in one tile of the token product,
@@ -76,7 +81,7 @@ def linear_route(
     only: Literal["factors", "chunks"] | None = None,
     device: str = "cpu",
 ) -> GramRoute:
-    """The faster route to K [n, n] and v [n, m] of a linear layer, and the size of its pieces.
+    """Return the faster route to K [n, n] and v [n, m] of a linear layer, with the size of its pieces.
 
     factors: K = Σ_tt' (a aᵀ) ∘ (b bᵀ), lower triangle of n t tokens, and v by m products of the size of a backward pass
         flops    n t (n t + 1) (i + o) + 2 m n t i o
@@ -139,7 +144,7 @@ def linear_route(
 
 
 def _even(size: int, limit: int) -> int:
-    """The length of equal pieces of `size`, at most `limit` and whole cache lines where they fit."""
+    """Return the length of equal pieces of `size`: at most `limit`, and whole cache lines where they fit."""
     limit = max(1, limit - limit % ALIGN if limit >= ALIGN else limit)
     if size <= limit:
         return max(1, size)

@@ -1,57 +1,48 @@
-"""The op that keeps the coordinates of an update that pass a test against the retain gradients: schema, gradient."""
+"""feasible: keeps the coordinates of an update that pass a test against the retain gradients."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from .. import _options
 from . import reference
-from .flat import DTYPES, _check_reverse_mode
-from .linear_impl import library
-from .registration import call, one_by_one, register
+from .checks import check_dtype
+from .registration import call, check_reverse_mode, define_op, device_op
 from .t_test import feasibility_thresholds
 
-# The schemas. Inside them all tensors are flat [p]; the sums [6] of `reference.feasible` come with the result. The
-# second is what a device computes in its own way.
+# Inside the ops all tensors are flat [p]; the sums [6] of `reference.feasible` come with the result.
 
-
-@custom_op("projgrad::feasible", mutates_args=())
-def _feasible(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, level: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.projgrad.feasible_pass(d, u, total, squares, n, *feasibility_thresholds(n, level, total.dtype))
-
-
-library.define(
+feasible_pass = device_op(
     "feasible_pass(Tensor d, Tensor u, Tensor total, Tensor squares, int n, float bound, float slack, float floor)"
     " -> (Tensor, Tensor)"
-)
-library.impl("feasible_pass", reference.feasible, "CompositeExplicitAutograd")
+)(reference.feasible)
 
 
-@_feasible.register_fake
-def _(d, u, total, squares, n, level):
+def _default(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, level: float) -> tuple[Tensor, Tensor]:
+    return feasible_pass(d, u, total, squares, n, *feasibility_thresholds(n, level, total.dtype))
+
+
+def _shapes(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, level: float) -> tuple[Tensor, Tensor]:
     return d.new_empty(d.shape), d.new_empty(6, dtype=torch.float64)
 
 
-# Gradient: the mask is a constant, so that of d passes where d was kept, and there is no other.
-
-
-def _feasible_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[0])
 
 
-def _feasible_backward(ctx, dout, _):
+def _backward(ctx: Any, dout: Tensor, _: Any) -> tuple:
+    """Return dd: that of d passes where d was kept, as the mask is a constant."""
     (out,) = ctx.saved_tensors
     return torch.where(out != 0, dout, 0), None, None, None, None, None
 
 
-register(_feasible, _feasible_setup, _feasible_backward, one_by_one(_feasible))
+feasible_op = define_op("feasible", _default, shapes=_shapes, setup=_setup, backward=_backward)
 
 
 def feasible(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, *, delta: float = 0.05) -> Tensor:
-    """The part of an update that helps the forget objective and, as far as n samples can tell, raises no retain loss.
+    """Keep the part of an update that helps the forget objective and, as far as n samples tell, raises no retain loss.
 
     d_k where  d_k u_k ≤ 0  and  d_k mean_k + q |d_k| s_k / √n ≤ 0,  and 0 elsewhere
 
@@ -93,8 +84,7 @@ def feasible(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, *, de
     for name, x in tensors.items():
         if x.shape != d.shape:
             raise ValueError(f"feasible: {name} must have the shape of d; got {tuple(x.shape)} and d {tuple(d.shape)}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"feasible: {name} must be float32, float64, bfloat16 or float16; got {x.dtype}")
+        check_dtype("feasible", name, x)
         if x.dtype == torch.float16 and name in ("total", "squares"):
             raise TypeError(f"feasible: {name} must not be float16, where squares vanish: sum in float32")
         if x.device != d.device:
@@ -108,6 +98,6 @@ def feasible(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int, *, de
     if n < 2:
         raise ValueError(f"feasible: a standard deviation needs n ≥ 2 retain samples; got {n}")
     delta = _options.within("feasible: delta is the level of a one-sided test and", delta, "(0, 0.5]")
-    _check_reverse_mode("feasible", d, u, total, squares)
+    check_reverse_mode("feasible", d, u, total, squares)
     flat = [x.reshape(x.numel()) for x in tensors.values()]
-    return call(_feasible, *flat, n, delta)[0].reshape(d.shape)
+    return call(feasible_op, *flat, n, delta)[0].reshape(d.shape)

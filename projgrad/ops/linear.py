@@ -1,102 +1,60 @@
 """The ops on the factors of one linear layer y = x Wᵀ, whose per-sample gradient is g_j = Σ_t b_jt a_jtᵀ [o, i].
 
-a [n, t, i] are the inputs of the layer and b [n, t, o] the gradients at its output. No op holds more than one chunk of
-per-sample gradients; `cost.py` says which route a Gram matrix takes and how large the chunk is.
+a [n, t, i] are the inputs of the layer and b [n, t, o] the gradients at its output. `linear_impl.py` says how the ops
+are computed: none of them holds more than one chunk of per-sample gradients.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from .. import _options
-from .flat import DTYPES, _check_reverse_mode, _product
-from .linear_impl import (
-    _linear_combine_,
-    _linear_dot,
-    _linear_gram,
-    _linear_gram_across,
-    _linear_moments,
-    _multiplied,
-    _rounded,
-)
-from .registration import call, one_by_one, register
+from . import linear_impl
+from .checks import check_dtype
+from .numerics import multiply_in_float64, product_dtype
+from .registration import call, check_reverse_mode, define_op
 
-# The schemas. Inside them a is always [n, t, i], b [n, t, o], u [m, o, i] and c [m, n]. What a device computes in its
-# own way are the leaves of `layer.py`.
-
-
-@custom_op("projgrad::linear_gram", mutates_args=())
-def _linear_gram_op(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None) -> Tensor:
-    if a2 is None or b2 is None:
-        return _linear_gram(a, b, a.new_empty(0, b.shape[2], a.shape[2]))[0]
-    return _linear_gram_across(a, b, a2, b2)
-
-
-@custom_op("projgrad::linear_dot", mutates_args=())
-def _linear_dot_op(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-    return _linear_dot(a, b, u)
-
-
-@custom_op("projgrad::linear_combine", mutates_args=())
-def _linear_combine_op(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    out = a.new_zeros((c.shape[0], b.shape[2], a.shape[2]), dtype=_multiplied(a, b))
-    for part, weights in zip(out, c, strict=True):
-        _linear_combine_(part, a, b, weights)
-    return out.to(_rounded(a, b))
-
-
-@custom_op("projgrad::linear_moments", mutates_args=())
-def _linear_moments_op(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    total, squares = _linear_moments(a, b)
-    return total.to(_rounded(a, b)), squares.to(_rounded(a, b))
-
-
-# Shapes.
-
-
-@_linear_gram_op.register_fake
-def _(a, b, a2, b2):
-    return a.new_empty((a.shape[0], (a if a2 is None else a2).shape[0]), dtype=torch.float64)
-
-
-@_linear_dot_op.register_fake
-def _(a, b, u):
-    return a.new_empty((a.shape[0], u.shape[0]), dtype=torch.float64)
-
-
-@_linear_combine_op.register_fake
-def _(a, b, c):
-    return a.new_empty((c.shape[0], b.shape[2], a.shape[2]), dtype=_rounded(a, b))
-
-
-@_linear_moments_op.register_fake
-def _(a, b):
-    return tuple(a.new_empty((b.shape[2], a.shape[2]), dtype=_rounded(a, b)) for _ in range(2))
-
-
+# Inside the ops a is always [n, t, i], b [n, t, o], u [m, o, i] and c [m, n].
 # Gradients: those of dot and combine are each other, those of gram and moments form the per-sample gradients [n, o, i].
-# All in float64, rounded at the end.
-
-
-def _through(dg: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """da and db from dg [n, o, i], the derivative by the per-sample gradients."""
-    return (b.double() @ dg).to(a.dtype), (a.double() @ dg.mT).to(b.dtype)
+# All are computed in float64 and rounded at the end.
 
 
 def _explicit(a: Tensor, b: Tensor) -> Tensor:
+    """Return the per-sample gradients [n, o, i] in float64."""
     return b.double().mT @ a.double()
 
 
-def _linear_gram_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _through(dg: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return da and db from dg [n, o, i], the derivative by the per-sample gradients."""
+    return (b.double() @ dg).to(a.dtype), (a.double() @ dg.mT).to(b.dtype)
 
 
-def _linear_gram_backward(ctx, dK):
+def _weighted(a: Tensor, b: Tensor, c: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return da and db of Σ_jm c_jm <g_j, u_m>."""
+    c, u = c.double(), u.double()
+    da = torch.einsum("nm,mnti->nti", c, (b.double().flatten(0, 1) @ u).unflatten(1, b.shape[:2]))
+    db = torch.einsum("nm,mnto->nto", c, (a.double().flatten(0, 1) @ u.mT).unflatten(1, a.shape[:2]))
+    return da.to(a.dtype), db.to(b.dtype)
+
+
+# linear_gram
+
+
+def _gram_default(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None) -> Tensor:
+    if a2 is None or b2 is None:
+        return linear_impl.linear_gram(a, b, a.new_empty(0, b.shape[2], a.shape[2]))[0]
+    return linear_impl.linear_gram_across(a, b, a2, b2)
+
+
+def _gram_shapes(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None) -> Tensor:
+    return a.new_empty((a.shape[0], (a if a2 is None else a2).shape[0]), dtype=torch.float64)
+
+
+def _gram_backward(ctx: Any, dK: Tensor) -> tuple:
     def towards(dK: Tensor, a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
         g2 = _explicit(a2, b2)  # [n2, o, i]
-        return _through(_product(dK, g2.flatten(1)).unflatten(1, g2.shape[1:]), a, b)
+        return _through(multiply_in_float64(dK, g2.flatten(1)).unflatten(1, g2.shape[1:]), a, b)
 
     a, b, a2, b2 = ctx.saved_tensors
     if a2 is None:
@@ -104,54 +62,77 @@ def _linear_gram_backward(ctx, dK):
     return *towards(dK, a, b, a2, b2), *towards(dK.mT, a2, b2, a, b)
 
 
-def _weighted(a: Tensor, b: Tensor, c: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """da and db of Σ_jm c_jm <g_j, u_m>."""
-    c, u = c.double(), u.double()
-    da = torch.einsum("nm,mnti->nti", c, (b.double().flatten(0, 1) @ u).unflatten(1, b.shape[:2]))
-    db = torch.einsum("nm,mnto->nto", c, (a.double().flatten(0, 1) @ u.mT).unflatten(1, a.shape[:2]))
-    return da.to(a.dtype), db.to(b.dtype)
+linear_gram_op = define_op("linear_gram", _gram_default, shapes=_gram_shapes, backward=_gram_backward)
 
 
-def _linear_dot_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+# linear_dot
 
 
-def _linear_dot_backward(ctx, dv):
+def _dot_default(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
+    return linear_impl.linear_dot(a, b, u)
+
+
+def _dot_shapes(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], u.shape[0]), dtype=torch.float64)
+
+
+def _dot_backward(ctx: Any, dv: Tensor) -> tuple:
     a, b, u = ctx.saved_tensors
-    return *_weighted(a, b, dv, u), call(_linear_combine_op, a, b, dv.mT).to(u.dtype)
+    return *_weighted(a, b, dv, u), call(linear_combine_op, a, b, dv.mT).to(u.dtype)
 
 
-def _linear_combine_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+linear_dot_op = define_op("linear_dot", _dot_default, shapes=_dot_shapes, backward=_dot_backward)
 
 
-def _linear_combine_backward(ctx, dout):
+# linear_combine
+
+
+def _combine_default(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    out = a.new_zeros((c.shape[0], b.shape[2], a.shape[2]), dtype=product_dtype(a.dtype, b.dtype))
+    for part, weights in zip(out, c, strict=True):
+        linear_impl.linear_combine_(part, a, b, weights)
+    return out.to(torch.promote_types(a.dtype, b.dtype))
+
+
+def _combine_shapes(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return a.new_empty((c.shape[0], b.shape[2], a.shape[2]), dtype=torch.promote_types(a.dtype, b.dtype))
+
+
+def _combine_backward(ctx: Any, dout: Tensor) -> tuple:
     a, b, c = ctx.saved_tensors
-    return *_weighted(a, b, c.mT, dout), call(_linear_dot_op, a, b, dout).mT.to(c.dtype)
+    return *_weighted(a, b, c.mT, dout), call(linear_dot_op, a, b, dout).mT.to(c.dtype)
 
 
-def _linear_moments_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs)
+linear_combine_op = define_op("linear_combine", _combine_default, shapes=_combine_shapes, backward=_combine_backward)
 
 
-def _linear_moments_backward(ctx, dtotal, dsquares):
+# linear_moments
+
+
+def _moments_default(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    total, squares = linear_impl.linear_moments(a, b)
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return total.to(dtype), squares.to(dtype)
+
+
+def _moments_shapes(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return tuple(a.new_empty((b.shape[2], a.shape[2]), dtype=dtype) for _ in range(2))
+
+
+def _moments_backward(ctx: Any, dtotal: Tensor, dsquares: Tensor) -> tuple[Tensor, Tensor]:
     a, b = ctx.saved_tensors
     return _through(dtotal.double() + 2 * dsquares.double() * _explicit(a, b), a, b)
 
 
-# vmap: every layer once per element.
-
-register(_linear_gram_op, _linear_gram_setup, _linear_gram_backward, one_by_one(_linear_gram_op))
-register(_linear_dot_op, _linear_dot_setup, _linear_dot_backward, one_by_one(_linear_dot_op))
-register(_linear_combine_op, _linear_combine_setup, _linear_combine_backward, one_by_one(_linear_combine_op))
-register(_linear_moments_op, _linear_moments_setup, _linear_moments_backward, one_by_one(_linear_moments_op))
+linear_moments_op = define_op("linear_moments", _moments_default, shapes=_moments_shapes, backward=_moments_backward)
 
 
 # The public functions.
 
 
 def _tokens(op: str, a: Tensor, b: Tensor, x: str = "a", y: str = "b") -> tuple[Tensor, Tensor]:
-    """a (n, t, i) and b (n, t, o), checked; t = 1 where they have no t."""
+    """Check a and b; return them as (n, t, i) and (n, t, o), with t = 1 where they have no t."""
     _options.check_tensors(op, **{x: a, y: b})
     if a.ndim not in (2, 3) or a.ndim != b.ndim or a.shape[:-1] != b.shape[:-1]:
         raise ValueError(
@@ -159,25 +140,23 @@ def _tokens(op: str, a: Tensor, b: Tensor, x: str = "a", y: str = "b") -> tuple[
             f"got {x} {tuple(a.shape)} and {y} {tuple(b.shape)}"
         )
     for name, z in ((x, a), (y, b)):
-        if z.dtype not in DTYPES:
-            raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16; got {z.dtype}")
+        check_dtype(op, name, z)
     if a.device != b.device:
         raise ValueError(f"{op}: {x} and {y} must be on one device; got {x} on {a.device} and {y} on {b.device}")
-    _check_reverse_mode(op, a, b)
+    check_reverse_mode(op, a, b)
     return (a, b) if a.ndim == 3 else (a[:, None], b[:, None])
 
 
 def _check_other(op: str, name: str, other: Tensor, a: Tensor) -> None:
-    """`other`, u or c, beside the factors of a layer."""
-    if other.dtype not in DTYPES:
-        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16; got {other.dtype}")
+    """Check `other`, which is u or c, beside the factors of a layer."""
+    check_dtype(op, name, other)
     if other.device != a.device:
         raise ValueError(f"{op}: {name} and a must be on one device; got {name} on {other.device} and a on {a.device}")
-    _check_reverse_mode(op, other)
+    check_reverse_mode(op, other)
 
 
 def linear_gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | None = None) -> Tensor:
-    """Gram matrix of the per-sample gradients of a linear layer, from its factors.
+    """Compute the Gram matrix of the per-sample gradients of a linear layer, from its factors.
 
     K_jk = <g_j, g2_k> = Σ_tt' (a_jt · a2_kt') (b_jt · b2_kt'),  g_j = Σ_t b_jt a_jtᵀ
 
@@ -206,7 +185,7 @@ def linear_gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | Non
     """
     a, b = _tokens("linear_gram", a, b)
     if a2 is None and b2 is None:
-        return call(_linear_gram_op, a, b, None, None)
+        return call(linear_gram_op, a, b, None, None)
     if a2 is None or b2 is None:
         raise ValueError("linear_gram: a2 and b2 belong together; got only one of them")
     a2, b2 = _tokens("linear_gram", a2, b2, "a2", "b2")
@@ -222,11 +201,11 @@ def linear_gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | Non
         )
     if a2.device != a.device:
         raise ValueError(f"linear_gram: a2 must be on the device of a; got a on {a.device} and a2 on {a2.device}")
-    return call(_linear_gram_op, a, b, a2, b2)
+    return call(linear_gram_op, a, b, a2, b2)
 
 
 def linear_dot(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-    """Inner products of the per-sample gradients of a linear layer with a direction, from its factors.
+    """Compute the inner products of the per-sample gradients of a linear layer with a direction, from its factors.
 
     v_j = <g_j, u> = Σ_t b_jtᵀ u a_jt
 
@@ -255,11 +234,11 @@ def linear_dot(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
             f"got u {tuple(u.shape)}, a {tuple(a.shape)} and b {tuple(b.shape)}"
         )
     _check_other("linear_dot", "u", u, a)
-    return call(_linear_dot_op, a, b, u).mT if u.ndim == 3 else call(_linear_dot_op, a, b, u[None])[:, 0]
+    return call(linear_dot_op, a, b, u).mT if u.ndim == 3 else call(linear_dot_op, a, b, u[None])[:, 0]
 
 
 def linear_combine(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Weighted sum of the per-sample gradients of a linear layer, from its factors.
+    """Compute a weighted sum of the per-sample gradients of a linear layer, from its factors.
 
     Σ_j c_j g_j = Σ_jt c_j b_jt a_jtᵀ
 
@@ -288,11 +267,11 @@ def linear_combine(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
             f"linear_combine: c must be (n,) or (m, n) with the n of a; got c {tuple(c.shape)} and a {tuple(a.shape)}"
         )
     _check_other("linear_combine", "c", c, a)
-    return call(_linear_combine_op, a, b, c) if c.ndim == 2 else call(_linear_combine_op, a, b, c[None])[0]
+    return call(linear_combine_op, a, b, c) if c.ndim == 2 else call(linear_combine_op, a, b, c[None])[0]
 
 
 def linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the per-sample gradients of a linear layer and of their squares, element by element, from its factors.
+    """Sum the per-sample gradients of a linear layer and their squares, element by element, from its factors.
 
     Σ_j g_j,  Σ_j g_j²
 
@@ -313,4 +292,4 @@ def linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         >>> [x.tolist() for x in projgrad.linear_moments(a, b)]
         [[[1.0, 5.0]], [[1.0, 13.0]]]
     """
-    return call(_linear_moments_op, *_tokens("linear_moments", a, b))
+    return call(linear_moments_op, *_tokens("linear_moments", a, b))

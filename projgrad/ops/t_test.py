@@ -6,11 +6,13 @@ from statistics import NormalDist
 
 import torch
 
+from .numerics import product_dtype
+
 SERIES = 1000  # degrees of freedom from which the series in 1 / ν is exact to float64
 
 
 def tail(t: float, nu: int) -> float:
-    """P(T > t) for t ≥ 0 and whole degrees of freedom: a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    """Return P(T > t) for t ≥ 0 and whole degrees of freedom, a finite sum (Abramowitz, Stegun, 26.7.3 and 26.7.4)."""
     theta = math.atan2(t, math.sqrt(nu))
     sine, square = math.sin(theta), math.cos(theta) ** 2
     term, total = (math.cos(theta), 0.0) if nu % 2 else (1.0, 0.0)
@@ -23,7 +25,7 @@ def tail(t: float, nu: int) -> float:
 
 @functools.lru_cache
 def quantile(level: float, nu: int) -> float:
-    """t with P(T > t) = level in (0, 1), for Student's t with nu degrees of freedom."""
+    """Return t with P(T > t) = level in (0, 1), for Student's t with nu degrees of freedom."""
     if level > 0.5:
         return -quantile(1 - level, nu)
     if nu >= SERIES:  # Abramowitz and Stegun, 26.7.5
@@ -45,9 +47,9 @@ def quantile(level: float, nu: int) -> float:
 
 @functools.lru_cache
 def feasibility_thresholds(n: int, level: float, dtype: torch.dtype) -> tuple[float, float, float]:
-    """bound, slack and floor of `reference.feasible` for sums over n samples held in `dtype`; level 1 keeps all.
+    """Return bound, slack and floor of `reference.feasible` for sums over n samples held in `dtype`; level 1 keeps all.
 
-    The sums may be off, and the test must not be less careful for it. Formed in any order in float32 (float64 for
+    The sums are rounded, and the test must not be less careful for it. Formed in any order in float32 (float64 for
     float64) and rounded once to `dtype`, with e = (n + 4) eps + eps of `dtype`:
 
         |Σg² - S| ≤ e S,   |Σg - T| ≤ e √(n S),   so that for e ≤ 1/6
@@ -57,11 +59,10 @@ def feasibility_thresholds(n: int, level: float, dtype: torch.dtype) -> tuple[fl
     range of a type are covered by the smallest normal number for each sample. In this form, with r = T / √n and V the
     bound on (n - 1) s², it is r² ≥ Q² n / (n - 1) V: no root, no division.
     """
-    narrow = torch.finfo(dtype)
-    wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
-    e = (n + 4) * wide.eps + narrow.eps
+    stored, summed = torch.finfo(dtype), torch.finfo(product_dtype(dtype))
+    e = (n + 4) * summed.eps + stored.eps
     if e > 1 / 6:
-        raise ValueError(f"n = {n} samples are too many for sums in {wide.dtype}: the test would be about rounding")
+        raise ValueError(f"n = {n} samples are too many for sums in {summed.dtype}: the test would be about rounding")
     q = -math.inf if level >= 1 else quantile(level, n - 1)
     Q = (q / math.sqrt(n) + e) / (1 - e)
-    return max(Q * abs(Q) * n / (n - 1), -1e300), 4 * e, n * wide.smallest_normal + narrow.smallest_normal
+    return max(Q * abs(Q) * n / (n - 1), -1e300), 4 * e, n * summed.smallest_normal + stored.smallest_normal

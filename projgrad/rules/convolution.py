@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.cost import GramRoute, chunk_bytes
-from ..ops.linear_impl import _linear_gram
-from .rule import Rule, gram, working
+from ..ops.linear_impl import linear_gram
+from ..ops.numerics import product_dtype
+from .rule import Rule, gram
 
 
 class Convolution(Rule):
@@ -43,7 +44,7 @@ class Convolution(Rule):
         self.padding = [side for pair in reversed(padding) for side in pair]  # as F.pad wants it
         self.channels = large.shape[2] // groups
         self.shape = torch.Size((small.shape[2], self.channels, *self.kernel))
-        self.dtype = working(torch.promote_types(large.dtype, small.dtype), False)
+        self.dtype = product_dtype(large.dtype, small.dtype)
         self.has_16bit_factor = large.dtype.itemsize == 2 or small.dtype.itemsize == 2
 
     def _windows(self, groups: slice, channels: slice, dtype: torch.dtype) -> Tensor:
@@ -116,7 +117,7 @@ class Convolution(Rule):
             windows = self._windows(groups, channels, dtype)[:, 0]  # [n, channels * kernel, t * positions]
             block = windows.new_empty((0, *self.shape)) if u is None else u
             block = self._part(block, groups, channels).flatten(2)
-            yield _linear_gram(windows.mT, small.mT, block, float64)
+            yield linear_gram(windows.mT, small.mT, block, float64)
 
     def cost(self) -> GramRoute:
         groups, channels = next(self._spans(self.dtype))

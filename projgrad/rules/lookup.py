@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..ops.cost import GramRoute
-from .rule import Rule, gram, working
+from ..ops.numerics import product_dtype
+from .rule import Rule, gram
 
 
 class Lookup(Rule):
@@ -21,7 +22,7 @@ class Lookup(Rule):
     name = "lookup"
 
     def __init__(self, ids: Tensor, b: Tensor, shape: torch.Size) -> None:
-        self.n, self.shape, self.dtype, self.device = len(ids), shape, working(b.dtype, False), b.device
+        self.n, self.shape, self.dtype, self.device = len(ids), shape, product_dtype(b.dtype), b.device
         self.has_16bit_factor = b.dtype.itemsize == 2
         self.ids, self.b = ids, b.reshape(*ids.shape, self.cols)
         self._known: tuple[Tensor, Tensor] | None = None
@@ -56,7 +57,7 @@ class Lookup(Rule):
         slots = (ids[1:] != ids[:-1]).cumsum(0)  # of all tokens but the first, whose slot is 0
         slots = torch.cat([slots.new_zeros(len(ids[:1])), slots])
         used = ids[torch.searchsorted(slots, torch.arange(len(ends), device=ids.device))]
-        step = self._step(float64)
+        step = self.chunk_rows(float64)
         u = None if u is None else u.reshape(len(u), self.shape[0], -1)
         K = torch.zeros(self.n, self.n, dtype=torch.float64, device=ids.device)
         v = K.new_zeros((self.n, 0 if u is None else len(u)))
@@ -70,7 +71,7 @@ class Lookup(Rule):
 
     def cost(self) -> GramRoute:
         used = self.ids[self.ids >= 0].unique().numel()
-        step = min(used, self._step(False))
+        step = min(used, self.chunk_rows(False))
         bytes = self.n * step * self.cols * self.dtype.itemsize
         return GramRoute("chunks", step, self.cols, self.n * (self.n + 1) * used * self.cols, bytes)
 

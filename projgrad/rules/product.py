@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops import linear_impl
 from ..ops.cost import GramRoute, linear_route
-from ..ops.linear_impl import _linear_combine_, _linear_dot, _linear_gram, _linear_moments
-from .rule import Rule, Sum, working
+from ..ops.numerics import product_dtype
+from .rule import Rule, Sum
 
 
 class Product(Rule):
@@ -30,7 +31,7 @@ class Product(Rule):
         sizes = self.left + self.right
         self.inverse = tuple(self.order.index(d) for d in range(len(order)))
         self.shape = torch.Size(sizes[d] for d in self.inverse)
-        self.dtype = working(torch.promote_types(p.dtype, q.dtype), False)
+        self.dtype = product_dtype(p.dtype, q.dtype)
         self.has_16bit_factor = p.dtype.itemsize == 2 or q.dtype.itemsize == 2
 
     @property
@@ -59,7 +60,7 @@ class Product(Rule):
     def gram(self, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Tensor]:
         p, q = self.p.flatten(2), self.q.flatten(2)
         u = p.new_empty((0, p.shape[2], q.shape[2])) if u is None else self.matrix(u)
-        return _linear_gram(q, p, u, float64)
+        return linear_impl.linear_gram(q, p, u, float64)
 
     def cost(self) -> GramRoute:
         i, o = math.prod(self.right), math.prod(self.left)
@@ -67,21 +68,22 @@ class Product(Rule):
         return linear_route(self.n, self.p.shape[1], i, o, itemsize=itemsize, device=self.device.type)
 
     def dot(self, u: Tensor, float64: bool = False) -> Tensor:
-        return _linear_dot(self.q.flatten(2), self.p.flatten(2), self.matrix(u), float64)
+        return linear_impl.linear_dot(self.q.flatten(2), self.p.flatten(2), self.matrix(u), float64)
 
     def combine_(self, out: Tensor, c: Tensor, float64: bool = False) -> None:
         if float64:
             return super().combine_(out, c, float64)
         p, q, target = self.p.flatten(2), self.q.flatten(2), out.permute(self.order)
         if len(self.left) == 1 and len(self.right) == 1:
-            _linear_combine_(target, q, p, c)
+            linear_impl.linear_combine_(target, q, p, c)
         else:
             part = torch.zeros(p.shape[2], q.shape[2], dtype=self.dtype, device=p.device)
-            _linear_combine_(part, q, p, c)
+            linear_impl.linear_combine_(part, q, p, c)
             target.add_(part.view(target.shape))
 
     def moments_(self, first: Tensor, second: Tensor) -> None:
-        for out, part in zip((first, second), _linear_moments(self.q.flatten(2), self.p.flatten(2)), strict=True):
+        sums = linear_impl.linear_moments(self.q.flatten(2), self.p.flatten(2))
+        for out, part in zip((first, second), sums, strict=True):
             target = out.permute(self.order)
             target.add_(part.view(target.shape))
 

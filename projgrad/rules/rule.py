@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..ops.cost import GramRoute, chunk_bytes
-from ..ops.flat import _gram
+from ..ops.gram import gram_op
+from ..ops.numerics import product_dtype
 
 
 class Rule:
@@ -73,7 +74,7 @@ class Rule:
 
     def cost(self) -> GramRoute:
         """Return how `gram` goes about it: route, flops, bytes besides the factors."""
-        step = self._step(False)
+        step = self.chunk_rows(False)
         flops = self.n * (self.n + 1) * self.rows * self.cols
         return GramRoute(
             "chunks", step, self.cols, flops, self.n * min(step, self.rows) * self.cols * self.dtype.itemsize
@@ -84,13 +85,13 @@ class Rule:
         return self.chunk(slice(0, self.rows)).reshape(self.n, *self.shape)
 
     def _chunks(self, float64: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        step = self._step(float64)
+        step = self.chunk_rows(float64)
         for start in range(0, self.rows, step):
             rows = slice(start, min(self.rows, start + step))
             yield rows, self.chunk(rows, float64)
 
-    def _step(self, float64: bool) -> int:
-        """Rows of the parameter in one chunk."""
+    def chunk_rows(self, float64: bool) -> int:
+        """Return how many rows of the parameter make one chunk."""
         one = self.n * self.cols * (8 if float64 else self.dtype.itemsize)
         return max(1, chunk_bytes(self.device.type) // max(1, one))
 
@@ -99,11 +100,7 @@ def gram(g: Tensor, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Te
     """Return K and v of an explicit chunk g [n, ...], u [m, ...] or None."""
     flat = g.reshape(len(g), -1)
     u = flat.new_empty((0, flat.shape[1])) if u is None else u.reshape(len(u), -1)
-    return _gram(flat, u.to(flat.dtype), float64)
-
-
-def working(dtype: torch.dtype, float64: bool) -> torch.dtype:
-    return torch.float64 if float64 or dtype == torch.float64 else torch.float32
+    return gram_op(flat, u.to(flat.dtype), float64)
 
 
 class Rows(Rule):
@@ -113,11 +110,11 @@ class Rows(Rule):
 
     def __init__(self, g: Tensor) -> None:
         self.g, self.device = g, g.device  # [n, *shape]
-        self.n, self.shape, self.dtype = len(g), g.shape[1:], working(g.dtype, False)
+        self.n, self.shape, self.dtype = len(g), g.shape[1:], product_dtype(g.dtype)
         self.has_16bit_factor, self.cheap = g.dtype.itemsize == 2, g.numel() < 1 << 18
 
     def chunk(self, rows: slice, float64: bool = False) -> Tensor:
-        return self.g.reshape(self.n, self.rows, self.cols)[:, rows].to(working(self.g.dtype, float64))
+        return self.g.reshape(self.n, self.rows, self.cols)[:, rows].to(product_dtype(self.g.dtype, float64=float64))
 
 
 class Sum(Rule):

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..ops.numerics import product_dtype
 from ..recording.sites import Source
-from ..rules.rule import Rule, working
+from ..rules.rule import Rule
 from .factors import ForgetFactors, few_positions, products
 
 Pieces = list[tuple[Source, Rule]]  # of one parameter
@@ -115,7 +116,7 @@ class Moments(Consumer):
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.first, self.second = (
-            {name: p.new_zeros(p.shape, dtype=working(p.dtype, False)) for name, p in parameters.items()}
+            {name: p.new_zeros(p.shape, dtype=product_dtype(p.dtype)) for name, p in parameters.items()}
             for _ in range(2)
         )
 
@@ -153,7 +154,7 @@ def explicit(p: Tensor, pieces: Sequence[tuple[Source, Rule]], n: int) -> Tensor
     """Return the per-sample gradients of one parameter in full, [n, *p.shape], float32 or better."""
     if len(pieces) == 1 and pieces[0][0].whole:
         return pieces[0][1].dense()
-    G = p.new_zeros((n, *p.shape), dtype=working(p.dtype, False))
+    G = p.new_zeros((n, *p.shape), dtype=product_dtype(p.dtype))
     for source, rule in pieces:
         g = rule.dense()
         if source.rows is None:

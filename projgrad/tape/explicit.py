@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..ops.flat import gram
-from ..ops.reference import cosines
-from ..rules.rule import working
+from ..ops.gram import gram
+from ..ops.numerics import product_dtype
+from ..ops.refinement import cosines
 from .consumers import CollectRules, Pieces, explicit
 from .passes import Passes
 from .records import Projection
@@ -113,4 +113,4 @@ class _Projected:
 
 
 def _zeros(p: Tensor, n: int) -> Tensor:
-    return p.new_zeros((n, *p.shape), dtype=working(p.dtype, False))
+    return p.new_zeros((n, *p.shape), dtype=product_dtype(p.dtype))

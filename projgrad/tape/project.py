@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _options
-from ..ops import reference
+from ..ops.refinement import TAPE_PASSES, rank_tolerance, starts_in_float64
 from ..recording.host_reads import HostReads, lengths, to_host
 from .check import Checks, WeightStats, check_finite
 from .consumers import CollectRules, Pieces
@@ -125,14 +125,13 @@ def _defer_squares(parameters: Mapping[str, Tensor], factors: ForgetFactors, rea
 def _steps(access: GradientAccess, n: int, solver: Solver, rtol: float | None, checks: Checks, name: str = "") -> Steps:
     """Project p.grad, repeat while the residual exceeds rounding, then add Gᵀ add. Yield each system to be solved."""
     add, plain = solver.add, not solver.damping and rtol is None
-    float64, _ = reference.first_pass(n, access.dtype, rtol)
+    float64 = starts_in_float64(n, access.dtype, rtol)
     u2 = access.squares()
     if not math.isfinite(u2):
         raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
 
     def system(v: Tensor) -> System:
-        cut = reference.default_rtol(n, torch.float64 if float64 else torch.float32) if rtol is None else rtol
-        return System(K, v, cut)
+        return System(K, v, rank_tolerance(n, float64, rtol))
 
     def predicted_norm() -> float:
         """Return ‖u - Gᵀ x‖ as the products have it."""
@@ -182,7 +181,7 @@ def _steps(access: GradientAccess, n: int, solver: Solver, rtol: float | None, c
         after = access.known**0.5
         residual = largest / (max(after, noise) or 1.0)
         # Whatever is this small beside p.grad has no direction left; more passes only shuffle rounding.
-        if residual <= limit / 2 or residual > before / 2 or refinements == 4:
+        if residual <= limit / 2 or residual > before / 2 or refinements == TAPE_PASSES:
             break
         if not float64:
             float64, (K, r) = True, _without_underflow(*access.products(True), access.dtype)

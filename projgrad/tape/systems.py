@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import reference
-from ..ops.flat import _gram_solve
+from ..ops.gram_solve import gram_solve_op
+from ..ops.numerics import in_range
 from ..recording.host_reads import Reading
 from .check import WeightStats, weight_stats
 from .records import Projection
@@ -54,9 +54,9 @@ def _solve(systems: Sequence[System], damping: float, shifts: tuple[Tensor, Tens
 
     shifts: [3, n] and [3, 1]; the weights that are looked at are shifts[0] - shifts[1] x.
     """
-    rhs = [reference.in_range(s.K, s.b[:, None]) for s in systems]
+    rhs = [in_range(s.K, s.b[:, None]) for s in systems]
     K, b, rhs = (_stacked(tensors) for tensors in ([s.K for s in systems], [s.b for s in systems], rhs))
-    x, rank, _ = _gram_solve(K, rhs, damping, systems[0].cut)
+    x, rank, _ = gram_solve_op(K, rhs, damping, systems[0].cut)
     x = x[..., 0]
     w = shifts[0] - shifts[1] * x[:, None]  # [l, 3, n]
     Kw = torch.bmm(w, K)

@@ -11,15 +11,16 @@ from cases import FACTORS, FLOAT_ONLY, TRITON
 from factors import check, check_gram, layer, truth
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from projgrad.ops import linear_impl as composition
 from projgrad.ops import reference
+from projgrad.ops.registration import FALLBACKS, FUNCTIONS
 
 if not TRITON:
     pytest.skip("triton has no build for this system", allow_module_level=True)
 
-from projgrad.kernels import layer as leaves
+from projgrad.kernels import linear_choices
 from projgrad.kernels.linear_dot import linear_dot
 from projgrad.kernels.linear_gram import linear_gram, tile
+from projgrad.kernels.register import KERNELS
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F32, BF16)]
@@ -107,8 +108,7 @@ def test_scaled_and_plain_products_agree_to_the_last_bit():
 
 @pytest.mark.parametrize("dtypes", [*DTYPES, (F64, F64)], ids=str)
 @pytest.mark.parametrize("name", ["random", "one_position", "wide_output"])
-def test_leaves(name, dtypes):
-    """What CUDA tensors are sent to gives what the composition of library products gives."""
+def test_choices_on_cuda_agree_with_library_products(name, dtypes):
     a, b = layer(name, dtypes, DEVICE)
     n, (o, i) = len(a), (b.shape[2], a.shape[2])
     c = torch.randn(n, dtype=F64, device=DEVICE)
@@ -123,11 +123,11 @@ def test_leaves(name, dtypes):
     for name, call in {
         "token_gram": lambda f: f(a, b, False, n),
         "token_gram_across": lambda f: f(a, b, a[:2], b[:2], n),
-        "layer_dot": lambda f: f(a, b, u, False),
-        "layer_combine_": combined,
-        "layer_moments": lambda f: f(a, b),
+        "linear_dot_pass": lambda f: f(a, b, u, False),
+        "linear_combine_pass_": combined,
+        "linear_moments_pass": lambda f: f(a, b),
     }.items():
-        found, expected = call(getattr(leaves, name)), call(composition.composed[name])
+        found, expected = call(getattr(linear_choices, name)), call(FALLBACKS[name])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
@@ -144,12 +144,18 @@ def test_chunks_of_half_factors_are_multiplied_as_they_are():
 
     g, b, a = torch.empty(4, 6, 5), torch.empty(4, 3, 6, dtype=BF16), torch.empty(4, 3, 5, dtype=BF16)
     with Recorded():
-        leaves.sample_products_(g, b, a)
+        linear_choices.sample_products_(g, b, a)
     assert called == [[BF16, BF16, F32, F32]]
 
 
-def test_every_leaf_has_a_composition():
-    assert {leaf.__name__ for leaf in leaves.LEAVES} == set(composition.composed)
+def test_every_device_op_is_in_the_table_of_kernels():
+    on_cuda = {op.name() for op, device, *_ in KERNELS if device == "cuda" and op not in FUNCTIONS}
+    assert on_cuda == {f"projgrad::{name}" for name in FALLBACKS}
+
+
+def test_files_in_the_table_of_kernels_exist():
+    root = Path(__file__).parents[2]
+    assert all(callable(kernel) or (root / kernel).exists() for _, _, kernel, _ in KERNELS)
 
 
 def test_every_kernel_through_its_op():

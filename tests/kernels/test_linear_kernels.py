@@ -9,7 +9,7 @@ from projgrad.ops import reference
 if not TRITON:
     pytest.skip("triton has no build for this system", allow_module_level=True)
 
-from projgrad.kernels import linear_combine, linear_moments, sample_tile
+from projgrad.kernels import linear_combine, linear_moments, weight_tiles
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (BF16, F32), (F16, BF16)]
@@ -111,7 +111,7 @@ def test_combine_with_weights_outside_float32(t, dtype, device):
 @pytest.mark.parametrize("n, t", [(1, 1), (1, 140), (30, 2), (7, 20)])
 def test_splits(n, t, dtype, device, monkeypatch):
     """Two tiles, splits that end inside a sample and inside a run, and the same bits again."""
-    monkeypatch.setattr(sample_tile, "PROGRAMS", 6)
+    monkeypatch.setattr(weight_tiles, "PROGRAMS", 6)
     monkeypatch.setattr(linear_moments, "RUN", 5)
     a, b = samples(n, t, 10, 70, dtype, device)
     c, before = torch.randn(n, dtype=F64, device=device), torch.randn(70, 10, device=device)

@@ -1,25 +1,16 @@
-"""gram_solve on regular, singular and badly scaled systems: the op, the reference, the Triton kernel, the CUDA code."""
+"""gram_solve on regular, singular and badly scaled systems: the op, the reference, the CUDA code in an emulator."""
 
 import functools
 
 import emulator
 import pytest
 import torch
-from cases import TRITON
+from pretend import Gpu, Pretend, values
 
 import projgrad
 from projgrad.ops import reference
 
-
-def _triton(K, b, damping, rtol):
-    from projgrad.kernels.gram_solve import gram_solve
-
-    return gram_solve(K, b, damping, rtol)
-
-
 IMPLEMENTATIONS = {"op": torch.ops.projgrad.gram_solve, "reference": reference.gram_solve}
-if TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
 if emulator.AVAILABLE:  # g++ on Linux
     IMPLEMENTATIONS["cuda, emulated"] = emulator.gram_solve
     IMPLEMENTATIONS["cuda for large n, emulated"] = functools.partial(emulator.gram_solve, threads=64)
@@ -128,6 +119,19 @@ def test_public_batches(device):
     columns = torch.randn(2, 3, 4, 5, device=device).mT.contiguous().mT
     torch.testing.assert_close(projgrad.gram_solve(K.mT, columns), torch.linalg.solve(K, columns), rtol=1e-3, atol=1e-4)
     assert projgrad.gram_solve(K[0, 0], b[0, 0]).shape == (4,)
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_without_nvcc_the_host_does_not_wait(dtype):
+    """What CUDA runs then is the reference, of any size and rank."""
+    A = torch.randn(3, 70, 90).to(dtype)
+    A[0, 30] = A[0, 3]
+    K, b = A @ A.mT, torch.randn(3, 70, 2, dtype=dtype)
+    expected = reference.gram_solve(K, b, 0.1, None)
+    with Gpu() as gpu:
+        found = reference.gram_solve(Pretend(K), Pretend(b), 0.1, None)
+    assert not gpu.waited and gpu.launched
+    assert all(map(torch.equal, values(found), expected))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

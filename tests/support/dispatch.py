@@ -6,10 +6,13 @@ In a process of its own, as registrations are for good.
 import torch
 
 import projgrad
-from projgrad import kernels
-from projgrad.ops import basis_project as basis
-from projgrad.ops import feasible, flat, reference
-from projgrad.ops.linear_impl import library
+from projgrad.kernels.register import KERNELS
+from projgrad.ops import reference
+from projgrad.ops.basis_project import basis_project_op
+from projgrad.ops.feasible import feasible_op
+from projgrad.ops.gram import gram_op
+from projgrad.ops.linear_impl import sample_products_
+from projgrad.ops.registration import register_kernel
 from projgrad.ops.t_test import feasibility_thresholds
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -47,18 +50,16 @@ def check(dtype, other):
         close(found, reference.subtract(d, G, torch.ones(5, 2, dtype=F64)), dtype)
         tensors = (*d, G.sum(0), G.square().sum(0))
         expected = reference.feasible(*tensors, 5, *feasibility_thresholds(5, 0.3, dtype))
-        close(feasible._feasible(*tensors, 5, 0.3), expected, F64)
+        close(feasible_op(*tensors, 5, 0.3), expected, F64)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for leaf in kernels.layer.LEAVES:
-        if leaf.__name__ != "sample_products_":  # its product exists on CUDA only
-            library.impl(leaf.__name__, leaf, "CPU")
-    library.impl("feasible_pass", kernels.feasible_pass, "CPU", allow_override=True)
-    for op, kernel in kernels.ON_CUDA.items():
-        op.register_kernel("cpu")(kernel)
-    assert flat._gram in kernels.ON_CUDA and basis._basis_project in kernels.ON_CUDA
+    on_cuda = {op: kernel for op, device, kernel, when in KERNELS if device == "cuda" and when and callable(kernel)}
+    assert {gram_op, basis_project_op} <= on_cuda.keys()
+    del on_cuda[sample_products_]  # its product exists on CUDA only
+    for op, kernel in on_cuda.items():
+        register_kernel(op, "cpu", kernel)
     for pair in ((F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F64, F64)):
         check(*pair)
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # the newer setting: the older one cannot be read any more

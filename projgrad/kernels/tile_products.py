@@ -1,8 +1,8 @@
-"""Matrix products of tiles on tensor cores: half types as they are, float32 as sums of bfloat16 parts.
+"""Multiplies tiles on tensor cores: half types as they are, float32 as sums of bfloat16 parts.
 
 x = h + m + l with 8 bits in each part is exact, so that hh' + (hm' + mh') + (hl' + lh' + mm') has the error of a
 float32 product at six times the work of a bfloat16 one: on tensor cores less than float32 arithmetic takes. Below 1e-34
-the last parts leave bfloat16, and digits are lost: `scales.py` is for factors that small.
+the last parts leave bfloat16, and digits are lost: `factor_scales.py` is for factors that small.
 """
 
 import torch
@@ -14,7 +14,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def parts(x):
-    """Three bfloat16 tiles whose sum is the float32 tile x."""
+    """Return three bfloat16 tiles whose sum is the float32 tile x."""
     h = x.to(tl.bfloat16)
     rest = x - h.to(tl.float32)
     m = rest.to(tl.bfloat16)
@@ -23,7 +23,7 @@ def parts(x):
 
 @triton.jit
 def dot(x, y, acc):
-    """acc + x y in float32 for tiles of one half type."""
+    """Return acc + x y in float32 for tiles of one half type."""
     if INTERPRETED and x.dtype == tl.bfloat16:  # the interpreter would multiply the bits
         x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, acc)
@@ -31,7 +31,7 @@ def dot(x, y, acc):
 
 @triton.jit
 def product(x, y, acc, PRECISION: tl.constexpr):
-    """acc + x y in float32 for x [M, K], y [K, N] of any dtypes up to float32.
+    """Return acc + x y in float32 for x [M, K], y [K, N] of any dtypes up to float32.
 
     PRECISION, for tiles that are not both of one half type: "parts" (as exact as float32), "tf32x3" or "tf32".
     """
@@ -54,7 +54,7 @@ def product(x, y, acc, PRECISION: tl.constexpr):
 
 
 def precision() -> str:
-    """How float32 tiles are multiplied: as the user told torch to, by either of its settings."""
+    """Return how float32 tiles are multiplied: as the user told torch to, by either of its settings."""
     try:
         return {"highest": "parts", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
     except RuntimeError:  # the newer setting is in use, and the older one cannot be read

@@ -1,4 +1,4 @@
-"""What kernels share that sum over the tokens of a layer into tiles of its weight [o, i]."""
+"""Helpers of the kernels that sum over the tokens of a layer into tiles of its weight [o, i]."""
 
 import torch
 import triton
@@ -12,7 +12,7 @@ GROUP = 8  # rows of tiles that are visited together
 
 @triton.jit
 def tile_of(index, rows, columns, GROUP: tl.constexpr):
-    """Row and column of a tile: down GROUP rows before the next column, so that neighbours find their factors in L2."""
+    """Return row and column of a tile: down GROUP rows before the next column: neighbours share factors in L2."""
     first = index // (GROUP * columns) * GROUP
     height = tl.minimum(rows - first, GROUP)
     inside = index % (GROUP * columns)
@@ -21,18 +21,18 @@ def tile_of(index, rows, columns, GROUP: tl.constexpr):
 
 @triton.jit
 def load_rows(x, start, inside, column, columns, x_column):
-    """The columns of x from the rows that begin at the offsets `start`; zero outside."""
+    """Load the columns of x from the rows that begin at the offsets `start`; zero outside."""
     at = start[:, None] + column.to(tl.int64)[None, :] * x_column
     return tl.load(x + at, inside[:, None] & (column < columns)[None, :], 0.0)
 
 
 @triton.jit
 def load_transposed(x, start, inside, column, columns, x_column, STAY: tl.constexpr):
-    """What load_rows loads, transposed, as the left side of a product.
+    """Load what load_rows loads, transposed, as the left side of a product.
 
-    STAY, for a tile that is worked on in float32 before it is multiplied: until then it keeps the order in which it was
-    loaded. The compiler would else turn it on its way into shared memory, one number at a time; it does not look behind
-    a sum, not even one of single numbers.
+    STAY is for a tile that is worked on in float32 before it is multiplied: until then it keeps the order in which it
+    was loaded. Otherwise the compiler would turn it on its way into shared memory, one number at a time. The sum, here
+    of single numbers, stops it: it does not look behind one.
     """
     at = column.to(tl.int64)[:, None] * x_column + start[None, :]
     tile = tl.load(x + at, (column < columns)[:, None] & inside[None, :], 0.0)
@@ -42,17 +42,17 @@ def load_transposed(x, start, inside, column, columns, x_column, STAY: tl.conste
 
 
 def matrix_units(a: Tensor, b: Tensor) -> bool:
-    """Whether tensor cores take the factors as they are: one half type. Else `product` splits them into parts."""
+    """Return whether tensor cores take the factors as they are: one half type. Else `product` splits them."""
     return a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
 
 
 def block_t(t: int) -> int:
-    """Positions a step: 64 keep the tensor cores busy; fewer where 64 would be a quarter padding."""
+    """Return the positions of a step: 64 keep the tensor cores busy; fewer where 64 would be a quarter padding."""
     if t <= 16:
         return 16
     return 64 if 4 * triton.cdiv(t, 64) * 64 <= 5 * triton.cdiv(t, 32) * 32 else 32
 
 
 def splits_of(tiles: int, steps: int, floats: int, least: int = 1) -> int:
-    """Over how many programs the steps of every tile are split: partial sums of `floats` each, `least` steps each."""
+    """Return over how many programs the steps of a tile are split: `floats` partial sums, `least` steps each."""
     return max(1, min(PROGRAMS // max(1, tiles), steps // least, PARTIAL_BYTES // (4 * max(1, floats))))

@@ -1,4 +1,4 @@
-"""What project_out decides between its passes, in one launch."""
+"""Decides between the passes of project_out, in one launch, whether the result must be refined."""
 
 import torch
 import triton
@@ -9,13 +9,16 @@ BLOCK = 256
 
 
 @triton.jit
-def pending_kernel(
+def check_residual_kernel(
     K, r, squares, c, rank, b, todo, worst, n, m, damping: tl.float64, limit: tl.float64, noise: tl.float64,
     BLOCK: tl.constexpr, CHOSEN: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """b = r - damping diag(K) c [n, m]; todo, whether a cosine of b (reference.cosines) is above limit or, where
-    COUNTED, a row that is not zero was left out; worst, the largest cosine of r. CHOSEN: rows with c = 0 were dropped
-    on purpose."""
+    """Write b = r - damping diag(K) c [n, m], the right-hand side of the next solve; todo, whether it is needed; and
+    worst, the largest cosine of r (refinement.cosines).
+
+    It is needed if a cosine of b is above limit or, where COUNTED, if a row that is not zero was left out.
+    CHOSEN: rows with c = 0 were dropped on purpose.
+    """
     above = 0
     nonzero = 0
     largest = tl.zeros((BLOCK,), tl.float64)
@@ -51,14 +54,14 @@ def pending_kernel(
     tl.store(worst, tl.where(tl.max(lost, 0) > 0, float("nan"), tl.max(largest, 0)))
 
 
-def pending(
+def check_residual(
     K: Tensor, r: Tensor, squares: Tensor, c: Tensor, rank: Tensor, damping: float, limit: float, noise: float,
     chosen: bool, counted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """b [n, m], the flag todo, and the largest cosine; K [n, n] and r [n, m] contiguous."""
+    """Return b [n, m], the flag todo, and the largest cosine; K [n, n] and r [n, m] must be contiguous."""
     (n, m), b = r.shape, torch.empty_like(r)
     todo, worst = torch.empty((), dtype=torch.bool, device=r.device), r.new_empty(())
-    pending_kernel[(1,)](
+    check_residual_kernel[(1,)](
         K, r, squares, c.contiguous(), rank, b, todo, worst, n, m, damping, limit, noise,
         BLOCK=BLOCK, CHOSEN=chosen, COUNTED=counted, num_warps=4,
     )  # fmt: skip

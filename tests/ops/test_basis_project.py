@@ -55,7 +55,7 @@ def test_values(name, dtypes, transposed, device):
     D, M = make(name, dtypes, device, transposed)
     check(projgrad.basis_project(D, M), D, M)
     check(reference.basis_project(D, M), D, M)
-    check(basis._products(D, M, 1 << 10), D, M)  # a few rows of D and columns of M at a time
+    check(basis.project_in_pieces(D, M, 1 << 10), D, M)  # a few rows of D and columns of M at a time
 
 
 @pytest.mark.skipif(not TRITON, reason="triton has no build for this system")
@@ -77,11 +77,11 @@ def test_kernel(name, dtypes, transposed, device):
 def test_kernel_in_pieces(device, monkeypatch):
     """The sum over i in splits, and rows in chunks."""
     from projgrad.kernels import basis_project as kernel
-    from projgrad.kernels import sample_tile
+    from projgrad.kernels import weight_tiles
 
     D, M = torch.randn(1, 130, 600, device=device), torch.randn(1, 600, 5, device=device)
     check(kernel.basis_project(D, M), D, M)
-    for module in (kernel, sample_tile):
+    for module in (kernel, weight_tiles):
         monkeypatch.setattr(module, "PARTIAL_BYTES", 1 << 12)
     check(kernel.basis_project(D, M), D, M)
 

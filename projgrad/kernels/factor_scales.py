@@ -1,4 +1,4 @@
-"""Powers of two that keep products of tiny and huge factors inside float32, found on the device."""
+"""Finds, on the device, the powers of two that keep products of tiny and huge factors inside float32."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @triton.jit
 def _power(x):
-    """2⁻ᵉ for the exponent e of x > 0, and 1 for x = 0: brings x into [1, 2) exactly."""
+    """Return 2⁻ᵉ for the exponent e of x > 0, and 1 for x = 0: brings x into [1, 2) exactly."""
     e = tl.minimum(tl.maximum(x.to(tl.int32, bitcast=True) >> 23, 1), 253)
     return tl.where(x > 0, ((254 - e) << 23).to(tl.float32, bitcast=True), 1.0)
 
@@ -17,8 +17,11 @@ def _power(x):
 def scales_kernel(
     largest, scale, weight, far, n, low: tl.float64, high: tl.float64, F: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """largest [F, n] -> scale [F, n], weight [n] = 1 / Π_f scale_f, or 1 unless far: a factor beyond 2^±50, or the
-    product of all outside [low, high]; NaN where a factor is NaN or Inf. One program."""
+    """Write scale [F, n], and weight [n] = 1 / Π_f scale_f, from largest [F, n]; weights are 1 unless `far`, and NaN
+    where a factor is NaN or Inf.
+
+    far: a factor is beyond 2^±50, or the product of all outside [low, high]. One program.
+    """
     outside = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, n, BLOCK):
         j = start + tl.arange(0, BLOCK)
@@ -46,8 +49,8 @@ def scales_kernel(
 
 
 def scales(largest: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-    """For the largest elements [F, n] of F factors of n samples: the scales [F, n] that bring each into [1, 2), the
-    weights [n] that undo them, and in device memory whether they are needed at all; where not, the weights are 1.
+    """Return, for the largest elements [F, n] of F factors of n samples, the scales [F, n] that bring each into [1, 2),
+    the weights [n] that undo them, and in device memory whether they are needed at all; where not, the weights are 1.
 
     low, high: what the product of a sample's largest elements may be without them.
     """
@@ -59,5 +62,5 @@ def scales(largest: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Te
 
 
 def largest(x: Tensor) -> Tensor:
-    """max |x_j| [n] in float32."""
+    """Return max |x_j| [n] in float32."""
     return torch.linalg.vector_norm(x, float("inf"), tuple(range(1, x.ndim))).float()

@@ -36,9 +36,9 @@ def test_both_routes(name, only, float64, budget):
     u = torch.randn(2, b.shape[2], i)
     route = linear_route(n, t, i, b.shape[2], m=2, itemsize=8 if float64 else 4, budget=budget, only=only)
     if only == "factors":
-        K = implementation._token_gram(a, b, float64, route.rows)
+        K = implementation.token_gram(a, b, float64, route.rows)
     else:
-        K, v = implementation._chunks(a, b, u, float64, route)
+        K, v = implementation.gram_of_chunks(a, b, u, float64, route)
         check_dot(v, a, b, u, products(a, b, float64))
     assert torch.equal(K, K.mT)
     check_gram(K, a, b, products(a, b, float64))
@@ -51,7 +51,7 @@ def test_fused_with_directions(dtypes):
         a, b = layer(name, dtypes)
         u = torch.randn(2, b.shape[2], a.shape[2])
         for float64, budget in ((False, CPU.chunk), (True, CPU.chunk), (False, SMALL)):
-            K, v = implementation._linear_gram(a, b, u, float64, budget)
+            K, v = implementation.linear_gram(a, b, u, float64, budget)
             check_gram(K, a, b, products(a, b, float64))
             check_dot(v, a, b, u, products(a, b, float64))
 
@@ -112,7 +112,7 @@ def test_combine_accumulates_in_place(target, budget, monkeypatch):
     c, before = torch.randn(6), torch.randn(17, 33)
     before = before.to({"half": BF16, "double": F64}.get(target, F32))
     out = (before.mT.contiguous().mT if target == "transposed" else before).clone()
-    implementation._linear_combine_(out, a, b, c)
+    implementation.linear_combine_(out, a, b, c)
     expected = before.double() + torch.einsum("n,noi->oi", c.double(), truth(a, b))
     torch.testing.assert_close(out, expected.to(out.dtype))
 
@@ -135,8 +135,8 @@ def test_gram_of_two_groups_is_a_block_of_all(t2, only):
     (a, b), (a2, b2) = layer(), (torch.randn(4, t2, 33), torch.randn(4, t2, 17))
     expected = torch.einsum("joi,koi->jk", truth(a, b), truth(a2, b2))
     across = {
-        "factors": lambda route: implementation._token_gram_across(a, b, a2, b2, route.rows),
-        "chunks": lambda route: implementation._chunks_across(a, b, a2, b2, route),
+        "factors": lambda route: implementation.token_gram_across(a, b, a2, b2, route.rows),
+        "chunks": lambda route: implementation.gram_of_chunks_across(a, b, a2, b2, route),
     }[only]
     for K in (
         projgrad.linear_gram(a, b, a2, b2),
@@ -168,8 +168,8 @@ def test_permuted_samples_permute_the_result(only):
     route = linear_route(*a.shape, b.shape[2], itemsize=8, budget=1 << 14, only=only)
     none = b.new_empty(0, b.shape[2], a.shape[2])
     call = {
-        "factors": lambda a, b, w, r: implementation._token_gram(a, b, w, r.rows),
-        "chunks": lambda a, b, w, r: implementation._chunks(a, b, none, w, r)[0],
+        "factors": lambda a, b, w, r: implementation.token_gram(a, b, w, r.rows),
+        "chunks": lambda a, b, w, r: implementation.gram_of_chunks(a, b, none, w, r)[0],
     }[only]
     K, permuted = call(a, b, False, route), call(a[order], b[order], False, route)
     torch.testing.assert_close(permuted, K[order][:, order], rtol=1e-12, atol=1e-12)

@@ -1,4 +1,4 @@
-"""The partial sums of gram and subtract, added up in one launch."""
+"""Adds up, in one launch, the partial sums that the programs of a kernel leave behind."""
 
 import triton
 import triton.language as tl
@@ -6,12 +6,14 @@ from torch import Tensor
 
 
 @triton.jit
-def sums_kernel(
+def add_partial_sums_kernel(
     part, total, todo, splits, size, n,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, MIRROR: tl.constexpr, PREDICATED: tl.constexpr,
 ):  # fmt: skip
-    """total [size] from part [splits, size], whose first n² entries are a symmetric matrix that `MIRROR` completes:
-    "lower" from its lower triangle, "mean" as the mean of itself and its transpose."""
+    """Add up part [splits, size] into total [size], whose first n² entries are a symmetric matrix.
+
+    MIRROR completes it: "lower" from its lower triangle, "mean" as the mean of itself and its transpose.
+    """
     if PREDICATED and tl.load(todo) == 0:
         return
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -34,16 +36,18 @@ def sums_kernel(
 
 
 def shape(splits: int) -> tuple[int, int]:
-    """Rows and columns of a step: 4096 numbers on their way in every program."""
+    """Return rows and columns of a step: 4096 numbers on their way in every program."""
     rows = min(512, triton.next_power_of_2(splits))
     return rows, max(8, min(64, 4096 // rows))
 
 
-def sums(part: Tensor, total: Tensor, n: int = 0, mirror: str = "lower", todo: Tensor | None = None) -> None:
-    """total [size] from part [splits, size]; `todo`: a device flag, where it is 0 total stays as it is."""
+def add_partial_sums(
+    part: Tensor, total: Tensor, n: int = 0, mirror: str = "lower", todo: Tensor | None = None
+) -> None:
+    """Add up part [splits, size] into total [size]; `todo`: a device flag, where it is 0 total stays as it is."""
     splits, size = part.shape
     rows, block = shape(splits)
-    sums_kernel[(triton.cdiv(size, block),)](
+    add_partial_sums_kernel[(triton.cdiv(size, block),)](
         part, total, todo, splits, size, n,
         ROWS=rows, BLOCK=block, MIRROR=mirror, PREDICATED=todo is not None, num_warps=8,
     )  # fmt: skip

@@ -1,0 +1,90 @@
+"""Which kernel computes which op on which device: the only table, and the only import of the compiled extension.
+
+What has no row runs its default: the reference of the op, or library products. So does gram_solve on CUDA without nvcc:
+its reference serves every n, never waits for the device and can be captured in a CUDA graph. It costs 44 small launches
+per row, which is why the extension has a kernel; one in Triton as well would be a third pivoted Cholesky to keep right.
+"""
+
+import functools
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+
+from ..ops import linear_impl as linear
+from ..ops.basis_project import basis_project_op
+from ..ops.feasible import feasible_pass
+from ..ops.gram import gram_op
+from ..ops.gram_solve import gram_solve_op
+from ..ops.project_out import project_out_op, subtract_op
+from ..ops.registration import register_kernel
+from . import linear_choices, project_out
+
+
+def extension() -> dict[str, Any] | None:
+    """Return how the compiled extension was built, None where it was not; the first call registers its kernels."""
+    if find_spec("projgrad._C") is None:  # absent is fine; present and broken must fail here, loudly
+        return None
+    from .. import _C
+
+    return dict(_C.build_info())
+
+
+def triton(name: str) -> Callable:
+    """Return the launcher `name` of the file of that name, which is imported at its first call."""
+
+    def launch(*args: Any) -> Any:
+        return getattr(import_module(f".{name}", __package__), name)(*args)
+
+    return launch
+
+
+def on_its_device(kernel: Callable) -> Callable:
+    """Make the device of the first tensor the current one: Triton launches there."""
+
+    @functools.wraps(kernel)
+    def launch(first: torch.Tensor, *rest: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return kernel(first, *rest)
+
+    return launch
+
+
+class Kernel(NamedTuple):
+    """kernel: a function, or the file of C++ that registers itself. when: it is there."""
+
+    op: Any
+    device: str
+    kernel: Callable | str
+    when: bool
+
+
+BUILT = extension()
+CPP, CUDA, TRITON = BUILT is not None, BUILT is not None and BUILT["cuda"], find_spec("triton") is not None
+
+KERNELS = (
+    Kernel(gram_op, "cpu", "csrc/gram.cpp", CPP),
+    Kernel(gram_op, "cuda", triton("gram"), TRITON),
+    Kernel(gram_solve_op, "cpu", "csrc/gram_solve.cpp", CPP),
+    Kernel(gram_solve_op, "cuda", "csrc/gram_solve_cuda.cu", CUDA),
+    Kernel(subtract_op, "cpu", "csrc/subtract.cpp", CPP),
+    Kernel(subtract_op, "cuda", triton("subtract"), TRITON),
+    Kernel(project_out_op, "cpu", project_out.on_host, CPP),
+    Kernel(project_out_op, "cuda", project_out.on_device, TRITON),
+    Kernel(basis_project_op, "cuda", triton("basis_project"), TRITON),
+    Kernel(feasible_pass, "cpu", "csrc/feasible.cpp", CPP),
+    Kernel(feasible_pass, "cuda", triton("feasible"), TRITON),
+    Kernel(linear.sample_products_, "cuda", linear_choices.sample_products_, TRITON),
+    Kernel(linear.cross_gram, "cuda", linear_choices.cross_gram, TRITON),
+    Kernel(linear.token_gram, "cuda", linear_choices.token_gram, TRITON),
+    Kernel(linear.token_gram_across, "cuda", linear_choices.token_gram_across, TRITON),
+    Kernel(linear.linear_dot_pass, "cuda", linear_choices.linear_dot_pass, TRITON),
+    Kernel(linear.linear_combine_pass_, "cuda", linear_choices.linear_combine_pass_, TRITON),
+    Kernel(linear.linear_moments, "cuda", linear_choices.linear_moments_pass, TRITON),
+)
+
+for op, device, kernel, when in KERNELS:
+    if when and callable(kernel):
+        register_kernel(op, device, on_its_device(kernel) if device == "cuda" else kernel)

@@ -1,0 +1,71 @@
+"""gram: the Gram matrix of an explicit gradient matrix G [n, p], and its products with directions in the same pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import check_flat
+from .numerics import multiply_in_float64
+from .registration import call, define_op
+
+# Inside the op u is always [m, p]; K and v are float64.
+
+
+def _default(G: Tensor, u: Tensor, float64: bool) -> tuple[Tensor, Tensor]:
+    """`float64`: multiply in float64 even where G is narrower. The reference always does."""
+    return reference.gram(G, u)
+
+
+def _shapes(G: Tensor, u: Tensor, float64: bool) -> tuple[Tensor, Tensor]:
+    n, m = G.shape[0], u.shape[0]
+    return G.new_empty((n, n), dtype=torch.float64), G.new_empty((n, m), dtype=torch.float64)
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: Any, dK: Tensor | None, dv: Tensor | None) -> tuple:
+    G, u = ctx.saved_tensors
+    dG, du = torch.zeros_like(G), torch.zeros_like(u)
+    if dK is not None and ctx.needs_input_grad[0]:
+        dG = multiply_in_float64(dK + dK.mT, G)
+    if dv is not None:
+        dG, du = dG + multiply_in_float64(dv, u), multiply_in_float64(dv.mT, G)
+    return dG, du, None
+
+
+gram_op = define_op("gram", _default, shapes=_shapes, setup=_setup, backward=_backward)
+
+
+def gram(G: Tensor, u: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute the Gram matrix of the rows of G and, in the same pass over G, their products with u.
+
+    K = G Gᵀ,  v = G u
+
+    Args:
+        G: (n, p) one gradient per row; float32, float64, bfloat16 or float16; any strides.
+        u: optional, (p,) or (m, p), dtype and device of G.
+
+    Returns:
+        K (n, n), and with u also v, (n,) or (n, m). Both float64 whatever the dtype of G: n² numbers cost nothing,
+        and rounding them loses the digits that a solve with K needs. Rows of tiny (1e-20) and huge (1e+15) norm keep
+        full relative precision. Differentiable twice.
+
+    Raises:
+        ValueError: G is not a matrix, u does not match it, or they are on two devices.
+        TypeError: a dtype that is not supported, or two dtypes.
+
+    Example:
+        >>> K, v = projgrad.gram(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([1.0, 1.0]))
+        >>> K.tolist(), v.tolist()
+        ([[5.0, 2.0], [2.0, 1.0]], [3.0, 1.0])
+    """
+    check_flat("gram", u, G)
+    if u is None:
+        return call(gram_op, G, G[:0], False)[0]
+    K, v = call(gram_op, G, u if u.ndim == 2 else u[None], False)
+    return K, (v if u.ndim == 2 else v[:, 0])
