@@ -65,6 +65,7 @@ def test_without_a_compiler_the_install_says_what_that_costs():
     assert "there is no compiler '/nonexistent/c++ -O1'. Everything works, slower" in process.stderr
 
 
+@pytest.mark.slow
 def test_the_package_runs_like_the_command():
     def run(*arguments):
         command = [sys.executable, "-m", "projgrad", *arguments]
@@ -75,6 +76,7 @@ def test_the_package_runs_like_the_command():
     assert wrong.returncode == 2 and wrong.stderr.startswith("usage: projgrad [-h]")
 
 
+@pytest.mark.slow
 def test_the_command_restarts_itself_with_passive_waiting():
     env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     command = [sys.executable, "-m", "projgrad", "doctor"]
@@ -124,6 +126,7 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
 
 def test_interruption_says_where_the_results_are(tmp_path, monkeypatch, capsys):
     pytest.importorskip("rich")
+
     def interrupt(self):
         raise KeyboardInterrupt
 

@@ -53,6 +53,7 @@ def test_every_method_makes_its_steps(tiny):
             assert done.residual <= 1e-5 and 0 < done.preserved_norm < 1, method
 
 
+@pytest.mark.same_without_extension
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_on_a_gpu(method):
     """On the pretend one: no tensor on the wrong device, the weights and scores of the CPU."""
@@ -180,6 +181,7 @@ Comparison(small_plan(seeds=tuple(range(200))), Path({out!r})).run()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on(tmp_path, monkeypatch):
     """kill -9 in the middle: every file that is there is whole, and the runs that are there are kept."""
     monkeypatch.setitem(SCENARIOS, "tiny", scenario())
@@ -257,6 +259,8 @@ def test_without_a_retrained_model_the_goal_is_the_original_without_the_forget_s
     assert original["method"] == "original" and b["tow"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
+@pytest.mark.same_without_extension
 def test_memory_of_a_step_is_measured_in_a_process_of_its_own():
     problem = Tiny(0)
     pytest.importorskip("resource")

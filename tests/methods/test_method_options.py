@@ -135,6 +135,7 @@ def test_options_that_count_take_whole_numbers_only(function, option, least, rig
         function(**{option: value})
 
 
+@pytest.mark.slow
 def test_checks_of_options_are_compiled_without_a_graph_break():
     """With numbers that torch.compile takes as variables after their second value."""
 

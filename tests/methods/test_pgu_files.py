@@ -133,6 +133,7 @@ def test_a_failed_save_leaves_the_last_file(tmp_path, monkeypatch):
     assert (tmp_path / "cache").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_a_process_killed_while_saving_leaves_a_complete_file(tmp_path):
     """Wherever the process dies, the file is one that was complete."""

@@ -71,6 +71,7 @@ def _two_processes(rank, file):
     os._exit(0)  # gloo's threads may outlive the group, and abort when they meet an interpreter on its way out
 
 
+@pytest.mark.slow
 def test_data_parallel_over_two_processes(tmp_path):
     torch.multiprocessing.spawn(_two_processes, (str(tmp_path / "store"),), nprocs=2)
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from projgrad.recording import carry, ownership
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.same_without_extension, pytest.mark.usefixtures("float64")]
 
 N = 3  # samples
 

@@ -15,7 +15,10 @@ from zoo import ZOO
 
 import projgrad
 
-pytestmark = pytest.mark.filterwarnings("ignore:no rule covers", "ignore:the . losses are mixed")
+pytestmark = [
+    pytest.mark.same_without_extension,
+    pytest.mark.filterwarnings("ignore:no rule covers", "ignore:the . losses are mixed"),
+]
 
 
 # Ways to pick losses, given the indices of those to take, in this order.

@@ -15,6 +15,8 @@ import projgrad
 from projgrad.recording import structure
 from projgrad.tape import tape as tapes
 
+pytestmark = pytest.mark.same_without_extension
+
 EACH = 4096  # bytes of one graph: a dictionary entry, two small dataclasses, lists of a few dozen layouts
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import projgrad
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.same_without_extension, pytest.mark.usefixtures("float64")]
 
 REFUSAL = "two backward passes through the same graph do not give the same gradients"
 N = 6
