@@ -3,31 +3,40 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same bits on every stream
 
-from importlib.util import find_spec
-
 import pytest
 import torch
+from cases import DEVICES
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: Triton kernels then run on CPU tensors
 
-# Whole files that need packages of the comparison; others skip what they miss.
-NEEDS = dict.fromkeys(
-    (
-        *("experiments/test_compare.py", "experiments/test_cli.py"),
-        *("evaluate/test_evaluate.py", "evaluate/test_report.py", "evaluate/test_evaluate_input.py"),
-        *("test_atomic.py", "test_options.py"),
-    ),
-    ("sklearn", "rich", "matplotlib"),
-)
-MISSING = {file: [p for p in packages if find_spec(p) is None] for file, packages in NEEDS.items()}
-collect_ignore = [file for file, packages in MISSING.items() if packages]
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick", action="store_true", help="up to three parametrizations of every test, slow ones left out"
+    )
 
 
-def pytest_report_header():
-    return [f"not collected: {file}, without {', '.join(MISSING[file])}" for file in collect_ignore]
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """With --quick, keep the first, the middle and the last parametrization of every test that is not slow."""
+    if not config.option.quick:
+        return
+    tests = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {id(same[k]) for same in tests.values() for k in (0, len(same) // 2, -1)}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
+@pytest.fixture
+def float64():
+    """Everything made without a dtype is float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(params=DEVICES)

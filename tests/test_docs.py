@@ -93,7 +93,7 @@ def test_public_names_are_documented():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstrings(name):
+def test_examples_in_docstrings_run(name):
     results = doctest.testmod(importlib.import_module(name), extraglobs={"projgrad": projgrad, "torch": torch})
     assert results.failed == 0
 

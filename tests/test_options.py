@@ -54,8 +54,10 @@ SCENARIO = {
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_are_checked(name):
+def test_numbers_out_of_range_or_of_other_types_are_refused(name):
     """NaN, infinity, the sign and other types; what is right in any type of number goes."""
+    if name == "width":
+        pytest.importorskip("rich")
     call, wrong, wanted, right = NUMBERS[name]
     what = rf"{name.split()[0]}\b.* must be (a |an |)({wanted}|share .*); got "
     for value in (math.nan, math.inf, -math.inf, *wrong):

@@ -45,7 +45,7 @@ def test_distances_to_the_retrained_model():
 @pytest.mark.parametrize(
     "scores, message", [({"forget": 0.1}, "'retain'"), ({**MODEL, "test": 97.0}, "between 0 and 1, 'test' is 97")]
 )
-def test_accuracies_are_checked(metric, scores, message):
+def test_accuracies_that_are_missing_or_no_shares_are_refused(metric, scores, message):
     for pair in ((scores, RETRAINED), (RETRAINED, scores)):
         with pytest.raises(ValueError, match=message):
             metric(*pair)
@@ -77,7 +77,7 @@ def test_attack_is_scored_on_test_samples_that_it_was_not_fitted_on():
     assert len({membership_auc([0.5], [0.1, 0.9], [0.99], seed=3) for _ in range(3)}) == 1
 
 
-def test_attack_takes_certainty():
+def test_membership_auc_is_the_chance_to_rank_a_forgotten_sample_higher():
     assert membership_auc(forget=[1.0, 1.0], test=[0.0, 0.0, 0.0, 0.0], retain=[1.0, 1.0, 0.0]) == 1
     assert membership_auc(forget=[1.0], test=[1.0, 1.0], retain=[1.0]) == 0.5
 
@@ -187,7 +187,7 @@ def test_scores_of_a_known_model(problem, device):
     assert scores(problem, model, {"test": 0.75}, RETRAINED) == {**found, "distance": None}
 
 
-def test_scores_without_references(problem):
+def test_scores_that_need_a_reference_are_none_without_it(problem):
     found = scores(problem, nn.Linear(4, 4))
     assert [found[name] for name in ("tow", "uis", "gap", "distance")] == [None] * 4
     assert 0 <= found["mia_auc"] <= 1
@@ -229,7 +229,7 @@ def test_samples_as_a_data_set_and_outputs_as_an_object(problem):
         ((torch.zeros(3, dtype=torch.long),), "one or more inputs"),
     ],
 )
-def test_samples_are_checked(problem, samples, message):
+def test_samples_that_do_not_fit_their_labels_are_refused(problem, samples, message):
     with pytest.raises(ValueError, match=message):
         Classification(retain=problem.retain, test=problem.test, forget=samples)
 
@@ -252,7 +252,7 @@ TITLES = {
 }
 
 
-def test_means_and_spreads():
+def test_summary_gives_mean_and_standard_error_over_seeds():
     rows = summarize(scenario({"scrub": [0.5, 0.7], "orthograd": [0.9]}))
     assert rows["scrub"]["tow"] == {"mean": 0.6, "std": pytest.approx(0.2 / math.sqrt(2)), "count": 2}
     assert rows["orthograd"]["tow"] == {"mean": 0.9, "std": None, "count": 1}

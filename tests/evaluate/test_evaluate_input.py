@@ -144,7 +144,7 @@ ACCURACIES = {"forget": 0.5, "retain": 0.5, "test": 0.5}
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.1, "0.5", [0.5]], ids=str)
 @pytest.mark.parametrize("metric", [tow, gap, uis])
-def test_accuracies_are_shares(metric, value):
+def test_metrics_refuse_accuracies_outside_zero_to_one(metric, value):
     for pair in (({**ACCURACIES, "test": value}, ACCURACIES), (ACCURACIES, {**ACCURACIES, "test": value})):
         with pytest.raises(ValueError, match=r"accuracies are shares between 0 and 1, 'test' is"):
             metric(*pair)

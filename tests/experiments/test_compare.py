@@ -13,10 +13,10 @@ from dataclasses import replace
 import pytest
 import torch
 from pretend import DEVICE, Gpu, to_device, values
-from torch import nn
+from tiny import SETTING, Tiny, scenario, small_plan
 
 from projgrad import evaluate
-from projgrad.evaluate.problem import MissingData, Part, Problem, Training
+from projgrad.evaluate.problem import MissingData, Part
 from projgrad.evaluate.summary import ORTHOGRAD_METHODS
 from projgrad.experiments.comparison import comparison
 from projgrad.experiments.comparison import run as runs
@@ -24,44 +24,16 @@ from projgrad.experiments.comparison.comparison import SETTINGS, Comparison, Com
 from projgrad.experiments.comparison.memory import peak_bytes
 from projgrad.experiments.comparison.methods import METHODS, TITLES, TUNED_AS, Setting, batches
 from projgrad.experiments.comparison.store import load_model, read_json, save_model, write_json
-from projgrad.experiments.scenarios import FAST, SCENARIOS, Scenario
+from projgrad.experiments.scenarios import FAST, SCENARIOS
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
-SETTING = Setting(0.1, 3, 8, 0.8)
-
-
-class Tiny(Problem):
-    """Three noisy clusters, learnt in two epochs."""
-
-    def __init__(self, seed):
-        generator = torch.Generator().manual_seed(seed)
-        y = torch.arange(3).repeat(40)
-        x = 2 * nn.functional.one_hot(y, 6).float() + torch.randn(120, 6, generator=generator)
-        whole = Part((x,), y)
-        self.retain, self.forget, self.validation, self.test = whole[:60], whole[60:72], whole[72:90], whole[90:]
-        self.seed, self.classes, self.training, self.others = seed, 3, Training(1e-2, 16, 2), {}
-
-    def build(self):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-
-
-def scenario(load=Tiny, **changes):
-    fields = {"n": 8, "steps": 3, "forget_batch": 4, "study": (4, 8), "seconds": (1.0, 0.1)} | changes
-    return Scenario("clusters", "made here", "forgotten points recognised", load, **fields)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(SCENARIOS, "tiny", scenario())
     return small_plan()
-
-
-def small_plan(methods=("neggrad", "orthograd"), seeds=(0,), memory=False):
-    study = {"orthograd": tuple(Setting(0.1, 3, n, 0.5) for n in (4, 8))}
-    return ComparisonPlan("test", seeds, {"tiny": dict.fromkeys(methods, SETTING)}, {"tiny": study}, memory)
 
 
 def test_every_method_makes_its_steps(tiny):
@@ -81,6 +53,7 @@ def test_every_method_makes_its_steps(tiny):
             assert done.residual <= 1e-5 and 0 < done.preserved_norm < 1, method
 
 
+@pytest.mark.same_without_extension
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_on_a_gpu(method):
     """On the pretend one: no tensor on the wrong device, the weights and scores of the CPU."""
@@ -200,12 +173,15 @@ KILLED = """
 import sys
 sys.path[:0] = {tests!r}
 from pathlib import Path
-import test_compare as t
-t.SCENARIOS["tiny"] = t.scenario()
-t.Comparison(t.small_plan(seeds=tuple(range(200))), Path({out!r})).run()
+from projgrad.experiments.comparison.comparison import Comparison
+from projgrad.experiments.scenarios import SCENARIOS
+from tiny import scenario, small_plan
+SCENARIOS["tiny"] = scenario()
+Comparison(small_plan(seeds=tuple(range(200))), Path({out!r})).run()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on(tmp_path, monkeypatch):
     """kill -9 in the middle: every file that is there is whole, and the runs that are there are kept."""
     monkeypatch.setitem(SCENARIOS, "tiny", scenario())
@@ -226,7 +202,7 @@ def test_a_killed_comparison_goes_on(tmp_path, monkeypatch):
     assert len(read_json(tmp_path / "compare.json")["scenarios"]["tiny"]["runs"]) == 12
 
 
-def test_runs_repeat_exactly():
+def test_the_same_seed_gives_the_same_run():
     problem, found = Tiny(0), []
     for _ in range(2):
         model = runs.train(problem, (problem.retain, problem.forget), 0)
@@ -283,6 +259,8 @@ def test_without_a_retrained_model_the_goal_is_the_original_without_the_forget_s
     assert original["method"] == "original" and b["tow"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
+@pytest.mark.same_without_extension
 def test_memory_of_a_step_is_measured_in_a_process_of_its_own():
     problem = Tiny(0)
     pytest.importorskip("resource")
@@ -333,9 +311,9 @@ def test_committed_results_have_the_counts_of_the_shipped_settings():
     """Whatever the numbers of the candidates moved to: a plan of today counts as the frozen results do."""
     from bench.compare_results import COMMITTED
 
-    for name, scenario in read_json(COMMITTED)["scenarios"].items():
+    for name, about in read_json(COMMITTED)["scenarios"].items():
         counts = read_settings(name)["counts"]
-        for method, setting in scenario["settings"].items():
+        for method, setting in about["settings"].items():
             known = counts[TUNED_AS.get(method, method)]
             assert known == {"usable": setting["usable"], "candidates": setting["candidates"]}, (name, method)
 

@@ -131,7 +131,7 @@ def test_damaged_archives_are_refused_and_not_cached(folder):
     assert os.listdir(folder) == [ARCHIVE]
 
 
-def test_the_published_network():
+def test_the_network_is_the_published_one():
     model = all_cnn(96, 192, 10)
     assert sum(p.numel() for p in model.parameters()) == 1_369_738
     convolutions = [m for m in model if isinstance(m, torch.nn.Conv2d)]
@@ -174,7 +174,7 @@ def real_archive() -> Path:
 
 
 @pytest.mark.skipif(not real_archive().with_suffix(".npz").is_file(), reason="CIFAR-10 was not decoded here")
-def test_the_real_images():
+def test_the_real_images_have_the_published_sizes_and_moments():
     data = cifar._arrays(real_archive())
     assert data["train_images"].shape == (50_000, 32, 32, 3)
     assert np.bincount(data["train_labels"]).tolist() == [5000] * 10

@@ -114,7 +114,7 @@ def test_seeds_decide_everything_but_the_test_texts(installed):
     assert states[1]["head.weight"].any()
 
 
-def test_what_is_trained(installed):
+def test_only_adapters_and_head_are_trained_with_lora(installed):
     full, lora = News(0, lora=False).build(), News(0, lora=True).build()
     assert all(p.requires_grad for p in full.parameters())
     trained = {name for name, p in lora.named_parameters() if p.requires_grad}

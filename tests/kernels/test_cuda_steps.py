@@ -86,7 +86,7 @@ def test_a_step_in_float32(name, mode, device, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_autocast(mode, device):
+def test_a_step_under_autocast_leaves_rounding_and_no_more(mode, device):
     model, batches = data("mlp", F32)
     found, done = stepped(model, batches, device, steps=1, autocast=BF16, **MODES[mode])
     assert done.residual <= 2 * torch.finfo(BF16).eps

@@ -7,6 +7,8 @@ from cases import TRITON
 from projgrad.ops import reference
 from projgrad.ops.t_test import feasibility_thresholds
 
+pytestmark = pytest.mark.same_without_extension
+
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (F64, F64), (BF16, F32), (F16, F32), (BF16, BF16), (F32, F64)]
 N = 6
@@ -51,7 +53,7 @@ def check(kernel, tensors, level=0.3):
 
 @kernels
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_values(kernel, dtypes, device):
+def test_a_masked_pass_has_the_values_of_the_reference(kernel, dtypes, device):
     for level in (0.05, 0.5, 0.7, 1.0):
         _, sums = check(kernel, make(1500, dtypes, device), level)
         assert 0 < sums[1] < sums[0] < 1500  # the mask takes away some and leaves some
@@ -59,14 +61,14 @@ def test_values(kernel, dtypes, device):
 
 @kernels
 @pytest.mark.parametrize("p", [0, 1, 15, 16, 17, 4096, 9001])
-def test_sizes(kernel, p, device):
+def test_a_masked_pass_may_end_anywhere(kernel, p, device):
     """Vectors, chunks, programs and segments that end anywhere."""
     out, _ = check(kernel, make(p, device=device))
     assert not p or out.isfinite().all()
 
 
 @kernels
-def test_strides(kernel, device):
+def test_a_masked_pass_takes_any_strides(kernel, device):
     check(kernel, [x[::2] for x in make(3000, (BF16, F32), device)])
     check(kernel, [torch.stack([x, x], 1)[:, 1] for x in make(300, device=device)])
 
@@ -84,7 +86,7 @@ def test_bad_values_stay_with_their_coordinate(kernel, bad, device):
 
 
 @kernels
-def test_same_bits_again(kernel, device):
+def test_a_masked_pass_repeats_its_bits(kernel, device):
     args = (*make(9001, device=device), N, *feasibility_thresholds(N, 0.3, F32))
     for first, second in zip(kernel(*args), kernel(*args), strict=True):
         assert torch.equal(first, second)

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from cases import TRITON
 
+pytestmark = pytest.mark.same_without_extension
+
 needs_triton = pytest.mark.skipif(not TRITON, reason="triton has no build for this system")
 
 
+@pytest.mark.slow
 @needs_triton
-def test_ahead_of_time():
+def test_every_kernel_compiles_ahead_of_time():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "bench.aot", "--arch", "90", "--quick"]
@@ -35,7 +38,7 @@ def test_ahead_of_time():
         ("st.global.v4.b32 [ %rd1 + 0 ], { %r1, %r2, %r3, %r4 };", None),
     ],
 )
-def test_width_of_loads(ptx, size):
+def test_the_width_of_loads_is_read_from_ptx(ptx, size):
     from bench.aot import LOAD, width
 
     found = LOAD.search(ptx)
@@ -43,7 +46,7 @@ def test_width_of_loads(ptx, size):
 
 
 @needs_triton
-def test_table_without_rich(monkeypatch, capsys):
+def test_the_table_of_kernels_is_printed_without_rich(monkeypatch, capsys):
     from bench.aot import Code, show
 
     monkeypatch.setitem(sys.modules, "rich", None)

@@ -22,6 +22,8 @@ from projgrad.kernels.linear_dot import linear_dot
 from projgrad.kernels.linear_gram import linear_gram, tile
 from projgrad.kernels.register import KERNELS
 
+pytestmark = pytest.mark.same_without_extension
+
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F32, BF16)]
 INPUTS = [(name, pair) for name in FACTORS for pair in DTYPES if pair == (F32, F32) or name not in FLOAT_ONLY]
@@ -39,7 +41,7 @@ def check_dot(v, a, b, u):
 
 
 @pytest.mark.parametrize("name, dtypes", INPUTS, ids=str)
-def test_gram(name, dtypes):
+def test_the_gram_kernel_equals_the_loop_over_positions(name, dtypes):
     a, b = layer(name, dtypes, DEVICE)
     K = linear_gram(a, b)
     assert K.dtype == F64 and torch.equal(K, K.mT)
@@ -47,7 +49,7 @@ def test_gram(name, dtypes):
 
 
 @pytest.mark.parametrize("name, dtypes", INPUTS, ids=str)
-def test_dot(name, dtypes):
+def test_the_dot_kernel_equals_the_loop_over_positions(name, dtypes):
     a, b = layer(name, dtypes, DEVICE)
     u = torch.randn(2, b.shape[2], a.shape[2], device=DEVICE).to(b.dtype)
     check_dot(linear_dot(a, b, u), a, b, u)
@@ -75,7 +77,8 @@ def test_samples_and_tiles_do_not_coincide(t):
     assert ((linear_gram(a2, b2, a, b).mT - expected).abs() <= bound).all()
 
 
-def test_large_tiles():
+@pytest.mark.slow
+def test_the_gram_kernel_is_exact_in_large_tiles():
     n, t = 17, 125
     assert tile(n, t, 2)[0] > tile(1, 1, 2)[0]
     a, b = torch.randn(n, t, 9, device=DEVICE).to(BF16), torch.randn(n, t, 70, device=DEVICE).to(BF16)
@@ -158,6 +161,7 @@ def test_files_in_the_table_of_kernels_exist():
     assert all(callable(kernel) or (root / kernel).exists() for _, _, kernel, _ in KERNELS)
 
 
+@pytest.mark.slow
 def test_every_kernel_through_its_op():
     """Outputs that share memory, types of weights, settings of torch: what calls of a launcher do not meet."""
     done = subprocess.run(

@@ -11,6 +11,8 @@ if not TRITON:
 
 from projgrad.kernels import linear_combine, linear_moments, weight_tiles
 
+pytestmark = pytest.mark.same_without_extension
+
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (BF16, F32), (F16, BF16)]
 INPUTS = [(name, pair) for name in ("random", "long") for pair in DTYPES]
@@ -61,7 +63,7 @@ def check_moments(sums, a, b):
 
 
 @pytest.mark.parametrize("name, dtypes", INPUTS, ids=str)
-def test_combine(name, dtypes, device):
+def test_the_combine_kernel_equals_the_loop_over_positions(name, dtypes, device):
     a, b = layer(name, dtypes, device)
     c = torch.randn(a.shape[0], dtype=F64, device=device)
     before = torch.randn(b.shape[2], a.shape[2], device=device)
@@ -71,7 +73,7 @@ def test_combine(name, dtypes, device):
 
 
 @pytest.mark.parametrize("name, dtypes", INPUTS, ids=str)
-def test_moments(name, dtypes, device):
+def test_the_moments_kernel_equals_the_loop_over_positions(name, dtypes, device):
     a, b = layer(name, dtypes, device)
     check_moments(linear_moments.linear_moments(a, b), a, b)
 
@@ -109,7 +111,7 @@ def test_combine_with_weights_outside_float32(t, dtype, device):
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("n, t", [(1, 1), (1, 140), (30, 2), (7, 20)])
-def test_splits(n, t, dtype, device, monkeypatch):
+def test_sums_split_anywhere_are_exact_and_repeat_their_bits(n, t, dtype, device, monkeypatch):
     """Two tiles, splits that end inside a sample and inside a run, and the same bits again."""
     monkeypatch.setattr(weight_tiles, "PROGRAMS", 6)
     monkeypatch.setattr(linear_moments, "RUN", 5)
@@ -123,7 +125,7 @@ def test_splits(n, t, dtype, device, monkeypatch):
     check_moments(linear_moments.linear_moments(a, b), a, b)
 
 
-def test_large_tiles(device):
+def test_combine_and_moments_are_exact_in_large_tiles(device):
     a, b = samples(3, 18, 70, 133, BF16, device)
     c, out = torch.randn(3, dtype=F64, device=device), torch.zeros(133, 70, device=device)
     linear_combine.linear_combine_(out, a, b, c)

@@ -97,6 +97,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode, layers, tied", [("global", 24, True), ("two_passes", 2, False), ("per_tensor", 24, False)]
 )
@@ -124,7 +125,7 @@ def test_waits_of_a_perceptron(mode):
 
 
 @pytest.mark.parametrize("mode", ["global", "per_tensor"])
-def test_refinement(mode):
+def test_refinement_is_decided_by_the_numbers_of_the_cpu(mode):
     """In float32, of nearly parallel gradients: decided by the same numbers."""
     torch.manual_seed(0)
     x = [torch.randn(1, 16) + 1e-3 * torch.randn(N, 16), torch.randn(4, 16)]
@@ -145,7 +146,7 @@ class Rounded(TorchDispatchMode):
 
 @pytest.mark.parametrize("n", [2, 4, 16])
 @pytest.mark.parametrize("mode", ["global", "two_passes", "per_tensor"])
-def test_convolutions_in_tf32(mode, n):
+def test_convolutions_in_tf32_raise_no_false_alarm(mode, n):
     """No false alarm of the self-check, and orthogonal to the gradients of what the GPU computed."""
     torch.manual_seed(0)
     layers = [
@@ -187,7 +188,7 @@ CASES = """linear_3d conv2d conv2d_groups conv_transpose2d layer_norm batch_norm
 
 
 @pytest.mark.parametrize("name", CASES.split())
-def test_zoo(name):
+def test_products_of_the_zoo_are_those_of_the_cpu(name):
     case = ZOO[name]()
     twin = copy.deepcopy(case.model)
     expected = products(case, case.model, case.inputs, torch.ones(case.n, dtype=torch.float64))

@@ -119,7 +119,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(setup):
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_bad_arguments(setup):
+def test_bad_options_and_closures_of_baselines_are_refused(setup):
     model, optimizer, forget, retain = setup
     with pytest.raises(ValueError, match=r"alpha .* must be in \[0, 1\]; got 1.5"):
         NegGradPlus(model, optimizer, 1.5)

@@ -181,7 +181,7 @@ def test_errors_of_a_closure_are_not_explained():
         METHODS["orthograd"](problem.model, problem.forget).step(twice, problem.retain)
 
 
-def test_inference_mode():
+def test_inference_mode_is_refused_and_no_grad_is_lifted():
     problem = Problem()
     for name in ("orthograd", "feasible", "neggrad"):
         method = METHODS[name](problem.model, problem.forget)

@@ -63,7 +63,7 @@ def test_harmless_habits_change_nothing(name, habit):
 
 @pytest.mark.parametrize("how", ["grad", "backward"])
 @pytest.mark.parametrize("name", ONE_STEP)
-def test_attacked_inputs(name, how):
+def test_gradients_made_inside_the_retain_closure_do_not_count(name, how):
     """Adversarial retain samples, made inside the closure; with backward(), whoever made the gradients clears them."""
     problem = Problem()
     x = attack(problem.retain, problem.x, by_grad)

@@ -44,7 +44,7 @@ def sgd(model, **options):
 
 @pytest.mark.parametrize("ascend", [True, False])
 @pytest.mark.parametrize("make", [sgd, lambda model: torch.optim.Adam(model.parameters(), lr=0.1)])
-def test_step(make, ascend):
+def test_a_step_is_the_masked_step_of_the_optimizer(make, ascend):
     """The change of the same optimizer without a mask, masked; and the record, with gradients at the weights before."""
     model, forget, retain, _ = setup()
     u, G = gradients(model, forget, retain)
@@ -76,7 +76,7 @@ def test_step(make, ascend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_aggregate(dtype):
+def test_the_aggregate_test_keeps_most_of_a_step_that_helps_both(dtype):
     """What helps both moves almost as a whole, and the record is what the testing half says of it."""
     model, _, retain, check = setup(dtype, 64)
     help_ = lambda: check().mean()  # noqa: E731
@@ -124,7 +124,7 @@ METHODS = {
 
 @pytest.mark.parametrize("test", ["coordinate", "aggregate"])
 @pytest.mark.parametrize("name", METHODS)
-def test_orthograd_then_mask(name, test):
+def test_the_step_of_orthograd_is_masked_coordinate_by_coordinate(name, test):
     model, forget, retain, check = setup(n=40)
     state, before = copy.deepcopy(model.state_dict()), flat(model.parameters())
     record = projgrad.FeasibleUpdates(model, METHODS[name](model), delta=0.4, test=test).step(forget, retain, check)
@@ -162,7 +162,7 @@ def test_a_method_that_only_forgets():
     assert 0 < record.kept < 1 and ((moved == 0) | ((moved - 1).abs() < 1e-14)).all()
 
 
-def test_pgu_then_mask():
+def test_the_step_of_pgu_is_masked_and_keeps_frozen_weights():
     model, forget, retain, _ = setup()
     x = torch.randn(50, 5, dtype=torch.float64)
     pgu = projgrad.PGU(model, sgd(model), gamma=0.6).fit([x])
@@ -196,7 +196,7 @@ def test_frozen_unused_and_foreign_parameters():
     assert record.kept > 0 and changed <= {"0.weight", "2.weight", "2.bias"} and other.eq(1).all()
 
 
-def test_activation_checkpointing():
+def test_checkpoints_recompute_with_the_weights_before_the_proposal():
     """What is computed again after the proposal is computed with the weights before it."""
     from torch.utils.checkpoint import checkpoint
 
@@ -213,7 +213,7 @@ def test_activation_checkpointing():
 
 
 @pytest.mark.parametrize("kind", ["linear", "loop", "convolution"])
-def test_weighted_moments(kind):
+def test_weighted_moments_are_those_of_the_single_gradients(kind):
     """Σ w g and Σ (w g)² of the tape, which the split of the samples rests on."""
     layers = {
         "linear": lambda: nn.Linear(6, 4),
@@ -270,7 +270,7 @@ def test_a_refused_step_changes_nothing(name, test):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_squares_beyond_float32():
+def test_squares_beyond_float32_raise_and_change_nothing():
     """Each gradient is finite, and so is their sum."""
     model, forget, retain, _ = setup(torch.float32)
     scale = torch.ones(())
@@ -305,7 +305,7 @@ def test_an_optimizer_that_fails_leaves_the_parameters(make, error, message):
 
 
 @pytest.mark.parametrize("test", ["coordinate", "aggregate"])
-def test_mixes_no_devices(test):
+def test_a_feasible_step_on_a_gpu_is_the_step_on_the_cpu(test):
     """On a pretend GPU, with OrthoGrad inside: the same step as on the CPU."""
     model, *_ = setup(torch.float32, 32)
     state = copy.deepcopy(model.state_dict())
@@ -345,7 +345,7 @@ def test_batch_statistics_are_refused():
         (lambda model: (projgrad.OrthoGrad(model, sgd(model)), {"ascend": False}), "OrthoGrad has ascend=True"),
     ],
 )
-def test_bad_options(make, message):
+def test_bad_options_of_feasible_updates_are_refused(make, message):
     model = setup()[0]
     optimizer, options = make(model)
     with pytest.raises(ValueError, match=message):

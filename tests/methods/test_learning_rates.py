@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from test_orthograd import _parameters, _setup
 from torch import nn
+from unlearners import classifier, flat_parameters
 
 import projgrad
 from projgrad import projectors
@@ -23,9 +23,9 @@ def _applied(model, unlearner, forget, retain):
     G = torch.stack(
         [torch.cat([g.flatten() for g in torch.autograd.grad(l, params, retain_graph=True)]) for l in retain()]
     )
-    before = _parameters(model)
+    before = flat_parameters(model)
     record = unlearner.step(forget, retain)
-    moved = _parameters(model) - before
+    moved = flat_parameters(model) - before
     return float((G @ moved / G.norm(dim=1) / moved.norm()).abs().max()), moved, record
 
 
@@ -50,7 +50,7 @@ WAYS = {
 @pytest.mark.parametrize("name", RATES)
 def test_the_applied_update_is_orthogonal_with_different_learning_rates(name, way):
     """In every step, also after a scheduler changed the rate of one group."""
-    model, forget, retain = _setup()
+    model, forget, retain = classifier()
     optimizer = _groups(model, RATES[name])
     factors = [lambda step: 1.0, lambda step: 0.3**step]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
@@ -67,22 +67,22 @@ def test_the_applied_update_is_orthogonal_with_different_learning_rates(name, wa
 
 def test_the_update_with_learning_rates_is_the_weighted_formula():
     """The projection in the inner product weighted by the rates, and the mean retain gradient beside it."""
-    model, forget, retain = _setup()
+    model, forget, retain = classifier()
     params, rates = list(model.parameters()), torch.tensor([1e-2, 1e-2, 3e-1, 3e-1], dtype=torch.float64)
     flat = lambda grads: torch.cat([g.flatten() for g in grads])  # noqa: E731
     u = flat(torch.autograd.grad(forget(), params))
     G = torch.stack([flat(torch.autograd.grad(loss, params, retain_graph=True)) for loss in retain()])
     root = flat([torch.full_like(p, float(rate)) for p, rate in zip(params, rates, strict=True)]).sqrt()
     u_perp = projectors.lstsq(root * u, root * G) / root
-    expected = _parameters(model) - root.square() * (0.3 * G.mean(0) - 0.7 * u_perp)
+    expected = flat_parameters(model) - root.square() * (0.3 * G.mean(0) - 0.7 * u_perp)
     record = projgrad.OrthoGrad(model, _groups(model, (1e-2, 3e-1)), alpha=0.3).step(forget, retain)
-    torch.testing.assert_close(_parameters(model), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(flat_parameters(model), expected, rtol=1e-10, atol=1e-12)
     assert record.preserved_norm == pytest.approx(float((root * u_perp).norm() / (root * u).norm()), rel=1e-9)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_equal_rates_in_several_groups_change_no_bit(way):
-    model, forget, retain = _setup(torch.float32)
+    model, forget, retain = classifier(torch.float32)
     state, results = copy.deepcopy(model.state_dict()), []
     for optimizer in (
         torch.optim.SGD(model.parameters(), lr=0.1),
@@ -90,14 +90,14 @@ def test_equal_rates_in_several_groups_change_no_bit(way):
     ):
         model.load_state_dict(state)
         record = projgrad.OrthoGrad(model, optimizer, **WAYS[way]).step(forget, retain)
-        results.append((_parameters(model), record.residual, record.preserved_norm))
+        results.append((flat_parameters(model), record.residual, record.preserved_norm))
     assert torch.equal(results[0][0], results[1][0]) and results[0][1:] == results[1][1:]
 
 
 @pytest.mark.parametrize("way", ["per_tensor", "qr_per_tensor"])
 def test_rates_scale_the_update_of_every_tensor_alone(way):
     """Every tensor is orthogonal by itself: its projection is that without groups."""
-    model, forget, retain = _setup()
+    model, forget, retain = classifier()
     state, gradients = copy.deepcopy(model.state_dict()), []
     for optimizer in (torch.optim.SGD(model.parameters(), lr=0.1), _groups(model, (0.7, 1e-3))):
         model.load_state_dict(state)
@@ -109,7 +109,7 @@ def test_rates_scale_the_update_of_every_tensor_alone(way):
 @pytest.mark.parametrize("way", ["kept", "two_passes"])
 def test_the_residual_is_that_of_what_is_applied(way):
     """In float32, where most of u lies in the span: the record says how much is left of it after the rates."""
-    model, forget, retain = _setup(torch.float32)
+    model, forget, retain = classifier(torch.float32)
     unlearner = projgrad.OrthoGrad(model, _groups(model, (1.0, 1e-3)), alpha=0.0, **WAYS[way])
     for _ in range(3):
         params = list(model.parameters())

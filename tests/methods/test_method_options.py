@@ -121,7 +121,7 @@ def test_what_is_no_number(function, option, interval, right):
         (scrub, "max_steps", 0, [0, 3]),
     ],
 )
-def test_integers(function, option, least, right):
+def test_options_that_count_take_whole_numbers_only(function, option, least, right):
     with pytest.raises(ValueError, match=rf"got {least - 1}"):
         function(**{option: least - 1})
     with pytest.raises(ValueError, match="got -3"):
@@ -135,7 +135,8 @@ def test_integers(function, option, least, right):
         function(**{option: value})
 
 
-def test_checks_are_compiled():
+@pytest.mark.slow
+def test_checks_of_options_are_compiled_without_a_graph_break():
     """With numbers that torch.compile takes as variables after their second value."""
 
     def both(u, G, n, damping, rtol, delta):
@@ -162,7 +163,7 @@ def test_a_flag_that_is_none(function):
     "function, option, choices",
     [(orthograd, "scope", "global"), (project_, "scope", "per_tensor"), (feasible_updates, "test", "aggregate")],
 )
-def test_choices(function, option, choices):
+def test_choices_other_than_the_listed_are_refused(function, option, choices):
     for value in ("all", None, 1, torch.ones(2)):
         with pytest.raises(ValueError, match=rf"{option} must be '.*{choices}.*; got "):
             function(**{option: value})
@@ -187,7 +188,7 @@ def test_a_scaler_that_is_not_enabled():
     assert not unlearner.step(forget, retain).skipped
 
 
-def test_infinity_clips_nothing():
+def test_an_infinite_max_norm_clips_nothing():
     for make in (projgrad.OrthoGrad, NegGradPlus, PCGrad):
         torch.manual_seed(0)
         model, optimizer = model_and_optimizer()
@@ -233,7 +234,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_model_and_optimizer(name):
+def test_a_swapped_or_wrong_model_and_optimizer_are_refused(name):
     make, (model, optimizer) = MAKERS[name], model_and_optimizer()
     with pytest.raises(TypeError, match="model and optimizer are swapped"):
         make(optimizer, model)
@@ -286,7 +287,7 @@ WRONG = {
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("name", MAKERS)
-def test_what_closures_return(name, wrong, which):
+def test_wrong_losses_of_closures_are_refused_and_change_nothing(name, wrong, which):
     model, optimizer = model_and_optimizer()
     method, pair = MAKERS[name](model, optimizer), list(closures(model))
     change, message = WRONG[wrong]

@@ -7,22 +7,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from unlearners import N, classifier, flat_parameters
 
 import projgrad
 from projgrad import projectors
 from projgrad.methods.common import trainable_parameters
-
-N = 6
-
-
-def _setup(dtype=torch.float64):
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
-    data = {"x": torch.randn(N, 5), "xf": torch.randn(4, 5)}
-    x, xf = (t.to(dtype) for t in data.values())
-    y, yf = torch.randint(3, (N,)), torch.randint(3, (4,))
-    forget = lambda model=model: F.cross_entropy(model(xf), yf)  # noqa: E731
-    retain = lambda model=model: F.cross_entropy(model(x), y, reduction="none")  # noqa: E731
-    return model, forget, retain
 
 
 def _written_out(model, forget, retain, per_tensor=False):
@@ -36,23 +25,19 @@ def _written_out(model, forget, retain, per_tensor=False):
     return u, torch.cat([projectors.lstsq(a, b) for a, b in parts]), G.mean(0)
 
 
-def _parameters(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 @pytest.mark.parametrize("ascend", [True, False])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("scope", ["global", "per_tensor"])
-def test_update(scope, alpha, ascend):
-    model, forget, retain = _setup()
-    before = _parameters(model)
+def test_the_update_is_the_formula_written_out(scope, alpha, ascend):
+    model, forget, retain = classifier()
+    before = flat_parameters(model)
     u, u_perp, mean = _written_out(model, forget, retain, scope == "per_tensor")
     unlearner = projgrad.OrthoGrad(
         model, torch.optim.SGD(model.parameters(), lr=0.1), alpha, scope=scope, ascend=ascend
     )
     record = unlearner.step(forget, retain)
     update = alpha * mean + (1 if ascend is False else -1) * (1 - alpha) * u_perp
-    torch.testing.assert_close(_parameters(model), before - 0.1 * update, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(flat_parameters(model), before - 0.1 * update, rtol=1e-9, atol=1e-12)
     preserved = float(u_perp.norm() / u.norm()) if alpha < 1 else 1.0  # with alpha = 1 there is nothing to project
     assert record.preserved_norm == pytest.approx(preserved, rel=1e-9)
     assert record.residual < 1e-12 and record.seconds > 0
@@ -66,7 +51,7 @@ def test_update(scope, alpha, ascend):
 
 def test_first_order_effect_is_forgetting_only():
     """A small projected step changes no retain loss to first order, and raises the forget loss."""
-    model, forget, retain = _setup()
+    model, forget, retain = classifier()
     before, forget_before = retain().detach(), forget().detach()
     projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=1e-5), alpha=0.0).step(forget, retain)
     raised = forget().detach() - forget_before
@@ -75,15 +60,15 @@ def test_first_order_effect_is_forgetting_only():
 
 @pytest.mark.parametrize("projector", [projectors.qr, projectors.lstsq])
 @pytest.mark.parametrize("scope", ["global", "per_tensor"])
-def test_reference_projectors_agree(scope, projector):
-    model, forget, retain = _setup()
+def test_reference_projectors_give_the_same_step(scope, projector):
+    model, forget, retain = classifier()
     twin = copy.deepcopy(model)
     records = []
     for some, kwargs in ((model, {}), (twin, {"projector": projector})):
         unlearner = projgrad.OrthoGrad(some, torch.optim.SGD(some.parameters(), lr=0.1), scope=scope, **kwargs)
         records.append(unlearner.step(functools.partial(forget, some), functools.partial(retain, some)))
     if scope == "global" or projector is projectors.lstsq:
-        torch.testing.assert_close(_parameters(twin), _parameters(model), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(flat_parameters(twin), flat_parameters(model), rtol=1e-9, atol=1e-11)
         assert records[1].preserved_norm == pytest.approx(records[0].preserved_norm, rel=1e-9)
     assert records[1].rank is None and records[0].rank is not None
 
@@ -105,27 +90,27 @@ def test_per_tensor_qr_is_qr_of_every_tensor():
 
 
 def test_keeping_output_gradients_changes_nothing():
-    model, forget, retain = _setup()
+    model, forget, retain = classifier()
     state = copy.deepcopy(model.state_dict())
     results = []
     for some in ({}, {"keep_output_gradients": True}, {"projector": projgrad.project_out}):
         model.load_state_dict(state)
         projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.1), **some).step(forget, retain)
-        results.append(_parameters(model))
+        results.append(flat_parameters(model))
     for some in results[1:]:
         torch.testing.assert_close(some, results[0], rtol=1e-11, atol=1e-13)
 
 
 def test_fitted_and_duplicated_samples():
     """Half of the retain samples repeat each other or have no gradient at all: float32, residual at rounding level."""
-    model, forget, retain = _setup(torch.float32)
+    model, forget, retain = classifier(torch.float32)
     losses = lambda: torch.cat([retain(), 3 * retain()[:2], 0 * retain()[:2]])  # noqa: E731
     record = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.1)).step(forget, losses)
     assert record.rank == N and record.residual <= 1e-6
 
 
 def test_frozen_and_foreign_parameters_are_left_alone():
-    model, forget, retain = _setup()
+    model, forget, retain = classifier()
     model[0].bias.requires_grad_(False)
     optimizer = torch.optim.SGD([model[0].weight, model[2].weight], lr=0.1)
     before = copy.deepcopy(model.state_dict())
@@ -138,7 +123,7 @@ def test_frozen_and_foreign_parameters_are_left_alone():
 
 def test_unused_parameters_get_no_gradient():
     """A zero gradient would let AdamW decay them; plain training does not."""
-    model, *_ = _setup()
+    model, *_ = classifier()
     head = nn.Linear(7, 2).double()
     model.add_module("unused", head)
     body = lambda x: model[2](model[1](model[0](x)))  # noqa: E731
@@ -151,7 +136,7 @@ def test_unused_parameters_get_no_gradient():
 
 
 def test_nearly_parallel_retain_gradients_in_float64():
-    model, forget, _ = _setup()
+    model, forget, _ = classifier()
     x = torch.randn(1, 5, dtype=torch.float64) + 1e-4 * torch.randn(30, 5, dtype=torch.float64)
     for scope in ("global", "per_tensor"):
         unlearner = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.0), scope=scope)
@@ -164,7 +149,7 @@ def test_an_optimizer_that_fails_leaves_no_gradient():
         def step(self):
             raise OSError("out of luck")
 
-    model, forget, retain = _setup()
+    model, forget, retain = classifier()
     with pytest.raises(OSError, match="luck"):
         projgrad.OrthoGrad(model, Fails(model.parameters())).step(forget, retain)
     assert all(p.grad is None for p in model.parameters())
@@ -172,7 +157,7 @@ def test_an_optimizer_that_fails_leaves_no_gradient():
 
 def test_a_stale_gradient_moves_nothing():
     """Frozen parameters, and those of other models in the same optimizer, stay where they are."""
-    model, forget, retain = _setup()
+    model, forget, retain = classifier()
     other = nn.Parameter(torch.ones(2, dtype=torch.float64))
     unlearner = projgrad.OrthoGrad(model, torch.optim.SGD([*model.parameters(), other], lr=0.1))
     model[0].weight.requires_grad_(False)
@@ -210,11 +195,11 @@ def test_sparse_gradients_are_refused():
 
 
 def test_max_norm_clips_the_whole_update():
-    model, forget, retain = _setup()
-    before = _parameters(model)
+    model, forget, retain = classifier()
+    before = flat_parameters(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     projgrad.OrthoGrad(model, optimizer, max_norm=0.01).step(forget, retain)
-    assert float((_parameters(model) - before).norm()) == pytest.approx(0.01, rel=1e-4)
+    assert float((flat_parameters(model) - before).norm()) == pytest.approx(0.01, rel=1e-4)
 
 
 def _poisoned(closure, value):
@@ -249,7 +234,7 @@ BAD_STEPS = {
 @pytest.mark.parametrize("name", BAD_STEPS)
 def test_a_refused_step_changes_nothing(name):
     closures, error, message = BAD_STEPS[name]
-    model, forget, retain = _setup()
+    model, forget, retain = classifier()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     unlearner = projgrad.OrthoGrad(model, optimizer)
     unlearner.step(forget, retain)
@@ -272,18 +257,18 @@ def test_batch_statistics_are_refused(norm):
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_misread_layer_is_noticed(monkeypatch, keep):
     """The check compares what the rules say with what autograd does, and names the parameter."""
-    model, forget, retain = _setup()
+    model, forget, retain = classifier()
     from projgrad.rules.rule import Rows
 
     chunk = Rows.chunk
     monkeypatch.setattr(Rows, "chunk", lambda *args: 1.1 * chunk(*args))
-    before = _parameters(model)
+    before = flat_parameters(model)
     unlearner = projgrad.OrthoGrad(
         model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.0, keep_output_gradients=keep
     )
     with pytest.raises(ArithmeticError, match=r"plain autograd disagree.*in .\.bias"):
         unlearner.step(forget, retain)
-    assert torch.equal(_parameters(model), before) and all(p.grad is None for p in model.parameters())
+    assert torch.equal(flat_parameters(model), before) and all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -298,14 +283,14 @@ def test_a_misread_layer_is_noticed(monkeypatch, keep):
         ),
     ],
 )
-def test_bad_options(kwargs, message):
-    model, _, _ = _setup()
+def test_bad_options_of_orthograd_are_refused(kwargs, message):
+    model, _, _ = classifier()
     with pytest.raises(ValueError, match=message):
         projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.1), **kwargs)
 
 
 def test_optimizer_of_another_model():
-    model, _, _ = _setup()
+    model, _, _ = classifier()
     with pytest.raises(ValueError, match="holds no parameter of the model"):
         projgrad.OrthoGrad(model, torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1))
 

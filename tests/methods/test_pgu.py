@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:PGU protects nothing")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_published_subspaces(name):
+def test_bases_span_the_published_subspaces(name):
     model = NETWORKS[name]().double()
     x = torch.randn(24, 3, 16, 16, dtype=F64)
     model(x)  # statistics of the norms
@@ -127,7 +127,7 @@ def test_both_rules_by_hand():
     assert spectra.rank(values, 0.7, "energy").tolist() == [1, 0, 0]  # 16/30, 25/30
 
 
-def test_gamma_by_layer():
+def test_gamma_by_layer_sets_each_rank_and_freezes_at_one():
     model = perceptron()
     pgu = PGU(model, sgd(model), {"0.weight": 1.0, "2.weight": 0.3, "default": 0.9}).fit([correlated(30, 6)])
     assert set(pgu.bases) == {"2.weight", "4.weight"} and pgu.frozen["0.weight"] == "gamma is 1"
@@ -218,7 +218,7 @@ def test_autocast_does_not_reach_the_projection():
     assert all(map(torch.equal, *grads))
 
 
-def test_signs():
+def test_ascend_raises_the_loss_and_descend_lowers_it():
     for ascend, sign in ((True, 1), (False, -1)):
         pgu, x, y = fitted(ascend=ascend, gamma=0.3)
         before = F.cross_entropy(pgu.model(x[:5]), y[:5]).item()
@@ -226,7 +226,7 @@ def test_signs():
         assert sign * (F.cross_entropy(pgu.model(x[:5]), y[:5]).item() - before) > 0
 
 
-def test_clipping():
+def test_max_norm_bounds_the_step_of_pgu():
     pgu, x, y = fitted(max_norm=1e-3)
     before = parameters(pgu.model)
     pgu.step(lambda: 1e3 * F.cross_entropy(pgu.model(x[:5]), y[:5]))
@@ -234,7 +234,7 @@ def test_clipping():
     assert moved == pytest.approx(0.1 * 1e-3, rel=1e-5)
 
 
-def test_soft_projection():
+def test_soft_projection_follows_its_equation_and_hardens_at_zero():
     """By its equation, and the hard one for soft → 0."""
     pgu, x, y = fitted(soft=0.5)
     (U, values), kept = pgu.cache.spectra["2.weight"], pgu.bases["2.weight"]

@@ -18,7 +18,7 @@ from projgrad.methods.pgu.pgu import PGU
 pytestmark = pytest.mark.filterwarnings("ignore:PGU protects nothing")
 
 
-def test_file(tmp_path):
+def test_a_saved_cache_is_loaded_with_the_same_bits(tmp_path):
     pgu, x, y = fitted()
     original = copy.deepcopy(pgu.model)
     pgu.forget([x[:5]])
@@ -133,8 +133,9 @@ def test_a_failed_save_leaves_the_last_file(tmp_path, monkeypatch):
     assert (tmp_path / "cache").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-def test_killed_while_saving(tmp_path):
+def test_a_process_killed_while_saving_leaves_a_complete_file(tmp_path):
     """Wherever the process dies, the file is one that was complete."""
     script = textwrap.dedent("""
         import os, sys

@@ -40,7 +40,7 @@ class Tied(nn.Module):
         return self.head(x @ self.both + x @ self.both.T)
 
 
-def test_uses_of_weights():
+def test_all_uses_of_a_weight_are_summed_or_it_is_frozen():
     model, ids = Tied().double(), torch.randint(7, (30, 3))
     pgu = warned(PGU(model, sgd(model)), [ids], r"scale \(mul is not.*both \(matmul multiplies other inputs")
     assert set(pgu.bases) == {"mix.weight", "stored"}
@@ -103,7 +103,7 @@ def test_convolutions_on_a_gpu_are_rounded_unless_told():
 
 
 @pytest.mark.parametrize("kind", ["self", "cross", "other_widths"])
-def test_attention(kind):
+def test_attention_has_the_moments_of_its_queries_keys_and_values(kind):
     more = {"kdim": 5, "vdim": 3} if kind == "other_widths" else {}
     model = nn.MultiheadAttention(4, 2, batch_first=True, **more).double().eval()
     q = torch.randn(6, 3, 4, dtype=F64)
@@ -121,7 +121,7 @@ def test_attention(kind):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_transformers(name):
+def test_pgu_projects_every_matrix_of_a_language_model(name):
     from zoo import language
 
     model = getattr(language, name)().eval()
@@ -136,7 +136,7 @@ def test_transformers(name):
     assert pgu.step(lambda: (logits(), ids[4:, -1])).residual < 1e-4
 
 
-def test_adapters():
+def test_pgu_projects_the_adapters_of_a_language_model():
     peft = pytest.importorskip("peft")
     from zoo import adapters, language
 

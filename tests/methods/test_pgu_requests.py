@@ -71,7 +71,7 @@ def test_deletion_leaves_the_model_as_it_is():
     assert all(map(torch.equal, before, parameters(pgu.model))) and pgu.cache is cache
 
 
-def test_samples_are_counted():
+def test_forgotten_samples_are_counted_with_their_duplicates():
     """Duplicates are a multiset; labels are not part of a sample."""
     model, x = perceptron(), correlated(6, 6)
     pgu = PGU(model, sgd(model)).fit([(torch.cat([x, x[:1]]), torch.zeros(7))])
@@ -130,7 +130,7 @@ def test_what_was_not_fitted_is_refused():
         ("retain", [(1.0, 0.52)] + [(0.5, 0.47)] * 4, 4, "finished"),  # not more than 0.05
     ],
 )
-def test_stop_rules(stop, pairs, kept, reason):
+def test_each_stop_rule_ends_at_its_threshold(stop, pairs, kept, reason):
     pgu, x, y = fitted()
     pgu.forget([x[:8]])
     states, lrs, told = [], [], []

@@ -71,6 +71,7 @@ def _two_processes(rank, file):
     os._exit(0)  # gloo's threads may outlive the group, and abort when they meet an interpreter on its way out
 
 
+@pytest.mark.slow
 def test_data_parallel_over_two_processes(tmp_path):
     torch.multiprocessing.spawn(_two_processes, (str(tmp_path / "store"),), nprocs=2)
 
@@ -95,7 +96,7 @@ def test_data_parallel_of_one_process(one_process, name):
     torch.testing.assert_close(*found)
 
 
-def test_sharded_parameters(one_process):
+def test_sharded_parameters_are_refused_by_name(one_process):
     from torch.distributed.fsdp import fully_shard
 
     model = build()
@@ -116,7 +117,7 @@ class DeepSpeedEngine(nn.Sequential):
     """By its name."""
 
 
-def test_deepspeed():
+def test_a_deepspeed_engine_is_refused():
     refused(DeepSpeedEngine(nn.Linear(5, 3)), "DeepSpeed steps inside its own")
 
 
@@ -134,7 +135,7 @@ class AcceleratedOptimizer(torch.optim.SGD):
             super().step(closure)
 
 
-def test_accelerated_optimizer():
+def test_an_accelerated_optimizer_is_used_or_refused_with_the_way_out():
     model = build()
     optimizer, twin = AcceleratedOptimizer(model.parameters(), lr=0.1), copy.deepcopy(model)
     projgrad.OrthoGrad(model, optimizer).step(*closures(model))
@@ -181,7 +182,7 @@ def test_a_layer_replaced_after_the_optimizer_was_built(name):
 
 
 @pytest.mark.parametrize("name", [*METHODS, *SALUN])
-def test_legal_optimizers(name):
+def test_optimizers_of_some_or_more_parameters_give_no_warning(name):
     """Some of the model's parameters, or those of several models: nothing to warn of."""
     model, other = build(), build()
     forget, retain = closures(model)

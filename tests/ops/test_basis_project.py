@@ -51,7 +51,7 @@ def check(out, D, M):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SIZES)
-def test_values(name, dtypes, transposed, device):
+def test_basis_project_equals_the_written_out_product(name, dtypes, transposed, device):
     D, M = make(name, dtypes, device, transposed)
     check(projgrad.basis_project(D, M), D, M)
     check(reference.basis_project(D, M), D, M)
@@ -59,6 +59,7 @@ def test_values(name, dtypes, transposed, device):
 
 
 @pytest.mark.skipif(not TRITON, reason="triton has no build for this system")
+@pytest.mark.same_without_extension
 @pytest.mark.parametrize(
     "name, dtypes, transposed",
     [("small", d, True) for d in DTYPES if F64 not in d]
@@ -66,7 +67,7 @@ def test_values(name, dtypes, transposed, device):
     + [(name, (F32, F32), False) for name in SIZES],
     ids=str,
 )
-def test_kernel(name, dtypes, transposed, device):
+def test_the_kernel_of_basis_project_equals_the_written_out_product(name, dtypes, transposed, device):
     from projgrad.kernels.basis_project import basis_project
 
     D, M = make(name, dtypes, device, transposed)
@@ -74,7 +75,8 @@ def test_kernel(name, dtypes, transposed, device):
 
 
 @pytest.mark.skipif(not TRITON, reason="triton has no build for this system")
-def test_kernel_in_pieces(device, monkeypatch):
+@pytest.mark.same_without_extension
+def test_the_kernel_of_basis_project_is_exact_in_pieces(device, monkeypatch):
     """The sum over i in splits, and rows in chunks."""
     from projgrad.kernels import basis_project as kernel
     from projgrad.kernels import weight_tiles
@@ -98,14 +100,14 @@ def test_is_an_orthogonal_projection(dtype, device):
     torch.testing.assert_close(projgrad.basis_project(D[:, order], M), out[:, order])
 
 
-def test_leading_dimensions(device):
+def test_basis_project_takes_leading_dimensions_and_shares_a_basis(device):
     D, M = torch.randn(2, 3, 4, 6, device=device), torch.randn(2, 3, 6, 2, device=device)
     out = projgrad.basis_project(D, M)
     torch.testing.assert_close(out[1, 2], projgrad.basis_project(D[1, 2], M[1, 2]))
     torch.testing.assert_close(projgrad.basis_project(D, M[0, 0])[1, 2], projgrad.basis_project(D[1, 2], M[0, 0]))
 
 
-def test_vmap():
+def test_vmap_of_basis_project_equals_the_stack_of_its_calls():
     D, M, call = torch.randn(3, 4, 6), torch.randn(3, 6, 2), projgrad.basis_project
     expected = torch.stack([call(d, m) for d, m in zip(D, M, strict=True)])
     torch.testing.assert_close(torch.vmap(call)(D, M), expected)
@@ -116,7 +118,7 @@ def test_vmap():
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32)], ids=str)
-def test_opcheck(dtypes, device):
+def test_basis_project_passes_opcheck(dtypes, device):
     D, M = make("small", dtypes, device, transposed=True)
     opcheck(torch.ops.projgrad.basis_project.default, (D.requires_grad_(), M.requires_grad_()))
 
@@ -152,7 +154,7 @@ def test_forward_mode_is_refused_not_zero():
         torch.func.jvp(lambda d: projgrad.basis_project(d, M), (D,), (D,))
 
 
-def test_autocast_changes_nothing():
+def test_autocast_changes_nothing_of_basis_project():
     D, M = torch.randn(6, 8), torch.linalg.qr(torch.randn(8, 3)).Q
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = projgrad.basis_project(D, M)

@@ -44,7 +44,7 @@ def test_quantile_of_the_table(nu):
 
 @pytest.mark.skipif(find_spec("scipy") is None, reason="scipy is not installed")
 @pytest.mark.parametrize("nu", [1, 2, 3, 4, 7, 8, 31, 100, 999, 1000, 10**5])
-def test_quantile(nu):
+def test_the_quantile_of_t_equals_that_of_scipy(nu):
     from scipy.stats import t
 
     for level in (0.5, 0.3, 0.05, 0.01, 1e-4, 1e-6):
@@ -55,7 +55,7 @@ def test_quantile(nu):
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("n", [2, 3, 8, 64])
 @pytest.mark.parametrize("delta", [0.01, 0.05, 0.5])
-def test_values(delta, n, dtype, device):
+def test_feasible_equals_the_test_written_out(delta, n, dtype, device):
     d, u, g = example(n, dtype=dtype, device=device)
     found, expected = projgrad.feasible(d, u, *sums(g), n, delta=delta), written_out(d, u, g, delta)
     assert found.dtype == dtype and found.shape == d.shape
@@ -65,7 +65,7 @@ def test_values(delta, n, dtype, device):
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, F32), (F16, F32), (BF16, BF16)], ids=str)
-def test_half_types(dtypes, device):
+def test_feasible_in_half_types_errs_near_the_border_only(dtypes, device):
     """Sums in float32 lose nothing, sums rounded to half types only coordinates near the border."""
     d, u, g = example(device=device)
     d, u, expected = d.to(dtypes[0]), u.to(dtypes[0]), written_out(d, u, g)
@@ -111,7 +111,7 @@ def test_coordinates_without_a_gradient():
     assert projgrad.feasible(d, u, zero, zero + 1e-30, 5).tolist() == [0.0] * 4
 
 
-def test_symmetries():
+def test_feasible_follows_sign_scale_and_order():
     d, u, g = example()
     out = projgrad.feasible(d, u, *sums(g), 8)
     torch.testing.assert_close(projgrad.feasible(-d, -u, *sums(-g), 8), -out, rtol=0, atol=0)
@@ -125,7 +125,7 @@ def test_symmetries():
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F64, F64), (BF16, F32)], ids=str)
-def test_opcheck(dtypes, device):
+def test_feasible_passes_opcheck(dtypes, device):
     d, u, g = example(4, (30,), device=device)
     tensors = [x.to(t) for x, t in zip((d, u, *sums(g)), (*[dtypes[0]] * 2, *[dtypes[1]] * 2), strict=True)]
     opcheck(torch.ops.projgrad.feasible.default, (tensors[0].requires_grad_(), *tensors[1:], 4, 0.3))
@@ -138,7 +138,7 @@ def test_gradient_is_that_of_the_kept_part():
     assert torch.equal(d.grad, 2 * out.detach()) and u.grad is None
 
 
-def test_vmap():
+def test_vmap_of_feasible_equals_the_stack_of_its_calls():
     d, u, g = example(6, (3, 20))
     call = lambda *tensors: projgrad.feasible(*tensors, 6)  # noqa: E731
     expected = projgrad.feasible(d, u, *sums(g), 6)
@@ -147,7 +147,7 @@ def test_vmap():
     torch.testing.assert_close(shared[0], expected[0])
 
 
-def test_empty(device):
+def test_feasible_takes_tensors_without_elements(device):
     empty = torch.zeros(0, 3, device=device)
     assert projgrad.feasible(empty, empty, empty, empty, 2).shape == (0, 3)
 

@@ -5,6 +5,7 @@ import functools
 import emulator
 import pytest
 import torch
+from cases import implementations
 from pretend import Gpu, Pretend, values
 
 import projgrad
@@ -19,10 +20,10 @@ SIZES += [(2, 128, 1), (1, 130, 2), (0, 4, 1), (2, 0, 1), (2, 3, 0), (1, 40, 0)]
 BOUND = {torch.float32: 1e-4, torch.float64: 1e-11}
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("l, n, m", SIZES)
-def test_regular(l, n, m, dtype, implementation, device):
+def test_regular_systems_are_solved(l, n, m, dtype, implementation, device):
     A = torch.randn(l, n, 2 * n + 4, dtype=torch.float64, device=device)
     K, x = (A @ A.mT).to(dtype), torch.randn(l, n, m, dtype=dtype, device=device)
     found, rank, pivot = IMPLEMENTATIONS[implementation](K, K @ x, 0.0, None)
@@ -32,9 +33,9 @@ def test_regular(l, n, m, dtype, implementation, device):
     torch.testing.assert_close(found, x, rtol=BOUND[dtype], atol=BOUND[dtype])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 @pytest.mark.parametrize("n, rank", [(12, 0), (12, 1), (12, 5), (12, 11), (32, 20), (50, 40), (100, 33), (131, 40)])
-def test_singular(n, rank, implementation, device):
+def test_singular_systems_are_solved_with_as_many_rows_as_their_rank(n, rank, implementation, device):
     """K x = b for every b in the range of K, with as many nonzero x as the rank."""
     A = torch.randn(4, n, rank, dtype=torch.float64, device=device)
     K = A @ A.mT
@@ -45,7 +46,7 @@ def test_singular(n, rank, implementation, device):
     torch.testing.assert_close(K @ x, b, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 @pytest.mark.parametrize("n", [5, 20, 40])
 def test_the_first_of_equal_rows_is_the_one_that_counts(n, implementation, device):
     """Rows g, 0, g, 0, ... of one length: all pivots are equal, and zero rows are none."""
@@ -56,8 +57,8 @@ def test_the_first_of_equal_rows_is_the_one_that_counts(n, implementation, devic
     assert rank.tolist() == [1] and pivot.tolist() == [1]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_smallest_pivot(implementation, device):
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
+def test_the_smallest_pivot_is_the_squared_sine_between_rows(implementation, device):
     """The squared sine between two rows, plus the damping; 1 + damping where there is no row to use."""
     sine = torch.tensor([1.0, 0.5, 1e-3, 0.0], dtype=torch.float64, device=device)
     cosine = (1 - sine**2).sqrt()
@@ -75,7 +76,7 @@ def test_smallest_pivot(implementation, device):
         assert rank.tolist() == [2, 2, 2, 2 if damping else 1, 0]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 def test_row_scaling_changes_nothing(implementation, device):
     A = torch.randn(2, 9, 30, dtype=torch.float64, device=device)
     D = 10.0 ** torch.linspace(-100, 100, 9, dtype=torch.float64, device=device)
@@ -86,7 +87,7 @@ def test_row_scaling_changes_nothing(implementation, device):
     torch.testing.assert_close(scaled * D[:, None], x, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 @pytest.mark.parametrize("n", [5, 33, 129])
 def test_one_bad_system_does_not_harm_the_others(n, implementation, device):
     A = torch.randn(3, n, 2 * n, dtype=torch.float64, device=device)
@@ -102,7 +103,7 @@ def test_one_bad_system_does_not_harm_the_others(n, implementation, device):
     assert torch.equal(x[0, :, 0], clean[0, :, 0]) and x[0, :, 1].isnan().all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 def test_damping_is_added_to_the_unit_diagonal(implementation, device):
     A = torch.randn(2, 6, 4, dtype=torch.float64, device=device)  # singular without it
     K, b = A @ A.mT, torch.randn(2, 6, 1, dtype=torch.float64, device=device)
@@ -112,7 +113,7 @@ def test_damping_is_added_to_the_unit_diagonal(implementation, device):
     torch.testing.assert_close(x, expected, rtol=1e-11, atol=1e-12)
 
 
-def test_public_batches(device):
+def test_gram_solve_takes_leading_dimensions(device):
     A = torch.randn(2, 3, 4, 9, device=device)
     K, b = A @ A.mT, torch.randn(2, 3, 4, device=device)
     torch.testing.assert_close(projgrad.gram_solve(K, b), torch.linalg.solve(K, b), rtol=1e-3, atol=1e-4)

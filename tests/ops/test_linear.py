@@ -19,7 +19,7 @@ SMALL = 1 << 10  # bytes of a chunk: many chunks and tiles even for the sizes he
 
 
 @pytest.mark.parametrize("name, dtypes", INPUTS, ids=str)
-def test_gram(name, dtypes, device):
+def test_linear_gram_equals_the_loop_over_positions(name, dtypes, device):
     a, b = make_factors(name, dtypes, device)
     K = projgrad.linear_gram(a, b)
     assert K.dtype == F64 and torch.equal(K, K.mT)
@@ -30,7 +30,7 @@ def test_gram(name, dtypes, device):
 @pytest.mark.parametrize("float64", [False, True])
 @pytest.mark.parametrize("only", ["factors", "chunks"])
 @pytest.mark.parametrize("name", FACTORS)
-def test_both_routes(name, only, float64, budget):
+def test_both_routes_to_a_gram_matrix_are_exact(name, only, float64, budget):
     a, b = layer(name)
     n, t, i = a.shape
     u = torch.randn(2, b.shape[2], i)
@@ -45,7 +45,7 @@ def test_both_routes(name, only, float64, budget):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_fused_with_directions(dtypes):
+def test_linear_gram_with_directions_equals_gram_and_dot(dtypes):
     """What the tape calls: K and v, on either route and with any chunk."""
     for name in ("one_position", "random", "long"):
         a, b = layer(name, dtypes)
@@ -64,7 +64,7 @@ def check_dot(v, a, b, u, dtype):
 
 
 @pytest.mark.parametrize("name, dtypes", INPUTS, ids=str)
-def test_dot(name, dtypes, device):
+def test_linear_dot_equals_the_loop_over_positions(name, dtypes, device):
     a, b = layer(name, dtypes, device)
     u = torch.randn(3, b.shape[2], a.shape[2], device=device).to(b.dtype)
     v = projgrad.linear_dot(a, b, u)
@@ -82,7 +82,7 @@ def test_dot_of_tiny_and_huge_keeps_its_precision():
 
 
 @pytest.mark.parametrize("name, dtypes", INPUTS, ids=str)
-def test_combine(name, dtypes, device):
+def test_linear_combine_equals_the_loop_over_positions(name, dtypes, device):
     a, b = layer(name, dtypes, device)
     c = torch.randn(2, a.shape[0], dtype=F64, device=device)
     dtype, rounded = products(a, b), torch.promote_types(*dtypes)
@@ -118,7 +118,7 @@ def test_combine_accumulates_in_place(target, budget, monkeypatch):
 
 
 @pytest.mark.parametrize("name, dtypes", INPUTS, ids=str)
-def test_moments(name, dtypes, device):
+def test_linear_moments_equal_the_loop_over_positions(name, dtypes, device):
     a, b = layer(name, dtypes, device)
     dtype, rounded = products(a, b), torch.promote_types(*dtypes)
     total, squares = projgrad.linear_moments(a, b)
@@ -150,7 +150,7 @@ def test_gram_of_two_groups_is_a_block_of_all(t2, only):
     torch.testing.assert_close(projgrad.linear_gram(a[:2], b[:2], a[2:], b[2:]), whole[:2, 2:], rtol=1e-5, atol=1e-4)
 
 
-def test_public_shapes():
+def test_ops_of_a_layer_have_the_shapes_they_promise():
     a, b, u, c = torch.randn(4, 3, 5), torch.randn(4, 3, 6), torch.randn(2, 6, 5), torch.randn(2, 4)
     for x, y in ((a, b), (a[:, 0], b[:, 0])):
         assert projgrad.linear_gram(x, y).shape == (4, 4)
@@ -176,7 +176,7 @@ def test_permuted_samples_permute_the_result(only):
     assert torch.equal(K, call(a, b, False, route))
 
 
-def test_autocast_changes_nothing():
+def test_autocast_changes_nothing_of_a_layer():
     a, b = layer("long")
     u, c = torch.randn(b.shape[2], a.shape[2]), torch.randn(a.shape[0])
     calls = (
@@ -232,7 +232,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_derivatives(name):
+def test_derivatives_of_a_layer_pass_gradcheck_twice(name):
     function, _, inputs, _ = FUNCTIONS[name]
     args = inputs()
     assert torch.autograd.gradcheck(function, args)
@@ -241,7 +241,7 @@ def test_derivatives(name):
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_opcheck(name, dtype):
+def test_ops_of_a_layer_pass_opcheck(name, dtype):
     _, op, inputs, more = FUNCTIONS[name]
     opcheck(op.default, (*(x.detach().to(dtype).requires_grad_() for x in inputs()), *more))
 
@@ -272,7 +272,7 @@ def test_compiles_into_one_graph(name):
     torch.testing.assert_close(with_gradients(compiled), with_gradients(function))
 
 
-def test_vmap():
+def test_vmap_of_a_layer_equals_the_stack_of_its_calls():
     a, b, u = torch.randn(4, 3, 2, 5), torch.randn(4, 3, 2, 6), torch.randn(6, 5)
     K = torch.vmap(projgrad.linear_gram)(a, b)
     torch.testing.assert_close(K, torch.stack([projgrad.linear_gram(*x) for x in zip(a, b, strict=True)]))

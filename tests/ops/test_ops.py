@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from cases import make
+from differentiable import FUNCTIONS, double
 from torch.library import opcheck
 
 import projgrad
@@ -12,35 +13,8 @@ import projgrad
 ops = torch.ops.projgrad
 
 
-def _double(*shape):
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-SUMS = torch.linspace(-10, 10, 21, dtype=torch.float64).view(3, 7)  # Σg of 4 samples, with s² = 2 / 3
-# name -> (public function, inputs that require gradients)
-FUNCTIONS = {
-    "basis_project": (projgrad.basis_project, lambda: (_double(3, 7), _double(7, 2))),
-    "basis_project_of_each": (projgrad.basis_project, lambda: (_double(2, 3, 4), _double(2, 4, 2))),
-    "feasible": (lambda d: projgrad.feasible(d, -d.detach(), SUMS, SUMS.square() / 4 + 2, 4), lambda: (_double(3, 7),)),
-    "gram": (projgrad.gram, lambda: (_double(3, 7), _double(2, 7))),
-    "gram_alone": (projgrad.gram, lambda: (_double(3, 7),)),
-    "gram_solve": (lambda A, b: projgrad.gram_solve(A @ A.mT, b), lambda: (_double(2, 3, 7), _double(2, 3))),
-    "gram_solve_damped": (
-        lambda A, b: projgrad.gram_solve(A @ A.mT, b, damping=0.2),
-        lambda: (_double(4, 2), _double(4, 3)),
-    ),
-    "project_out": (projgrad.project_out, lambda: (_double(7), _double(3, 7))),
-    "project_out_directions": (projgrad.project_out, lambda: (_double(2, 7), _double(3, 7))),
-    "project_out_damped": (
-        lambda u, G: projgrad.project_out(u, G, damping=0.2),
-        lambda: (_double(2, 4), _double(6, 4)),
-    ),
-    "project_out_everything": (projgrad.project_out, lambda: (_double(3), _double(3, 3))),
-}
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_derivatives(name):
+def test_derivatives_pass_gradcheck_twice(name):
     function, inputs = FUNCTIONS[name]
     args = inputs()
     assert torch.autograd.gradcheck(function, args)
@@ -49,7 +23,7 @@ def test_derivatives(name):
 
 def test_derivative_at_fixed_rank():
     """With a duplicated row the projection is smooth only in directions that keep the rank; those are right."""
-    u, G = _double(6), _double(2, 6)
+    u, G = double(6), double(2, 6)
     function = lambda u, G: projgrad.project_out(u, torch.cat([G, 3 * G[:1], 0 * G[:1]]))  # noqa: E731
     assert torch.autograd.gradcheck(function, (u, G))
     plain = torch.autograd.grad(projgrad.project_out(u, G).square().sum(), (u, G))
@@ -72,6 +46,7 @@ def test_compiles_into_one_graph(name):
     torch.testing.assert_close(backward(compiled), backward(function))
 
 
+@pytest.mark.slow
 def test_compiles_with_the_default_backend():
     u, G = make("random", torch.float32)
     compiled = torch.compile(lambda u, G: 2 * projgrad.project_out(u, G), fullgraph=True)
@@ -79,7 +54,7 @@ def test_compiles_with_the_default_backend():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_opcheck(dtype, device):
+def test_flat_ops_pass_opcheck(dtype, device):
     u, G = make("directions", dtype, device)
     u.requires_grad_(), G.requires_grad_()
     opcheck(ops.gram.default, (G, u, False))
@@ -117,14 +92,14 @@ def test_derivatives_of_tiny_rows_stay_in_range():
     assert G.grad.isfinite().all()
 
 
-def test_opcheck_gram_solve(device):
+def test_gram_solve_passes_opcheck(device):
     A = torch.randn(2, 4, 9, device=device)
     K, b = (A @ A.mT).requires_grad_(), torch.randn(2, 4, 3, device=device, requires_grad=True)
     opcheck(ops.gram_solve.default, (K, b, 0.0, None))
     opcheck(ops.gram_solve.default, (K.double(), b.double(), 0.5, 1e-3))
 
 
-def test_vmap():
+def test_vmap_equals_the_stack_of_the_calls():
     u, G = torch.randn(4, 9), torch.randn(4, 3, 9)
     expected = torch.stack([projgrad.project_out(a, b) for a, b in zip(u, G, strict=True)])
     torch.testing.assert_close(torch.vmap(projgrad.project_out)(u, G), expected)

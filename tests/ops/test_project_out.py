@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, FLOAT_ONLY, TRITON, make
+from cases import CASES, FLOAT_ONLY, TRITON, implementations, make
 from numerics import check_projection, cosines, truth
 
 import projgrad
@@ -29,19 +29,22 @@ IMPLEMENTATIONS = {
 }
 
 
+PRECISIONS = ("highest", "high", "medium")
 INPUTS = [(name, dtype) for name in CASES for dtype in FLOATS + HALVES if dtype in FLOATS or name not in FLOAT_ONLY]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 @pytest.mark.parametrize("name, dtype", INPUTS, ids=str)
-def test_exact(name, dtype, implementation, device):
+def test_project_out_equals_the_svd_in_float64(name, dtype, implementation, device):
     u, G = make(name, dtype, device)
+    if device == "cpu" and implementation == "triton" and dtype != torch.float32:
+        u, G = u[..., :2000], G[:, :2000]  # many chunks in one dtype: up to ten seconds each in the interpreter
     out = IMPLEMENTATIONS[implementation](u, G)
     assert out.shape == u.shape and out.dtype == dtype
     check_projection(name, u, G, out, dtype)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 @pytest.mark.parametrize("angle", [1e-2, 1e-4, 1e-6])
 def test_nearly_parallel_rows_are_told_apart(angle, implementation, device):
     u, G = make("random", torch.float64, device)
@@ -51,7 +54,7 @@ def test_nearly_parallel_rows_are_told_apart(angle, implementation, device):
     assert found.max() <= 1e-6
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 @pytest.mark.parametrize("n", [6, 64])
 @pytest.mark.parametrize("left", [1e-2, 1e-4, 1e-6])
 def test_little_of_u_is_left(left, n, implementation, device):
@@ -64,7 +67,7 @@ def test_little_of_u_is_left(left, n, implementation, device):
     torch.testing.assert_close(out.double(), truth(u, G), rtol=0, atol=1e-5 * float(out.norm()))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 @pytest.mark.parametrize("e", [1e-2, 1e-4, 1e-6])
 def test_u_in_an_ill_conditioned_span(e, implementation, device):
     """More rows than parameters, all nearly parallel: nothing is left of u but rounding, amplified by 1 / e."""
@@ -75,7 +78,7 @@ def test_u_in_an_ill_conditioned_span(e, implementation, device):
     assert IMPLEMENTATIONS[implementation](u, G).norm() <= 1e-15 / e * 1e3 * u.norm()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 @pytest.mark.parametrize("n, p, e", [(20, 2000, 1e-6), (4, 3000, 1e-4)])
 def test_rank_is_decided_in_float64(n, p, e, implementation, device):
     """Rows that float32 products cannot tell apart count in full; a float64 Gram matrix leaves an error of eps / e²."""
@@ -95,7 +98,7 @@ def test_a_bad_direction_does_not_stop_the_others(device):
     assert out[1].isnan().all() and cosines(out[0], G)[0].max() <= 1e-6
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["u", "G"])
 def test_nan_and_inf_reach_the_result(where, bad, implementation, device):
@@ -104,7 +107,7 @@ def test_nan_and_inf_reach_the_result(where, bad, implementation, device):
     assert IMPLEMENTATIONS[implementation](u, G).isnan().all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 @pytest.mark.parametrize("scale", [1e-180, 1e180])
 def test_rows_whose_squares_leave_float64_are_not_dropped_silently(scale, implementation, device):
     u, G = make("random", torch.float64, device)
@@ -112,7 +115,7 @@ def test_rows_whose_squares_leave_float64_are_not_dropped_silently(scale, implem
     assert IMPLEMENTATIONS[implementation](u, G).isnan().all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 def test_damping_is_relative_to_the_unit_diagonal(implementation, device):
     u, G = make("tiny_and_huge", torch.float64, device)
     rows = G / G.norm(dim=1, keepdim=True)
@@ -120,7 +123,7 @@ def test_damping_is_relative_to_the_unit_diagonal(implementation, device):
     torch.testing.assert_close(IMPLEMENTATIONS[implementation](u, G, damping=0.1), u - c @ rows, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 def test_rtol_keeps_what_it_is_told_to_keep(implementation, device):
     u, G = make("random", torch.float64, device)
     G[1] = G[0] + 1e-3 * G[1]  # squared sine about 1e-6
@@ -133,7 +136,7 @@ def test_rtol_keeps_what_it_is_told_to_keep(implementation, device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_properties(dtype, device):
+def test_project_out_is_an_orthogonal_projection(dtype, device):
     u, G = make("random", dtype, device)
     v = torch.randn_like(u)
     out = projgrad.project_out(u, G)
@@ -168,7 +171,7 @@ def test_inputs_are_not_changed(device):
     assert torch.equal(u, before[0]) and torch.equal(G, before[1])
 
 
-def test_info(device):
+def test_info_holds_rank_coefficients_and_what_is_left(device):
     u, G = make("duplicated", torch.float32, device)
     out, info = projgrad.project_out(u, G, return_info=True)
     assert info.rank == 4 and info.coefficients.shape == (6,)
@@ -183,6 +186,7 @@ needs_triton = pytest.mark.skipif(not TRITON, reason="triton has no build for th
 
 
 @needs_triton
+@pytest.mark.same_without_extension
 @pytest.mark.parametrize("dtype", FLOATS + HALVES, ids=str)
 @pytest.mark.parametrize(
     "n, m, p", [(0, 1, 70), (1, 1, 1), (3, 2, 31), (64, 1, 33), (65, 3, 130), (200, 1, 65), (520, 2, 70)]
@@ -204,8 +208,11 @@ def test_subtract_of_any_shape(n, m, p, dtype, device):
 
 
 @needs_triton
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-@pytest.mark.parametrize("n, p", [(12, 200), (65, 150), (129, 200)])
+@pytest.mark.same_without_extension
+@pytest.mark.parametrize(
+    "precision, n, p",
+    [("high", 129, 200), *((precision, *size) for precision in PRECISIONS for size in ((12, 200), (65, 150)))],
+)
 def test_every_precision_ends_at_rounding_level(precision, n, p, device):
     G, u = torch.randn(n, p, device=device), torch.randn(2, p, device=device)
     G[n // 2] = -2 * G[0]
@@ -219,6 +226,7 @@ def test_every_precision_ends_at_rounding_level(precision, n, p, device):
 
 
 @needs_triton
+@pytest.mark.same_without_extension
 def test_rows_of_a_half_type_far_from_one(device):
     G = torch.randn(4, 300, device=device) * torch.tensor([[1e-25], [1.0], [1e20], [1e-12]], device=device)
     G, u = G.bfloat16(), torch.randn(300, device=device).bfloat16()

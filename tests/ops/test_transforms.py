@@ -2,21 +2,21 @@
 
 import pytest
 import torch
-from test_ops import FUNCTIONS, _double
+from differentiable import FUNCTIONS, double
 
 import projgrad
 
 LAYER = {
-    "linear_gram": (projgrad.linear_gram, lambda: (_double(3, 2, 4), _double(3, 2, 5))),
+    "linear_gram": (projgrad.linear_gram, lambda: (double(3, 2, 4), double(3, 2, 5))),
     "linear_gram_across": (
         projgrad.linear_gram,
-        lambda: (_double(3, 2, 4), _double(3, 2, 5), _double(2, 3, 4), _double(2, 3, 5)),
+        lambda: (double(3, 2, 4), double(3, 2, 5), double(2, 3, 4), double(2, 3, 5)),
     ),
-    "linear_dot": (projgrad.linear_dot, lambda: (_double(3, 2, 4), _double(3, 2, 5), _double(5, 4))),
-    "linear_dot_directions": (projgrad.linear_dot, lambda: (_double(3, 4), _double(3, 5), _double(2, 5, 4))),
-    "linear_combine": (projgrad.linear_combine, lambda: (_double(3, 2, 4), _double(3, 2, 5), _double(3))),
-    "linear_combine_weights": (projgrad.linear_combine, lambda: (_double(3, 4), _double(3, 5), _double(2, 3))),
-    "linear_moments": (projgrad.linear_moments, lambda: (_double(3, 2, 4), _double(3, 2, 5))),
+    "linear_dot": (projgrad.linear_dot, lambda: (double(3, 2, 4), double(3, 2, 5), double(5, 4))),
+    "linear_dot_directions": (projgrad.linear_dot, lambda: (double(3, 4), double(3, 5), double(2, 5, 4))),
+    "linear_combine": (projgrad.linear_combine, lambda: (double(3, 2, 4), double(3, 2, 5), double(3))),
+    "linear_combine_weights": (projgrad.linear_combine, lambda: (double(3, 4), double(3, 5), double(2, 3))),
+    "linear_moments": (projgrad.linear_moments, lambda: (double(3, 2, 4), double(3, 2, 5))),
 }
 ALL = FUNCTIONS | LAYER
 
@@ -43,7 +43,7 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_grad_and_vjp(case):
+def test_grad_and_vjp_equal_autograd(case):
     function, args, all_of_them = case
     expected = torch.autograd.grad(scalar_loss(function)(*args), args)
     close(torch.func.grad(scalar_loss(function), all_of_them)(*args), expected)
@@ -52,18 +52,18 @@ def test_grad_and_vjp(case):
     close(pull(torch.ones_like(value)), expected)
 
 
-def test_jacobians(case):
+def test_jacobians_equal_autograd(case):
     function, args, all_of_them = case
     close(torch.func.jacrev(function, all_of_them)(*args), torch.autograd.functional.jacobian(function, args))
 
 
-def test_second_derivatives(case):
+def test_second_derivatives_equal_autograd(case):
     function, args, all_of_them = case
     found = torch.func.jacrev(torch.func.jacrev(scalar_loss(function), all_of_them), all_of_them)(*args)
     close(found, torch.autograd.functional.hessian(scalar_loss(function), args))
 
 
-def test_vmap_of_gradients(case):
+def test_vmap_of_gradients_equals_the_gradients_one_by_one(case):
     """Per-sample gradients, of all inputs and with some of them shared; and the gradient of a vmap."""
     function, args, all_of_them = case
     grad = torch.func.grad(scalar_loss(function), all_of_them)
@@ -84,7 +84,7 @@ def shapes(tensors):
     return [(t.shape, t.dtype) for t in (tensors if isinstance(tensors, tuple) else (tensors,))]
 
 
-def test_vmap_over_nothing(case):
+def test_vmap_over_nothing_has_the_shapes_of_one(case):
     """Has the shapes of one over something, and so have its gradients."""
     function, args, all_of_them = case
     one, none = (tuple(a.detach()[None].expand(n, *a.shape) for a in args) for n in (1, 0))

@@ -8,13 +8,15 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tape import check, float64  # noqa: F401  (a fixture)
+from steps import check
 from torch import nn
 from zoo.case import to_ramp
 from zoo.functional import Uses
 
 import projgrad
 import projgrad.functional as pf
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 N = 4
 
@@ -113,7 +115,7 @@ def test_results_are_those_of_torch(called):
     assert all(map(torch.equal, *grads))
 
 
-def test_per_sample_gradients(called):
+def test_functions_called_with_a_tape_have_the_gradients_of_single_losses(called):
     ours, theirs, parameters, call = called
     losses = _losses(call(theirs))
     rows = [torch.autograd.grad(loss, parameters.values(), retain_graph=True) for loss in losses]
@@ -128,7 +130,7 @@ def test_per_sample_gradients(called):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_signature_and_docstring(name):
+def test_every_function_takes_a_tape_by_keyword_and_names_itself(name):
     parameters = inspect.signature(getattr(pf, name)).parameters
     assert parameters["tape"].kind is inspect.Parameter.KEYWORD_ONLY
     assert name in getattr(pf, name).__doc__
@@ -142,7 +144,7 @@ def test_signature_and_docstring(name):
         (lambda p, t: pf.embedding(IDS, p, scale_grad_by_freq=True, tape=t), "what the others hold"),
     ],
 )
-def test_refusals(call, message):
+def test_calls_that_mix_samples_are_refused(call, message):
     p = torch.randn(7, 5, requires_grad=True)
     with pytest.raises(ValueError, match=message):
         call(p, projgrad.Tape({"p": p}))
@@ -297,7 +299,7 @@ SLOW = {  # right by a loop over the losses; all others have a rule
 
 
 @pytest.mark.parametrize("name", DERIVED)
-def test_derived_tensors(name):
+def test_tensors_derived_from_parameters_have_exact_gradients(name):
     f, shapes, size = DERIVED[name]
     model, x = Uses(f, **shapes), torch.randn(size)
     with warnings.catch_warnings():

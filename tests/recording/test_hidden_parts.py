@@ -4,15 +4,17 @@ import functools
 
 import pytest
 import torch
-from test_structure import Uses, mlp
-from test_tape import MODES, float64, trained  # noqa: F401  (a fixture)
+from steps import MODES, mlp, trained
 from torch import nn
 from torch.autograd import Function
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from zoo.case import to_ramp
+from zoo.functional import Uses
 
 import projgrad
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 N = 6
 
@@ -145,7 +147,7 @@ def rows(model, losses):
 
 @pytest.mark.filterwarnings("ignore:no rule covers")
 @pytest.mark.parametrize("used", ["no", "sum", "rows"])
-def test_parameters_without_elements(used):
+def test_parameters_without_elements_change_no_product(used):
     """In all modes and products."""
     model, x = Empty(used), torch.randn(N, 8)
     params = trained(model)

@@ -65,7 +65,7 @@ def test_nothing_belongs_to_nobody():
 
 
 @pytest.mark.parametrize("owner", [[0, 1, 2], [2, 2, -1, 0], [1, -1, 1, 1, 0, 2], [-1, -1, -1]])
-def test_rows_anywhere(owner):
+def test_rows_of_a_sample_are_split_out_of_any_order(owner):
     """Split, and what every entry belongs to; also over two leading dimensions."""
     owner = torch.tensor(owner)
     layout = gather(owner, 3)

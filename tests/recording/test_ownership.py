@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from test_tape import float64  # noqa: F401  (a fixture)
 from torch import nn
 from torch.nn import functional as F
 
 from projgrad.recording import carry, ownership
+
+pytestmark = [pytest.mark.same_without_extension, pytest.mark.usefixtures("float64")]
 
 N = 3  # samples
 
@@ -320,7 +321,6 @@ def trainable_parameters(shape, at, n):
     return i.view([-1 if d == at.dim else 1 for d in range(len(shape))]).expand(shape)
 
 
-@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", GRAPHS)
 def test_every_operation_carries_the_samples_as_it_says(name):
     losses, leaves = graph(name)
@@ -344,7 +344,6 @@ def _proven(losses):
             yield id(node.variable), at
 
 
-@pytest.mark.usefixtures("float64")
 def test_every_operation_of_the_table_is_met():
     met = set()
     for name in GRAPHS:
@@ -362,7 +361,6 @@ def test_every_operation_of_the_table_is_met():
     assert carry.CARRIED.keys() - met - on_a_gpu - others == set()
 
 
-@pytest.mark.usefixtures("float64")
 def test_a_proof_reads_only_what_the_fingerprint_holds():
     import inspect
     import re
@@ -371,9 +369,8 @@ def test_a_proof_reads_only_what_the_fingerprint_holds():
     assert {a for a in attributes if not carry.SHAPED.match(a)} <= {"_saved_"}
 
 
-@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("seed", range(40))
-def test_chains_of_reshapes(seed):
+def test_chains_of_reshapes_keep_the_owner_of_every_entry(seed):
     """Views, transposes, flattened and split dimensions in any order, against the indices themselves."""
     generator = torch.Generator().manual_seed(seed)
     pick = lambda k: int(torch.randint(k, (1,), generator=generator))  # noqa: E731

@@ -3,13 +3,15 @@
 import oracle
 import pytest
 import torch
-from test_tape import ERROR, MODES, check, close, float64, record, trained, truth  # noqa: F401  (a fixture)
+from steps import ERROR, MODES, check, close, record, trained, truth
 from torch import nn
 from torch.nn import functional as F
 from zoo.case import to_ramp
 from zoo.functional import Uses
 
 import projgrad
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 no_loop = pytest.mark.filterwarnings("error:no rule covers", "error:the . losses are mixed")
 

@@ -9,12 +9,16 @@ import functools
 import oracle
 import pytest
 import torch
-from test_exactness import ERROR, largest, random_like, trained
+from oracle import largest, random_direction, trained
+from steps import ERROR
 from zoo import ZOO
 
 import projgrad
 
-pytestmark = pytest.mark.filterwarnings("ignore:no rule covers", "ignore:the . losses are mixed")
+pytestmark = [
+    pytest.mark.same_without_extension,
+    pytest.mark.filterwarnings("ignore:no rule covers", "ignore:the . losses are mixed"),
+]
 
 
 # Ways to pick losses, given the indices of those to take, in this order.
@@ -128,7 +132,7 @@ def regrouped(G, A, factor=1.0):
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_every_model(name):
+def test_losses_regrouped_between_steps_are_followed_in_every_model(name):
     """Three ways each, others from model to model."""
     case, G = ZOO[name](), None
     G = oracle.gradients(case)
@@ -158,9 +162,9 @@ REPRESENTATIVE = ["mlp", "lstm", "weight_norm", "routed_experts", "checkpoint"]
 
 @pytest.mark.parametrize("way", [w for w in WAYS if w[1] != "topk"], ids="-".join)
 @pytest.mark.parametrize("name", REPRESENTATIVE)
-def test_every_way(name, way):
+def test_products_are_exact_for_every_way_to_regroup(name, way):
     case, G = built(name)
-    direction = random_like(case)
+    direction = random_direction(case)
     u = torch.cat([direction[name].flatten() for name in G])
     for function, A in steps(*way, case.n):
         truth = regrouped(G, A)
@@ -195,13 +199,13 @@ MODES = {
 )
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["mlp", "gpt2", "routed_experts"])
-def test_every_projection(name, mode, way):
+def test_every_projection_is_orthogonal_to_the_gradients_of_its_own_step(name, mode, way):
     """One unlearner for all steps: what moves the parameters is orthogonal to the gradients of this step."""
     case, G = built(name)
-    params = trained(case)
+    params = trained(case.model)
     before = {key: p.detach().clone() for key, p in params.items()}
     torch.manual_seed(1)
-    direction = random_like(case)
+    direction = random_direction(case)
     optimizer = torch.optim.SGD(params.values(), lr=1.0)
     unlearner = projgrad.OrthoGrad(case.model, optimizer, alpha=0.0, **MODES[mode])
     for function, A in steps(*way, case.n):
@@ -226,9 +230,9 @@ def test_every_projection(name, mode, way):
 
 @pytest.mark.parametrize("test", ["coordinate", "aggregate"])
 @pytest.mark.parametrize("way", ["matrix", "index", "stack", "mask_and_sum"])
-def test_feasible_updates(way, test):
+def test_feasible_updates_test_the_samples_of_their_own_step(way, test):
     case, G = built("mlp")
-    params = trained(case)
+    params = trained(case.model)
     feasible = projgrad.FeasibleUpdates(case.model, torch.optim.SGD(params.values(), lr=1.0), test=test, delta=0.5)
     before = {key: p.detach().clone() for key, p in params.items()}
     for function, A in steps("picks", way, case.n):
@@ -248,10 +252,10 @@ def test_feasible_updates(way, test):
 def stepper(case, mode):
     """A function that takes one step with a retain closure and checks that it left every loss alone, to first order;
     the weights end as they were, the unlearner does not."""
-    params = trained(case)
+    params = trained(case.model)
     unlearner = projgrad.OrthoGrad(case.model, torch.optim.SGD(params.values(), lr=1.0), alpha=0.0, **MODES[mode])
     before = {key: p.detach().clone() for key, p in params.items()}
-    direction = random_like(case)
+    direction = random_direction(case)
 
     def step(retain):
         rows = [torch.autograd.grad(l, list(params.values()), retain_graph=True) for l in retain()]

@@ -5,7 +5,7 @@ import warnings
 import oracle
 import pytest
 import torch
-from test_tape import check, close, float64, mlp, record, truth  # noqa: F401  (a fixture)
+from steps import check, close, mlp, record, truth
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +13,8 @@ from zoo.case import to_ramp
 from zoo.functional import Cube, Uses
 
 import projgrad
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 # One model, several steps: (model, closure) for each. What was found in one step must not be believed in the next.
 
@@ -167,7 +169,7 @@ def flipped_order():
 
 @pytest.mark.filterwarnings("ignore:no rule covers")
 @pytest.mark.parametrize("name", SEQUENCES)
-def test_step_after_step(name):
+def test_every_step_of_a_changing_model_is_exact(name):
     for model, closure in SEQUENCES[name]():
         check(model, closure)
 
@@ -266,7 +268,7 @@ BAD_LOSSES = {
 
 @pytest.mark.parametrize("use", ["gram", "moments", "project_", "explain"])
 @pytest.mark.parametrize("name", BAD_LOSSES)
-def test_bad_losses(name, use):
+def test_bad_losses_are_refused_by_every_product(name, use):
     closure, error, message = BAD_LOSSES[name]
     model, x = mlp(), torch.randn(5, 8)
     tape, losses = record(model, lambda: closure(model, x))
@@ -342,7 +344,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refusals(name):
+def test_layers_that_mix_samples_are_refused(name):
     function, message = REFUSED[name]
     model = mlp()
     with pytest.raises(ValueError, match=message), projgrad.per_sample(model):

@@ -2,9 +2,11 @@
 
 import importlib.util
 
+import pytest
 import torch
 
 TRITON = importlib.util.find_spec("triton") is not None  # it has no build for some systems: all but CUDA works there
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 N, P = 6, 300
 
 
@@ -66,6 +68,12 @@ CASES = {
 
 # These do not survive rounding to bfloat16 or float16: out of range, or no longer what their name says.
 FLOAT_ONLY = {"tiny", "huge", "tiny_and_huge", "correlated", "u_in_span"}
+
+
+def implementations(table):
+    """The names in a table of implementations; Triton's interpreter and the emulator never meet the extension."""
+    mark = pytest.mark.same_without_extension
+    return [pytest.param(x, marks=mark) if "triton" in x or "emulated" in x else x for x in table]
 
 
 def make(name, dtype, device="cpu"):

@@ -37,6 +37,21 @@ TAPED = list(METHODS)[:6]
 ONE_STEP = [name for name in METHODS if name != "scrub"]  # both gradients belong to the same weights
 
 
+def classifier(dtype=torch.float64):
+    """Return a model, its forget loss and its retain losses; both take another model as well."""
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+    data = {"x": torch.randn(N, 5), "xf": torch.randn(4, 5)}
+    x, xf = (t.to(dtype) for t in data.values())
+    y, yf = torch.randint(3, (N,)), torch.randint(3, (4,))
+    forget = lambda model=model: F.cross_entropy(model(xf), yf)  # noqa: E731
+    retain = lambda model=model: F.cross_entropy(model(x), y, reduction="none")  # noqa: E731
+    return model, forget, retain
+
+
+def flat_parameters(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 class Problem:
     """A model, both closures, and what a step of a method makes of its weights."""
 
@@ -54,7 +69,7 @@ class Problem:
         return F.cross_entropy(self.model(self.x if x is None else x), self.y, reduction="none")
 
     def parameters(self):
-        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+        return flat_parameters(self.model)
 
     def after(self, name, forget=None, retain=None):
         """The weights after one step from the same start; the closures get the optimizer."""

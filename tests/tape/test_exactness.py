@@ -5,12 +5,13 @@ import functools
 import oracle
 import pytest
 import torch
-from conftest import DEVICES
+from cases import DEVICES
+from oracle import random_direction, trained
+from steps import ERROR
 from zoo import ZOO
 
 import projgrad
 
-ERROR = 1e-8  # of the largest entry, or of the norm
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -33,28 +34,16 @@ def record(case):
     return tape, losses
 
 
-def trained(case):
-    return {name: p for name, p in case.model.named_parameters() if p.requires_grad}
-
-
-def random_like(case):
-    return {name: torch.randn(p.shape, dtype=torch.float64) for name, p in trained(case).items()}
-
-
 def placed(case, tensors):
     """The same on the device of the model; the truth stays on the CPU."""
     device = case.inputs[0].device
     return {name: t.to(device) for name, t in tensors.items()}
 
 
-def largest(G):
-    return max((g.abs().max().item() for g in G.values() if g.numel()), default=0.0)
-
-
 def check_tensors(found, expected, sizes):
     """Entry by entry, relative to the largest entry of each tensor's size; far below the largest of all is rounding."""
     assert found.keys() == expected.keys()
-    floor = 1e-6 * largest(sizes)
+    floor = 1e-6 * oracle.largest(sizes)
     wrong = []
     for name, value in expected.items():
         assert found[name].shape == value.shape, name
@@ -65,7 +54,7 @@ def check_tensors(found, expected, sizes):
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_case_itself(built):
+def test_losses_of_a_batch_equal_the_loop_of_single_samples(built):
     """The losses are those of batches of one, and so is the gradient of any combination of them."""
     case, G = built
     losses = case.losses(case.model)
@@ -73,7 +62,7 @@ def test_the_case_itself(built):
     expected = torch.stack([case.one(case.model, j) for j in range(case.n)])
     assert (losses - expected).abs().max() <= 1e-10 * expected.abs().max()
     weights = torch.randn(case.n, dtype=torch.float64)
-    params = trained(case)
+    params = trained(case.model)
     grads = torch.autograd.grad(
         losses, list(params.values()), weights.to(losses.device), allow_unused=True, materialize_grads=True
     )
@@ -84,7 +73,7 @@ def _weighted(weights, G):
     return {name: torch.tensordot(weights, g, 1) for name, g in G.items()}
 
 
-def test_gram(built):
+def test_gram_equals_the_loop_of_single_samples(built):
     case, G = built
     tape, losses = record(case)
     K, expected = tape.gram(losses).cpu(), oracle.gram(G)
@@ -92,9 +81,9 @@ def test_gram(built):
     assert (K - expected).abs().max() <= ERROR * expected.abs().max()
 
 
-def test_dot(built):
+def test_dot_equals_the_loop_of_single_samples(built):
     case, G = built
-    direction = random_like(case)
+    direction = random_direction(case)
     tape, losses = record(case)
     found = tape.dot(losses, placed(case, direction)).cpu()
     u = torch.cat([direction[name].flatten() for name in G])
@@ -103,20 +92,20 @@ def test_dot(built):
     assert (found - expected).abs().max() <= ERROR * expected.abs().max()
 
 
-def test_rows_in_full(built):
+def test_rows_equal_the_loop_of_single_samples(built):
     case, G = built
     tape, losses = record(case)
     check_tensors(tape.rows(losses), G, G)
 
 
-def test_combine(built):
+def test_combine_equals_the_loop_of_single_samples(built):
     case, G = built
     weights = torch.randn(case.n, dtype=torch.float64)
     tape, losses = record(case)
     check_tensors(tape.combine(losses, weights.to(losses.device)), _weighted(weights, G), G)
 
 
-def test_moments(built):
+def test_moments_equal_the_loop_of_single_samples(built):
     case, G = built
     tape, losses = record(case)
     first, second = tape.moments(losses)
@@ -143,10 +132,10 @@ def bound(rows, floor):
 
 
 @pytest.mark.parametrize("scope", ["global", "per_tensor"])
-def test_project(built, scope):
+def test_project_equals_the_svd_of_the_loop(built, scope):
     case, G = built
-    u = random_like(case)
-    params = trained(case)
+    u = random_direction(case)
+    params = trained(case.model)
     tape, losses = record(case)
     for name, p in params.items():
         p.grad = u[name].to(p.device, copy=True)

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from test_tape import MODES
+from steps import MODES
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo.functional import Uses
@@ -14,6 +14,8 @@ from zoo.functional import Uses
 import projgrad
 from projgrad.recording import structure
 from projgrad.tape import tape as tapes
+
+pytestmark = pytest.mark.same_without_extension
 
 EACH = 4096  # bytes of one graph: a dictionary entry, two small dataclasses, lists of a few dozen layouts
 

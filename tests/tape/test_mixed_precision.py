@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_tape import MODES
+from steps import MODES
 from torch import nn
 from torch.nn import functional as F
 from zoo import ZOO
@@ -16,7 +16,10 @@ import projgrad
 from projgrad.tape.check import WeightStats, check_relative_error
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-pytestmark = pytest.mark.filterwarnings("error:no rule covers", "error:the . losses are mixed")
+pytestmark = [
+    pytest.mark.same_without_extension,
+    pytest.mark.filterwarnings("error:no rule covers", "error:the . losses are mixed"),
+]
 
 
 def rows(params, losses):

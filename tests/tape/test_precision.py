@@ -5,7 +5,7 @@ import copy
 import oracle
 import pytest
 import torch
-from test_tape import ERROR, MODES, check, close, float64, mixed, mlp, project, record, trained, truth, wide  # noqa: F401  (a fixture)
+from steps import ERROR, MODES, check, close, mixed, mlp, project, record, trained, truth, wide
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -13,8 +13,10 @@ from zoo.case import to_ramp
 
 import projgrad
 
+pytestmark = pytest.mark.usefixtures("float64")
 
-def test_dropout_in_training():
+
+def test_dropout_is_the_same_in_both_backward_passes():
     model, x = mlp(nn.Dropout(0.5), nn.Tanh()).train(), torch.randn(5, 8)
     tape, losses = record(model, lambda: to_ramp(model(x)))
     G = truth(model, losses)
@@ -27,7 +29,7 @@ def test_dropout_in_training():
         torch.testing.assert_close(trained(model)[name].grad, value, rtol=0, atol=ERROR)
 
 
-def test_checkpointing():
+def test_checkpointed_layers_are_exact():
     model, x = mlp(nn.Tanh(), nn.Linear(6, 6), nn.Dropout(0.0)), torch.randn(5, 8)
     check(model, lambda: to_ramp(model[3:](checkpoint(model[:3], x, use_reentrant=False))))
 
@@ -48,7 +50,7 @@ def _classifier(dtype, n=8):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", MODES)
-def test_autocast(mode, dtype):
+def test_autocast_leaves_its_own_rounding_and_no_more(mode, dtype):
     model, closure = _classifier(torch.float32)
 
     def cast():
@@ -165,7 +167,7 @@ def test_gradient_scaler_skips_overflow(where):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("build", [mixed, wide])
-def test_several_steps(build, mode):
+def test_every_step_is_the_formula_whatever_came_before(build, mode):
     """Every step is the formula, whatever was learnt in the steps before."""
     model, x = build()
     closure = lambda: to_ramp(model(x))  # noqa: E731

@@ -4,13 +4,15 @@ import itertools
 
 import pytest
 import torch
-from test_tape import MODES, float64  # noqa: F401  (a fixture)
+from steps import MODES
 from torch import nn
 from torch.autograd import Function
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import projgrad
+
+pytestmark = [pytest.mark.same_without_extension, pytest.mark.usefixtures("float64")]
 
 REFUSAL = "two backward passes through the same graph do not give the same gradients"
 N = 6

@@ -7,6 +7,7 @@ import weakref
 import oracle
 import pytest
 import torch
+from steps import ERROR, MODES, check, close, mixed, mlp, project, record, trained, truth
 from torch import nn
 from torch.nn import functional as F
 from zoo.case import to_ramp
@@ -17,101 +18,7 @@ from projgrad.rules import convolution, rule
 from projgrad.rules.product import Product
 from projgrad.rules.rule import Rows
 
-ERROR = 1e-8
-MODES = {
-    "kept": {"keep_output_gradients": True},
-    "two_passes": {"keep_output_gradients": False},
-    "per_tensor": {"scope": "per_tensor"},
-}
-pytestmark = pytest.mark.filterwarnings("ignore:no rule covers")
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def trained(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def truth(model, losses):
-    """g_j of every trainable parameter (n, *shape) in float64, one backward pass of a graph per loss."""
-    params = trained(model)
-    rows = [
-        torch.autograd.grad(loss, list(params.values()), retain_graph=True, allow_unused=True, materialize_grads=True)
-        for loss in losses
-    ]
-    return {name: torch.stack(g).double() for name, g in zip(params, zip(*rows, strict=True), strict=True)}
-
-
-def record(model, closure):
-    with projgrad.per_sample(model) as tape:
-        losses = closure()
-    return tape, losses
-
-
-def project(model, closure, u=None, **mode):
-    """The projection of u, and the record of it."""
-    params = trained(model)
-    u = {name: torch.randn_like(p) for name, p in params.items()} if u is None else u
-    tape, losses = record(model, closure)
-    for name, p in params.items():
-        p.grad = u[name].clone()
-    try:
-        done = tape.project_(losses, **mode)
-        return u, {name: p.grad for name, p in params.items()}, done
-    finally:
-        for p in params.values():
-            p.grad = None
-
-
-def close(found, expected, error=ERROR):
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= error * expected.abs().max()
-
-
-def check(model, closure):
-    """Everything the tape computes against one backward pass per loss."""
-    G = truth(model, closure())
-    n = len(next(iter(G.values())))
-    tape, losses = record(model, closure)
-    close(tape.gram(losses), oracle.gram(G))
-    first, second = tape.moments(losses)
-    for name, g in G.items():
-        assert (first[name] - g.sum(0)).abs().max() <= ERROR * n * g.abs().max()
-        assert (second[name] - g.square().sum(0)).abs().max() <= ERROR * n * g.square().max()
-    for mode in MODES.values():
-        u, found, _ = project(model, closure, **mode)
-        expected = oracle.project(u, G, mode.get("scope", "global"))
-        for name in G:
-            assert (found[name] - expected[name]).abs().max() <= ERROR * u[name].norm(), (name, mode)
-
-
-def mlp(*between):
-    return nn.Sequential(nn.Linear(8, 6), *(between or [nn.Tanh()]), nn.Linear(6, 3))
-
-
-def mixed(n=4):
-    """A model of many kinds of layers, and its losses for ids (n, 12)."""
-    model = nn.Sequential(
-        nn.Embedding(9, 4),
-        nn.LayerNorm(4),
-        nn.Unflatten(1, (3, 4)),
-        nn.Conv2d(3, 4, 3, padding=1),
-        nn.Tanh(),
-        nn.Conv2d(4, 4, 3, groups=2),
-        nn.Flatten(),
-        nn.Linear(16, 3),
-    )
-    return model, torch.randint(9, (n, 12))
-
-
-def wide():
-    """Layers whose factors are much smaller than their gradients."""
-    return nn.Sequential(nn.Linear(128, 160), nn.Tanh(), nn.Linear(160, 96)), torch.randn(4, 128)
+pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:no rule covers")]
 
 
 @pytest.mark.parametrize("n", [1, 5])
@@ -125,7 +32,7 @@ def test_uses_that_no_loss_depends_on(n):
     check(model, closure)
 
 
-def test_bidirectional_last_step():
+def test_the_last_step_of_a_bidirectional_layer_is_exact():
     """The backward direction's later steps reach no loss."""
     model = nn.ModuleList([nn.LSTM(8, 4, batch_first=True, bidirectional=True), nn.Linear(8, 3)])
     x = torch.randn(4, 5, 8)
@@ -155,7 +62,7 @@ def test_clusters_that_no_sample_uses():
 
 
 @pytest.mark.parametrize("lengths", [[5, 5, 4, 5], [1, 3, 5, 2], [2, 5, 1, 1]])
-def test_packed_sequences(lengths):
+def test_packed_sequences_of_any_lengths_are_exact(lengths):
     model = nn.ModuleList([nn.LSTM(8, 4, 2, batch_first=True, bidirectional=True), nn.Linear(16, 3)])
     x = torch.randn(4, 5, 8)
 
@@ -188,7 +95,7 @@ def test_what_is_computed_outside_is_found_by_a_loop(where):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_to_project(mode):
+def test_without_gradients_there_is_nothing_to_project(mode):
     """No gradient to project, or none to be orthogonal to: the result is what was there."""
     model, x = mlp(), torch.randn(5, 8)
     tape, losses = record(model, lambda: to_ramp(model(x)))
@@ -309,7 +216,7 @@ def test_frozen_and_unused_parameters():
 
 
 @pytest.mark.parametrize("use", ["nothing", "gram", "moments", "error", *MODES])
-def test_activations_are_freed(use):
+def test_activations_and_the_tape_are_freed_without_garbage_collection(use):
     model, ids = mixed()
     alive = []
     model[4].register_forward_hook(lambda module, args, out: alive.append(weakref.ref(out)))
@@ -338,7 +245,7 @@ def test_activations_are_freed(use):
 # explain.
 
 
-def test_explain():
+def test_explain_lists_every_parameter_with_its_route_and_bytes():
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 128), nn.Tanh(), nn.Linear(128, 10)
     )
