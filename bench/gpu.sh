@@ -121,7 +121,7 @@ for entry in "${chosen[@]}"; do
   [[ $status -eq 0 ]] || failed+=("$entry")
 done
 if [[ $OUT == "$PWD/bench/results" && ${#tiny[@]} -eq 0 ]]; then
-  "$PYTHON" -m bench.readme && echo "README.md holds the new numbers"
+  "$PYTHON" -m bench.readme && echo "docs/gpu.md and README.md hold the new numbers"
 fi
 if [[ ${#failed[@]} -gt 0 ]]; then
   echo "failed: ${failed[*]}"

@@ -1,4 +1,4 @@
-"""Gradient projection for machine unlearning: exact, on any model, at nearly the cost of ordinary training."""
+"""Gradient projection for machine unlearning: exact, on any model, without holding per-sample gradients."""
 
 from importlib import import_module
 

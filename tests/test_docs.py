@@ -5,6 +5,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,33 @@ def test_examples_in_docstrings_run(name):
 def test_public_functions_have_an_example():
     for name in ("gram", "gram_solve", "project_out", "OrthoGrad", "PGU", "FeasibleUpdates", "feasible"):
         assert "Example:" in getattr(projgrad, name).__doc__, name
+
+
+def test_the_way_of_a_loss_leads_through_the_files_that_are_named():
+    page = (ROOT / "docs" / "how_it_works.md").read_text()
+    rows = re.findall(r"^\| \d+ \| `(projgrad/[\w/]+\.py)` \| (.*) \|$", page, re.M)
+    files = [file for file, _ in rows]
+    assert len(set(files)) <= 14 and max(map(files.count, files)) <= 2
+    model = torch.nn.Linear(4, 3)
+    unlearner = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    entered = set()
+
+    def note(frame, event, _):
+        entered.add((Path(frame.f_code.co_filename), frame.f_code.co_name))
+
+    for _ in range(2):
+        sys.setprofile(note)
+        try:
+            unlearner.step(
+                lambda: torch.nn.functional.cross_entropy(model(-x), y),
+                lambda: torch.nn.functional.cross_entropy(model(x), y, reduction="none"),
+            )
+        finally:
+            sys.setprofile(None)
+    for file, what in rows:
+        functions = {name for path, name in entered if path == ROOT / file}
+        assert functions, file
+        for name in re.findall(r"`(?:\w+\.)?([a-z_]+)`", what):
+            if f"def {name}(" in (ROOT / file).read_text():
+                assert name in functions, f"{file}: {name}"
