@@ -54,7 +54,7 @@ def coarsest_of(losses: Tensor, nodes: list[Node]) -> torch.dtype:
     return coarser(*(d for d in types if d.is_floating_point))
 
 
-def audit(recording: Recording, losses: Tensor) -> set[str]:
+def audit(recording: Recording, losses: Tensor) -> list[str]:
     """Return the parameters that reach the losses other than through active sites.
 
     The graph is walked around the sites.
@@ -81,7 +81,7 @@ def audit(recording: Recording, losses: Tensor) -> set[str]:
             nodes += [s.edge.node for s in (*site.sources, *site.unclaimed) if s in site.unclaimed or s.settled]
             continue
         nodes += [following for following, _ in node.next_functions]
-    return outside
+    return [name for name in recording.parameters if name in outside]  # sums over them have a fixed order
 
 
 def fingerprint(recording: Recording, losses: Tensor) -> tuple[int, dict[int, Node]]:

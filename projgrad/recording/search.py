@@ -83,7 +83,7 @@ class Search:
             self._explain(mixed, passes[0])
         for site in mixed:
             for source in site.sources:
-                for name in source.names:
+                for name in sorted(source.names):
                     self.loops[name] = self._mixture(site)
         self.anchors = self._anchors()
 

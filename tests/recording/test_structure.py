@@ -425,3 +425,24 @@ def test_a_trained_bias_of_attention_with_dropout(given):
     with pytest.warns(UserWarning, match="no rule covers scaled_dot_product_attention with parameter b"):
         K = tape.gram(losses)
     close(K, oracle.gram(truth(model, losses)))
+
+
+@pytest.mark.filterwarnings("ignore:no rule covers")
+def test_parameters_without_a_rule_come_in_the_order_of_the_model():
+    """In that of a set the sums over them, and so the last digits of a step, would differ from process to process."""
+
+    class Opaque(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.ParameterDict({f"{k}": nn.Parameter(torch.randn(3)) for k in (5, 3, 9, 1, 7, 2, 8)})
+
+        def forward(self, x):
+            for w in self.weights.values():
+                x = torch.special.xlog1py(x, w.square())
+            return x
+
+    model, x = Opaque(), torch.rand(4, 3)
+    with projgrad.per_sample(model) as tape:
+        losses = model(x).sum(1)
+    structure = tape.passes.structure(losses)
+    assert list(structure.loops) == [name for name, _ in model.named_parameters()]
