@@ -54,7 +54,7 @@ class Code:
 
 
 def width(load: re.Match) -> int:
-    """Bytes that a load from global memory brings each thread; what TMA brings in bulk counts as 16."""
+    """Return the bytes that a load from global memory brings each thread; what TMA brings in bulk counts as 16."""
     kind, copied = load.groups()
     if copied:
         return int(copied, 0)
@@ -66,16 +66,19 @@ def width(load: re.Match) -> int:
 
 
 def text_sizes(cubin: bytes) -> dict[str, int]:
-    """Bytes of instructions of every kernel, from the table of sections of the ELF file."""
+    """Return the bytes of instructions of every kernel, from the table of sections of the ELF file."""
     (table,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
     sections = [struct.unpack_from("<2I4Q", cubin, table + k * size) for k in range(count)]
     start = sections[names][4]
-    found = {cubin[start + s[0] : cubin.index(0, start + s[0])].decode(): s[5] for s in sections}
-    return {name[6:]: size for name, size in found.items() if name.startswith(".text.")}
+    sizes = {cubin[start + s[0] : cubin.index(0, start + s[0])].decode(): s[5] for s in sections}
+    return {name[6:]: size for name, size in sizes.items() if name.startswith(".text.")}
 
 
 def inspect(ptx: str, cubin: bytes, arch: int) -> Iterator[Code]:
-    """Every kernel: its resources from the cubin, kinds of instructions from PTX; disassembling would take 0.3 s."""
+    """Yield every kernel: its resources from the cubin, its kinds of instructions from PTX.
+
+    Disassembling the cubin instead would take 0.3 s.
+    """
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -129,9 +132,9 @@ def compile_cuda(file: Path, arch: int) -> list[Code]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
         keep = ["--keep", "--keep-dir", folder]
-        done = subprocess.run([nvcc(), "-cubin", *flags, *keep, "-o", cubin, file], capture_output=True, text=True)
-        if done.returncode:
-            return [Code(file.name, arch, faults=[f"does not compile: {done.stderr[-500:]}"])]
+        compiled = subprocess.run([nvcc(), "-cubin", *flags, *keep, "-o", cubin, file], capture_output=True, text=True)
+        if compiled.returncode:
+            return [Code(file.name, arch, faults=[f"does not compile: {compiled.stderr[-500:]}"])]
         codes = list(inspect(Path(folder, f"{file.stem}.ptx").read_text(), cubin.read_bytes(), arch))
     names = [code.name for code in codes]
     if shutil.which("c++filt"):
@@ -185,7 +188,7 @@ def main() -> int:
     global JOBS
     JOBS = [(case, arch) for case in cases for arch in options.arch]
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
-        codes = [code for found in pool.map(numbered, range(len(JOBS))) for code in found]
+        codes = [code for group in pool.map(numbered, range(len(JOBS))) for code in group]
     show(codes)
     faults = [f"{code.name} sm_{code.arch}: {fault}" for code in codes for fault in code.faults]
     if faults:

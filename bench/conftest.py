@@ -1,4 +1,4 @@
-"""Turns the rows that benchmarks leave in `extra_info` into a table, a CSV file and a picture under bench/results."""
+"""Turn the rows that the benchmarks of pytest leave in `extra_info` into a table, a CSV file and a picture."""
 
 import os
 

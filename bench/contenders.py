@@ -1,100 +1,301 @@
-"""Who is compared on which input. `python -m bench.contenders CASE/NAME` prints the extra memory of one, in MB."""
+"""Who takes the whole steps of `bench.steps`, and on which models those on a CPU are measured.
 
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+projgrad, plain training, other packages, and what a user would write instead.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import projgrad
 from projgrad import projectors
-from projgrad.experiments.comparison.memory import peak_memory
+
+from .models import Batch, Job, TokenJob, conv_net, decoder, encoder, mlp
+
+ALPHA = 0.5
 
 
-def plain_project_out(u: Tensor, G: Tensor) -> Tensor:
-    """The Gram route as one would write it down."""
-    return u - torch.linalg.solve(G @ G.mT, G @ u) @ G
+def plain(job: Job) -> Callable[[], object]:
+    """Start the same step without projection."""
+
+    def step() -> None:
+        job.optimizer.zero_grad()
+        (-(1 - ALPHA) * job.forget()).backward()
+        (ALPHA * job.retain().mean()).backward()
+        job.optimizer.step()
+
+    return step
 
 
-def lstsq_project_out(u: Tensor, G: Tensor) -> Tensor:
-    return u - torch.linalg.lstsq(G.mT, u[:, None]).solution[:, 0] @ G
+def orthograd(**options: object) -> Callable[[Job], Callable[[], object]]:
+    def start(job: Job) -> Callable[[], object]:
+        unlearner = projgrad.OrthoGrad(job.model, job.optimizer, alpha=ALPHA, **options)
+        return lambda: unlearner.step(job.forget, job.retain)
+
+    return start
 
 
-def plain_gram(u: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    return G @ G.mT, G @ u
+def vmap_qr(job: Job) -> Callable[[], object]:
+    """Start steps by QR of all per-sample gradients at once, as the paper's formula reads."""
+
+    def update(u: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        G = torch.cat(gradients, 1)
+        new = ALPHA * G.mean(0) - (1 - ALPHA) * projectors.qr(torch.cat(u), G)
+        return list(new.split([len(part) for part in u]))
+
+    return lambda: job.step_vmap(update)
 
 
-def pseudo_inverse_solve(K: Tensor, b: Tensor) -> Tensor:
-    """What rank detection costs with an eigendecomposition."""
-    values, vectors = torch.linalg.eigh(K)
-    inverse = torch.where(values > 64 * torch.finfo(K.dtype).eps * values[..., -1:], 1 / values, 0)
-    return (vectors @ (inverse[..., None] * (vectors.mT @ b[..., None])))[..., 0]
+def vmap_qr_per_tensor(job: Job) -> Callable[[], object]:
+    """Start steps by QR of every tensor's per-sample gradients, as the published code computes it."""
+
+    def update(u: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        pairs = zip(u, gradients, strict=True)
+        return [ALPHA * G.mean(0) - (1 - ALPHA) * projectors.qr(part, G) for part, G in pairs]
+
+    return lambda: job.step_vmap(update)
+
+
+def vmap_gram(job: Job) -> Callable[[], object]:
+    """Start steps by the n x n system, without a rank test: the least that explicit per-sample gradients can cost."""
+
+    def update(u: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        K = sum(G @ G.mT for G in gradients)
+        v = sum(G @ part for G, part in zip(gradients, u, strict=True))
+        weights = ALPHA / len(K) + (1 - ALPHA) * torch.linalg.solve(K, v)
+        return [weights @ G - (1 - ALPHA) * part for G, part in zip(gradients, u, strict=True)]
+
+    return lambda: job.step_vmap(update)
+
+
+def plain_backward(job: Job) -> Callable[[], object]:
+    def step() -> None:
+        job.optimizer.zero_grad()
+        job.retain().mean().backward()
+
+    return step
+
+
+def tape_gram(job: Job) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        with projgrad.per_sample(job.model) as tape:
+            losses = job.retain()
+        return tape.gram(losses)
+
+    return step
+
+
+def vmap_gram_only(job: Job) -> Callable[[], Tensor]:
+    return lambda: sum(G @ G.mT for G in job.per_sample_gradients())
+
+
+def torchjd_gram(job: Job) -> Callable[[], Tensor]:
+    from torchjd.autogram import Engine
+
+    engine = Engine(job.model, batch_dim=0)
+    return lambda: engine.compute_gramian(job.retain())
+
+
+def opacus_gram(job: Job) -> Callable[[], Tensor]:
+    from opacus import GradSampleModule
+
+    job.model = GradSampleModule(job.model, loss_reduction="sum")
+
+    def step() -> Tensor:
+        job.model.zero_grad()
+        job.retain().sum().backward()
+        return sum(G @ G.mT for G in (p.grad_sample.flatten(1) for p in job.model.parameters()))
+
+    return step
+
+
+def nngeometry_gram(job: Job) -> Callable[[], Tensor]:
+    from nngeometry.gram import GramMatrix
+
+    batch = torch.utils.data.TensorDataset(*job.samples[1])
+    loader = torch.utils.data.DataLoader(batch, batch_size=len(batch))
+
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        return job.losses(job.model(x), y)[:, None]
+
+    return lambda: GramMatrix(job.model, loader, losses).data[0, :, 0]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to take a step.
+
+    start: makes a job's step.
+    reference: the contender whose result this one must equal.
+    package: what must be installed.
+    slow: fewer rounds are timed.
+    """
+
+    start: Callable[[Job], Callable[[], object]]
+    reference: str | None = None
+    package: str | None = None
+    slow: bool = False
+
+
+STEPS = {
+    "plain": Contender(plain),
+    "projgrad global": Contender(orthograd(scope="global"), "vmap + QR"),
+    "projgrad two passes": Contender(orthograd(scope="global", keep_output_gradients=False), "vmap + QR"),
+    "projgrad per_tensor": Contender(orthograd(scope="per_tensor"), "vmap + QR per_tensor"),
+    "vmap + QR": Contender(vmap_qr, slow=True),
+    "vmap + QR per_tensor": Contender(vmap_qr_per_tensor, slow=True),
+    "vmap + Gram": Contender(vmap_gram, "vmap + QR", slow=True),
+}
+GRAMS = {
+    "plain": Contender(plain_backward),
+    "projgrad gram": Contender(tape_gram, "vmap + Gram"),
+    "vmap + Gram": Contender(vmap_gram_only, slow=True),
+    "torchjd": Contender(torchjd_gram, "vmap + Gram", "torchjd"),
+    "opacus": Contender(opacus_gram, "vmap + Gram", "opacus", slow=True),
+    "nngeometry": Contender(nngeometry_gram, "vmap + Gram", "nngeometry", slow=True),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One input. `size` is (n, p), or (systems, n) for gram_solve; `targets`: how many times our time each should take,
-    at least; `megabytes`: what ours may need beyond its inputs and its result."""
+    """A model with `title` and n samples a batch.
 
-    op: str
-    size: tuple[int, int]
-    contenders: dict[str, Callable]
-    targets: dict[str, float]
-    megabytes: float | None = None
+    sizes, small: arguments of `build`; the small model runs first, so that code loaded once is not measured.
+    rounds: how often the fast contenders are timed.
+    time, memory: what a contender may need at most, in units of plain.
+    more_time, more_memory: what `explicit` needs at least, in units of `ours`.
+    """
 
-    @property
-    def name(self) -> str:
-        return f"{self.op} {self.size[0]}x{self.size[1]}"
+    name: str
+    title: str
+    n: int
+    build: Callable[..., tuple[nn.Module, Batch]]
+    sizes: tuple[int, ...]
+    small: tuple[int, ...]
+    rounds: int
+    time: dict[str, float]
+    memory: dict[str, float]
+    more_time: float | None = None
+    more_memory: float | None = None
+    contenders: dict[str, Contender] = field(default_factory=lambda: STEPS)
+    ours: str = "projgrad global"
+    explicit: str = "vmap + QR"
 
-    def inputs(self) -> tuple[Tensor, Tensor]:
+    def job(self, small: bool = False) -> Job:
         torch.manual_seed(0)
-        if self.op == "gram_solve":
-            systems, n = self.size
-            A = torch.randn(systems, n, 2 * n)
-            return A @ A.mT, torch.randn(systems, n)
-        G = torch.randn(self.size)
-        return torch.randn(self.size[1]), G
+        return Job(*self.build(*(self.small if small else self.sizes)), 4 if small else self.n)
 
 
-PROJECT = {
-    "projgrad": projgrad.project_out,
-    "plain Gram": plain_project_out,
-    "QR": projectors.qr,
-    "lstsq": lstsq_project_out,
-}
-GRAM = {"projgrad": lambda u, G: projgrad.gram(G, u), "plain Gram": plain_gram}
-SOLVE = {
-    "projgrad": projgrad.gram_solve,
-    "linalg.solve": torch.linalg.solve,
-    "eigh pseudo-inverse": pseudo_inverse_solve,
-}
+def step_targets(whole: float, per_tensor: float, memory: float, **more: float) -> dict:
+    time = {"projgrad global": whole, "projgrad two passes": whole, "projgrad per_tensor": per_tensor}
+    return {"time": time, "memory": {"projgrad global": memory, "projgrad per_tensor": memory}, **more}
+
+
+def gram_targets(time: float, memory: float) -> dict:
+    ours = "projgrad gram"
+    return {
+        "time": {ours: time},
+        "memory": {ours: memory},
+        "contenders": GRAMS,
+        "ours": ours,
+        "explicit": "vmap + Gram",
+    }
+
+
+DECODER_TARGETS = step_targets(1.4, 1.25, 1.15, more_time=2.5, more_memory=8)
+MLP = {"build": mlp, "sizes": (784, 1024, 1024, 10), "small": (16, 16, 10), "rounds": 25}
+CONV = {"build": conv_net, "sizes": (3, 64, 128, 256, 256), "small": (3, 8, 8), "rounds": 15}
+SMALL = {"build": decoder, "sizes": (256, 4, 64, 1000), "small": (16, 1, 8, 20), "rounds": 11}
+LARGE = {"build": decoder, "sizes": (512, 6, 128, 4000), "small": (16, 1, 8, 20), "rounds": 5}
+ENCODER = {"build": encoder, "sizes": (256, 4, 64), "small": (16, 1, 8), "rounds": 15}
 CASES = [
-    Case("project_out", (8, 2_000_000), PROJECT, {"QR": 4, "plain Gram": 1.5}, 16),
-    Case("project_out", (32, 2_000_000), PROJECT, {"QR": 12, "plain Gram": 1.3}, 16),
-    Case("project_out", (128, 500_000), PROJECT, {"QR": 12, "plain Gram": 1.2}, 16),
-    Case("gram", (8, 2_000_000), GRAM, {}),
-    Case("gram", (32, 2_000_000), GRAM, {}),
-    Case("gram", (128, 500_000), GRAM, {}),
-    Case("gram_solve", (200, 64), SOLVE, {"eigh pseudo-inverse": 5, "linalg.solve": 1}),
+    Case("mlp", "MLP 784-1024-1024-10", 64, **MLP, **step_targets(1.5, 1.4, 1.3, more_memory=20)),
+    Case("conv", "4 conv + group norm + fc, 32 x 32", 64, **CONV, **step_targets(1.4, 1.3, 1.25, more_memory=5)),
+    Case("decoder-256", "decoder d = 256, 4 layers, 64 tokens, vocabulary 1000", 32, **SMALL, **DECODER_TARGETS),
+    Case("decoder-512", "decoder d = 512, 6 layers, 128 tokens, vocabulary 4000", 16, **LARGE, **DECODER_TARGETS),
+    Case("gram-mlp", "K alone, MLP 784-1024-1024-10", 64, **MLP, **gram_targets(1.3, 1.3)),
+    Case("gram-encoder", "K alone, encoder d = 256, 4 blocks, 64 tokens", 32, **ENCODER, **gram_targets(1.35, 1.2)),
 ]
 
 
-def main() -> None:
-    name, contender = sys.argv[1].split("/")
-    case = next(case for case in CASES if case.name == name)
-    call = case.contenders[contender]
-    inputs = case.inputs()
-    call(
-        *(t[:2] if case.op == "gram_solve" else t[..., :256].contiguous() for t in inputs)
-    )  # loads what is loaded once
-    with peak_memory() as peak:
-        result = call(*inputs)
-    if peak.bytes is None:
-        raise SystemExit("peak memory is measured on Linux only")
-    results = result if isinstance(result, tuple) else (result,)
-    print((peak.bytes - sum(t.numel() * t.element_size() for t in results)) / 1e6)
+# On a GPU. Explicit per-sample gradients in float32, one backward pass a sample.
 
 
-if __name__ == "__main__":
-    main()
+def _gradients(job: TokenJob, rows: list[Tensor]) -> None:
+    """Write the gradient of sample j into row j of every [n, p_l]."""
+    params = list(job.model.parameters())
+    for j in range(job.n):
+        loss = job.losses(job.samples[1][j : j + 1]).sum()
+        for row, g in zip(rows, torch.autograd.grad(loss, params), strict=True):
+            row[j].copy_(g.flatten())
+
+
+def gram_schmidt(u: Tensor, G: Tensor) -> Tensor:
+    """Return u without the span of the rows of G, which an orthonormal basis overwrites: no second matrix."""
+    for j in range(len(G)):
+        for _ in range(2):
+            G[j] -= (G[:j] @ G[j]) @ G[:j]
+        G[j] /= torch.linalg.vector_norm(G[j]).clamp_min(torch.finfo(G.dtype).tiny)
+    return u - (G @ u) @ G
+
+
+def explicit(project: Callable[[Tensor, Tensor], Tensor], whole: bool) -> Callable[[TokenJob], Callable[[], None]]:
+    """Project tensor by tensor, as the published code does, or the whole gradient at once, as its formula reads."""
+
+    def start(job: TokenJob) -> Callable[[], None]:
+        params = list(job.model.parameters())
+        sizes = [p.numel() for p in params]
+
+        def groups() -> Iterator[tuple[list[nn.Parameter], Tensor]]:
+            device = params[0].device
+            if whole:
+                G = torch.empty(job.n, sum(sizes), device=device)
+                _gradients(job, list(G.split(sizes, 1)))
+                yield params, G
+                return
+            rows = [torch.empty(job.n, size, device=device) for size in sizes]
+            _gradients(job, rows)
+            for p in params:
+                yield [p], rows.pop(0)
+
+        def step() -> None:
+            job.optimizer.zero_grad()
+            job.forget().backward()
+            for group, G in groups():
+                u = torch.cat([p.grad.flatten().float() for p in group])
+                mean = G.mean(0)
+                new = project(u, G).mul_(ALPHA - 1).add_(mean, alpha=ALPHA)
+                for p, g in zip(group, new.split([p.numel() for p in group]), strict=True):
+                    p.grad.copy_(g.view_as(p))
+            job.optimizer.step()
+
+        return step
+
+    return start
+
+
+@dataclass(frozen=True)
+class TokenContender:
+    """One way to step a language model.
+
+    heavy: it holds all per-sample gradients and runs alone.
+    truth: the contender whose update this one must equal.
+    """
+
+    start: Callable[[TokenJob], Callable[[], object]]
+    heavy: bool = False
+    truth: str | None = None
+
+
+TOKEN_STEPS = {
+    "plain": TokenContender(plain),
+    "projgrad global": TokenContender(orthograd(scope="global"), truth="explicit QR, global"),
+    "projgrad per_tensor": TokenContender(orthograd(scope="per_tensor"), truth="explicit QR, per tensor"),
+    "explicit QR, per tensor": TokenContender(explicit(projectors.qr, whole=False), heavy=True),
+    "explicit Gram-Schmidt, per tensor": TokenContender(
+        explicit(gram_schmidt, whole=False), heavy=True, truth="explicit QR, per tensor"
+    ),
+    "explicit QR, global": TokenContender(explicit(projectors.qr, whole=True), heavy=True),
+}

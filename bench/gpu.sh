@@ -5,8 +5,8 @@
 # `flat:gram_solve`, `flat:QR`, `layers:linear_gram`, `steps:llama-n4`, `tests:test_cuda` (a pytest -k expression).
 # OUT: folder of CSV files, pictures and logs [bench/results]. LIMIT: seconds a part [530]. PYTHON [python3].
 # COMMIT: what to call a tree without .git. --tiny: tiny sizes, also without a GPU, to try the logic.
-# Each part has at most 3 files, sanitize and tests 4. Where one call goes: python3 -m bench.gpu_steps --profile CASE
-# CONTENDER, python3 -m bench.gpu_layers --profile OP SIZE DTYPE CONTENDER.
+# Each part has at most 3 files, sanitize and tests 4. Where one call goes: python3 -m bench.steps --device cuda --profile
+# CASE CONTENDER, python3 -m bench.layers --profile OP SIZE DTYPE CONTENDER.
 # A part that fails does not stop the others; the exit status says whether any did.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -39,7 +39,7 @@ before=$((LIMIT > 120 ? LIMIT - 60 : LIMIT / 2)) # seconds after which nothing n
 
 part_build() {
   local arch
-  arch=$("$PYTHON" -m bench.gpu_check --arch) || return 1
+  arch=$("$PYTHON" -m bench.machine --arch) || return 1
   [[ -z $arch ]] || export TORCH_CUDA_ARCH_LIST=$arch
   echo "TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-}"
   "$PYTHON" setup.py build_ext --inplace || return 1
@@ -88,13 +88,13 @@ part_sanitize() {
 }
 
 benchmark() { # flat, layers or steps, and a filter
-  "$PYTHON" -m "bench.gpu_$1" --out "$OUT" --seconds "$before" "${tiny[@]}" --only "$2"
+  "$PYTHON" -m "bench.$1" --device cuda --out "$OUT" --seconds "$before" "${tiny[@]}" --only "$2"
 }
 part_flat() { benchmark flat "$1"; }
 part_layers() { benchmark layers "$1"; }
 part_steps() { benchmark steps "$1"; }
 
-"$PYTHON" -m bench.gpu_check || [[ ${#tiny[@]} -gt 0 ]] || exit 2
+"$PYTHON" -m bench.machine || [[ ${#tiny[@]} -gt 0 ]] || exit 2
 export -f part_build part_tests run_tests part_sanitize benchmark part_flat part_layers part_steps
 export PYTHON OUT LIMIT before
 if [[ " ${chosen[*]}" != *" build"* ]] && ! compgen -G "projgrad/_C*.so" >/dev/null; then
@@ -116,7 +116,7 @@ for entry in "${chosen[@]}"; do
     [[ $part != tests ]] || grep -hE ' (FAILED|ERROR) | (FAILED|ERROR)$' "$OUT"/gpu_tests_*.log | cut -c1-200 | head -60
   fi
   csv=$OUT/gpu_$part${tiny:+_tiny}.csv
-  [[ ! -e $csv ]] || timeout 60 "$PYTHON" -m bench.gpu_picture "$csv"
+  [[ ! -e $csv ]] || timeout 60 "$PYTHON" -m bench.report "$csv"
   echo "== $entry: ends $(date '+%F %T') after $((SECONDS - started)) s with status $status"
   [[ $status -eq 0 ]] || failed+=("$entry")
 done

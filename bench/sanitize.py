@@ -1,4 +1,4 @@
-"""Every CUDA kernel on small awkward sizes under NVIDIA's checkers: `bench/gpu.sh sanitize`.
+"""Run every CUDA kernel on small awkward sizes under NVIDIA's checkers: `bench/gpu.sh sanitize`.
 
 Errors in kernels of projgrad fail; those in other kernels are counted. Where compute-sanitizer is missing or does not
 support the device, that is said and nothing fails. `--calls` makes the calls alone.
@@ -27,7 +27,7 @@ REFUSED = ("Device not supported", "device is not supported", "Unable to find a 
 
 
 def calls() -> Iterator[str]:
-    """Names of the calls, each made before its name is given."""
+    """Make the calls, and yield the name of each after it."""
     import projgrad
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,13 +70,13 @@ def calls() -> Iterator[str]:
 
 
 def kernels(log: str) -> Counter:
-    """How many errors each kernel has: it is named after an "at" in the line after an error's own, or in that."""
-    found = re.findall(r"^=+\s+(?:.*\baccess )?at (?:0x[0-9a-f]+ in )?(.+)", log, re.M)
-    return Counter(re.split(r"\+0x|\(", name)[0].strip() for name in found)
+    """Count the errors of each kernel: it is named after an "at" in the line after an error's own, or in that."""
+    names = re.findall(r"^=+\s+(?:.*\baccess )?at (?:0x[0-9a-f]+ in )?(.+)", log, re.M)
+    return Counter(re.split(r"\+0x|\(", name)[0].strip() for name in names)
 
 
 def check(tool: str, seconds: float, log: Path) -> bool:
-    """Run the calls under one tool. False where a kernel of ours has an error, or the calls themselves fail."""
+    """Run the calls under one tool. Return False where a kernel of ours has an error, or the calls themselves fail."""
     started = time.monotonic()
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(STATUS)]
     command += [sys.executable, "-m", "bench.sanitize", "--calls"]
@@ -89,22 +89,22 @@ def check(tool: str, seconds: float, log: Path) -> bool:
             process.kill()
             status = None
     text = log.read_text(errors="replace")
-    found = kernels(text)
-    ours = {name: count for name, count in found.items() if OURS.search(name)}
+    errors = kernels(text)
+    ours = {name: count for name, count in errors.items() if OURS.search(name)}
     summary = re.findall(r"^=+ (ERROR SUMMARY.*|RACECHECK SUMMARY.*)", text, re.M)
     took = f"{time.monotonic() - started:.0f} s"
-    if any(some in text for some in REFUSED):
+    if any(refusal in text for refusal in REFUSED):
         print(f"{tool}: this device is not supported here; nothing was checked")
         return True
     if status is None:
         print(f"{tool}: not finished after {took}; errors in our kernels so far: {ours or 'none'}")
         return not ours
     print(f"{tool}: status {status} after {took}; {'; '.join(summary) or 'no summary'}")
-    print(f"{tool}: in our kernels {ours or 'none'}; in others {sum(found.values()) - sum(ours.values())}", flush=True)
-    done = "all calls made" in text
-    if not done:
+    print(f"{tool}: in our kernels {ours or 'none'}; in others {sum(errors.values()) - sum(ours.values())}", flush=True)
+    complete = "all calls made" in text
+    if not complete:
         print("\n".join(text.splitlines()[-15:]))
-    return done and not ours
+    return complete and not ours
 
 
 def main() -> int:
@@ -129,11 +129,11 @@ def main() -> int:
     if plain.returncode:
         print(f"the calls fail without a checker too:\n{plain.stderr[-3000:]}")
         return 1
-    fine = True
+    passed = True
     for k, tool in enumerate(args.tools):
         share = (end - time.monotonic()) / (len(args.tools) - k)
-        fine &= check(tool, share, args.out / f"gpu_sanitize_{tool}.log")
-    return 0 if fine else 1
+        passed &= check(tool, share, args.out / f"gpu_sanitize_{tool}.log")
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ KERNELS = (linear_gram, linear_dot, gram, subtract, linear_combine, linear_momen
 
 
 def specialisations(names: Sequence[str] = ()) -> Iterator[Specialisation]:
-    """Of the kernels with these names; of all where there are none."""
+    """Yield the specialisations of the kernels with these names; of all where there are none."""
     for kernel in KERNELS:
         if not names or kernel.__name__ in names:
             yield from kernel()

@@ -1,5 +1,6 @@
 """Whole unlearning steps against plain training, vmap and QR: `python -m bench.steps [--case NAME ...]`.
 
+Here those on a CPU; `--device cuda` measures those of `steps_cuda.py`.
 Every contender has a process of its own. Memory: the peak of three steps above the loaded model, in a fresh process;
 the first of them inspects the model.
 Time: the contenders of a case take one step each in turn, so that all meet the same machine. A result that is wrong is
@@ -12,7 +13,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads tha
 
 import argparse
 import contextlib
-import csv
 import importlib.util
 import tempfile
 import warnings
@@ -24,10 +24,12 @@ import torch
 
 from projgrad.experiments.comparison.memory import peak_memory
 
-from .measure import spread, timed
-from .report import RESULTS, environment
-from .step_contenders import CASES, Case, Contender, Job
-from .worker import Failed, Worker, complain, serve
+from .command import Failed, Worker, add_device, chosen_device, complain, serve, started
+from .contenders import CASES, Case, Contender
+from .harness import spread, timed
+from .machine import environment
+from .models import Job
+from .report import RESULTS, read_csv, write_csv
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,13 +39,13 @@ THREADS = 2
 UPDATE_LIMIT, GRAM_LIMIT = 1e-4, 1e-5  # relative difference from float32 QR, and from a float32 Gram matrix
 RESIDUAL_LIMIT = 1e-6
 RATIOS = ("over_plain", "at_most", "over_ours", "at_least")
-COLUMNS = ("case", "model", "contender", "ms", "ms_20", "ms_80", "rounds", *(f"time_{some}" for some in RATIOS))
-COLUMNS += ("peak_mb", *(f"memory_{some}" for some in RATIOS), "later_mb", "later_over_plain")
+COLUMNS = ("case", "model", "contender", "ms", "ms_20", "ms_80", "rounds", *(f"time_{ratio}" for ratio in RATIOS))
+COLUMNS += ("peak_mb", *(f"memory_{ratio}" for ratio in RATIOS), "later_mb", "later_over_plain")
 COLUMNS += ("difference", "residual", "note")
 
 
 def worker(case: Case, contender: str, result: Path | None = None) -> Worker:
-    """A process that measures one contender: seconds of a step, or with `result` what three steps need and give."""
+    """Start a process that measures one contender: the time of a step, or with `result` the memory of three."""
     arguments, variables = ["-m", "bench.steps", "--worker", case.name, contender], {}
     if result:
         arguments += ["--result", str(result)]
@@ -52,7 +54,7 @@ def worker(case: Case, contender: str, result: Path | None = None) -> Worker:
 
 
 def work(case: Case, contender: Contender, result: str | None) -> None:
-    """The worker's side: the seconds of a step for every line of input, or memory and result of three steps."""
+    """Answer every line of input, on the worker's side: seconds of a step, or memory and result of three steps."""
     warnings.filterwarnings("ignore", "There is a performance drop")  # vmap runs attention sample by sample
     warnings.filterwarnings("ignore", "Full backward hook is firing")  # opacus on the first layer
     try:
@@ -66,7 +68,10 @@ def work(case: Case, contender: Contender, result: str | None) -> None:
 
 
 def three_steps(job: Job, step: Callable[[], object], file: str) -> dict:
-    """Peak memory of all and of the later ones, the residual that the last step reports, and its result in a file."""
+    """Return the peak memory of three steps and of the later ones, and the residual that the last one reports.
+
+    The update of the last one, or the Gram matrix, is left in a file.
+    """
     with peak_memory() as first:
         step()
     job.optimizer.zero_grad()
@@ -75,13 +80,13 @@ def three_steps(job: Job, step: Callable[[], object], file: str) -> dict:
             out = step()
     whole = not isinstance(out, torch.Tensor)  # its update is in .grad
     torch.save(torch.cat([p.grad.flatten() for p in job.model.parameters()]) if whole else out, file)
-    peaks = [some.bytes and some.bytes / 1e6 for some in (first, later)]
+    peaks = [peak.bytes and peak.bytes / 1e6 for peak in (first, later)]
     residual = getattr(out, "residual", None)
     return {"peak_mb": None if None in peaks else max(peaks), "later_mb": peaks[1], "residual": residual}
 
 
 def check(case: Case, rows: dict[str, dict], folder: Path) -> None:
-    """The relative difference of every result from its reference; a note where it is wrong."""
+    """Add the relative difference of every result from its reference, and a note where it is wrong."""
     for name, row in rows.items():
         reference = case.contenders[name].reference
         if row["note"] or reference is None:
@@ -89,7 +94,7 @@ def check(case: Case, rows: dict[str, dict], folder: Path) -> None:
         if rows[reference]["note"]:
             row["note"] = f"unchecked: {reference} failed"
             continue
-        mine, theirs = (torch.load(folder / some).double() for some in (name, reference))
+        mine, theirs = (torch.load(folder / file).double() for file in (name, reference))
         row["difference"] = float((mine - theirs).norm() / theirs.norm())
         if not row["difference"] <= (UPDATE_LIMIT if mine.ndim == 1 else GRAM_LIMIT):
             row["note"] = f"wrong: differs from {reference} by {row['difference']:.0e}"
@@ -98,7 +103,7 @@ def check(case: Case, rows: dict[str, dict], folder: Path) -> None:
 
 
 def interleave(case: Case, rows: dict[str, dict], rounds: int) -> None:
-    """One step of every contender in turn; two rounds are warm-up, for the slow contenders one."""
+    """Time one step of every contender in turn; two rounds are warm-up, for the slow contenders one."""
     seconds = {name: [] for name, row in rows.items() if not row["note"]}
     slow_rounds = max(2, min(3, rounds // 2))
     with contextlib.ExitStack() as stack:
@@ -108,7 +113,7 @@ def interleave(case: Case, rows: dict[str, dict], rounds: int) -> None:
                 if case.contenders[name].slow and not -1 <= i < slow_rounds:
                     continue
                 try:
-                    taken = workers[name].defer()["seconds"]
+                    taken = workers[name].ask()["seconds"]
                 except Failed as error:
                     rows[name]["note"] = str(error)
                     del workers[name]
@@ -133,7 +138,7 @@ def measure(case: Case, rounds: int, console: "Console") -> list[dict]:
             status.update(f"{case.name}: memory of {name}")
             try:
                 with worker(case, name, Path(folder) / name) as process:
-                    row |= process.defer()
+                    row |= process.ask()
             except Failed as error:
                 row["note"] = str(error)
         check(case, rows, Path(folder))
@@ -155,7 +160,7 @@ def _ratio(value: float | None, other: float | None) -> float | None:
 
 
 def cell(row: dict | None, unit: str, over: str = "plain") -> str:
-    """A ratio of time or memory with its target; `row` as measured or as read from a file."""
+    """Return a ratio of time or memory with its target; `row` as measured or as read from a file."""
     if not row or row["note"] or not row[f"{unit}_over_{over}"]:
         return row["note"].split(":")[0] if row else ""
     value, target = row[f"{unit}_over_{over}"], row[f"{unit}_at_{'most' if over == 'plain' else 'least'}"]
@@ -168,27 +173,27 @@ def cell(row: dict | None, unit: str, over: str = "plain") -> str:
 
 SUMMARY = [
     "model",
-    *(f"{unit} / plain, {some}" for unit in ("time", "memory") for some in ("global", "two passes", "per_tensor")),
+    *(f"{unit} / plain, {scope}" for unit in ("time", "memory") for scope in ("global", "two passes", "per_tensor")),
     "memory / plain after the first step, global",
-    *(f"vmap + {some}: {unit} / ours" for some in ("QR", "Gram") for unit in ("time", "memory")),
+    *(f"vmap + {solver}: {unit} / ours" for solver in ("QR", "Gram") for unit in ("time", "memory")),
 ]
 
 
 def summary(rows: list[dict]) -> list[list[str]]:
-    """One line per case, under SUMMARY; for K alone `global` is K."""
+    """Return one line per case, under SUMMARY; for K alone `global` is K."""
     lines = []
     for case in CASES:
-        found = {row["contender"]: row for row in rows if row["case"] == case.name}
-        if found:
-            ours = [found.get(name) for name in (case.ours, "projgrad two passes", "projgrad per_tensor")]
+        by_name = {row["contender"]: row for row in rows if row["case"] == case.name}
+        if by_name:
+            ours = [by_name.get(name) for name in (case.ours, "projgrad two passes", "projgrad per_tensor")]
             cells = [cell(row, unit) for unit in ("time", "memory") for row in ours]
             vmap = [
-                cell(found.get(f"vmap + {some}"), unit, "ours")
-                for some in ("QR", "Gram")
+                cell(by_name.get(f"vmap + {solver}"), unit, "ours")
+                for solver in ("QR", "Gram")
                 for unit in ("time", "memory")
             ]
-            later = found[case.ours]["later_over_plain"] if found.get(case.ours) else None
-            lines.append([found["plain"]["model"], *cells, f"{float(later):.3g}" if later else "", *vmap])
+            later = by_name[case.ours]["later_over_plain"] if by_name.get(case.ours) else None
+            lines.append([by_name["plain"]["model"], *cells, f"{float(later):.3g}" if later else "", *vmap])
     return lines
 
 
@@ -213,37 +218,37 @@ def details(rows: list[dict]) -> "Table":
 
 
 def write(rows: list[dict], path: Path) -> list[dict]:
-    """Rows of other cases stay in the file. Returns all of its rows."""
-    new = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} | environment() for row in rows]
-    if path.exists():
-        with path.open() as file:
-            measured = {row["case"] for row in rows}
-            new += [row for row in csv.DictReader(file) if row["case"] not in measured]
+    """Write rows beside those of other cases in the file, and return all of its rows."""
+    about, measured = environment(), {row["case"] for row in rows}
+    others = [row for row in read_csv(path) if row["case"] not in measured] if path.exists() else []
     order = [case.name for case in CASES]
-    new.sort(key=lambda row: order.index(row["case"]))
+    merged = sorted([*(row | about for row in rows), *others], key=lambda row: order.index(row["case"]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *environment()], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(new)
-    return new
+    write_csv(path, merged, [*COLUMNS, *about])
+    return read_csv(path)
 
 
 def profile(case: Case, contender: Contender) -> str:
+    """Return a table of where the time of one step goes."""
     step = contender.start(case.job())
     for _ in range(2):
         step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
-    return found.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=60)
+    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=60)
 
 
 def main() -> None:
+    if chosen_device() == "cuda":
+        from . import steps_cuda
+
+        return steps_cuda.main()
     from rich.console import Console
     from rich.table import Table
 
     cases = {case.name: case for case in CASES}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_device(parser, "cpu")
     parser.add_argument("--case", nargs="+", choices=cases, default=list(cases), metavar="NAME", help=", ".join(cases))
     parser.add_argument("--repeats", type=int, help="timed steps of every fast contender, at least 2")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for steps_cpu.csv")
@@ -270,4 +275,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    started(main)

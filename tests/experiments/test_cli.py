@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,10 @@ def test_scores_and_doctor_need_only_what_projgrad_requires():
     assert process.returncode == 0, process.stderr
     assert "orthograd is best" in process.stdout and "95 % interval" in process.stdout
     assert "digits-labels" in process.stdout and f"projgrad        {projgrad.__version__}" in process.stdout
+
+
+def test_the_environment_names_the_extension_where_it_is_built():
+    assert (environment.environment()["extension"] is None) == (find_spec("projgrad._C") is None)
 
 
 def test_doctor_says_what_the_absent_extension_costs(monkeypatch, capsys):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ... import kernels
+from ...kernels import extension
 from ...version import __version__
 
 
@@ -34,12 +34,6 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def extension() -> dict[str, Any] | None:
-    """Return `build_info()` of the C++ extension, or None where it was not built."""
-    module = getattr(kernels, "_C", None)
-    return None if module is None else dict(module.build_info())
 
 
 def processor() -> str:

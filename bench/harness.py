@@ -1,31 +1,45 @@
-"""How the GPU benchmarks measure: device events, the allocator's peak, this device's own ceilings.
+"""How the benchmarks measure: in turn, with device events, the allocator's peak and this device's own ceilings.
 
-Without a GPU everything runs on the CPU, for tests: the numbers then mean nothing.
+What is measured on a GPU runs on the CPU where there is none, for tests: those numbers mean nothing.
 """
 
-import argparse
 import gc
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from statistics import median, quantiles
 
 import torch
 from torch import Tensor
 
 from projgrad.experiments.comparison.memory import peak_memory
 
-from .gpu_rows import Rows
-from .measure import spread
-from .report import RESULTS
-from .worker import is_out_of_memory
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP = 3
 CYCLES = 2_000_000  # clock cycles of a GPU in a millisecond, about
 LONGEST = 5_000.0  # milliseconds: what takes longer is run once more and no oftener
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Return the seconds of one call on the CPU."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def wall_clock(call: Callable[[], object]) -> float:
+    """Return the milliseconds of one call on the clock of the host, from an idle device to an idle device."""
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def spread(times: list[float]) -> tuple[float, float, float]:
+    """Return the median and the 20th and 80th percentile."""
+    fifths = quantiles(times, n=5, method="inclusive")
+    return median(times), fifths[0], fifths[3]
 
 
 def synchronize() -> None:
@@ -34,20 +48,20 @@ def synchronize() -> None:
 
 
 def release() -> None:
-    """Give unused memory back, so that what comes next, another process too, finds all of it."""
+    """Give unused memory back, so that what comes next, another process too, can have all of it."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
-def wall_clock(call: Callable[[], object]) -> float:
-    """Milliseconds of one call on the clock of the host, from an idle device to an idle device."""
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return 1e3 * (time.perf_counter() - start)
+def is_out_of_memory(error: BaseException) -> bool:
+    texts = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in texts)
+
+
+def size_in_bytes(*tensors: Tensor) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 class Clock:
@@ -83,7 +97,7 @@ class Clock:
 
 @dataclass
 class Contender:
-    """One call with what was found of it; `ms` empty where `note` says why."""
+    """One call and its measurements; there are none where `note` says why."""
 
     call: Callable[[], object]
     note: str = ""
@@ -92,7 +106,7 @@ class Contender:
     extra_bytes: int | None = None
 
     def attempt(self, action: Callable[[], object]) -> object:
-        """The result of an action; None and a note where it fails. What breaks the device for good is raised."""
+        """Return the result of an action, or None with a note where it fails. Raise what breaks the device for good."""
         if self.note:
             return None
         try:
@@ -108,6 +122,7 @@ class Contender:
         return None
 
     def columns(self) -> dict[str, object]:
+        """Return the columns of its row: times, rounds, memory and note."""
         names = ("ms", "ms_20", "ms_80")
         if self.note or len(self.device_ms) < 2:
             times = dict.fromkeys((*names, "host_ms"))
@@ -118,8 +133,11 @@ class Contender:
 
 
 def measure(contenders: Mapping[str, Contender], clock: Clock, seconds: float = 0.5, rounds: int = 25) -> None:
-    """Warm-up, memory, then one call of every contender in turn; `seconds`: about what each may take."""
-    plans: dict[str, tuple[int, float]] = {}
+    """Warm all contenders up, measure their memory, then call one after the other, round by round.
+
+    seconds: about what each may take.
+    """
+    plans: dict[str, tuple[int, float]] = {}  # rounds, and how long the device waits for the host
     for name, contender in contenders.items():
         took = contender.attempt(lambda c=contender: clock(c.call))
         for _ in range(WARM_UP - 1):
@@ -127,18 +145,18 @@ def measure(contenders: Mapping[str, Contender], clock: Clock, seconds: float = 
                 took = contender.attempt(lambda c=contender: clock(c.call))
         if took is None:
             continue
-        contender.attempt(lambda c=contender: _memory(c))
+        contender.attempt(lambda c=contender: _measure_memory(c))
         count = 2 if took[0] >= LONGEST else min(rounds, max(5, int(1e3 * seconds / max(took[0], 1e-3))))
         plans[name] = (count, 1.5 * took[1] if took[1] < 0.7 * took[0] or took[1] < 10 else 0.0)
     for i in range(max((count for count, _ in plans.values()), default=0)):
         for name, (count, head_start) in plans.items():
             contender = contenders[name]
-            if i < count and (found := contender.attempt(lambda c=contender, h=head_start: clock(c.call, h))):
-                contender.device_ms.append(found[0])
-                contender.host_ms.append(found[1])
+            if i < count and (times := contender.attempt(lambda c=contender, h=head_start: clock(c.call, h))):
+                contender.device_ms.append(times[0])
+                contender.host_ms.append(times[1])
 
 
-def _memory(contender: Contender) -> None:
+def _measure_memory(contender: Contender) -> None:
     with peak_memory(DEVICE) as peak:
         contender.call()
     contender.extra_bytes = peak.bytes
@@ -156,14 +174,14 @@ class Ceilings:
 
     @property
     def exact(self) -> float:
-        """float32 products: with float32 arithmetic, or as six products of bfloat16 parts."""
+        """The rate of float32 products: with float32 arithmetic, or as six products of bfloat16 parts."""
         return max(self.fp32, self.bf16 / 6)
 
     def rate(self, dtype: torch.dtype) -> float:
         return {torch.bfloat16: self.bf16, torch.float16: self.fp16}.get(dtype, self.exact)
 
     def rows(self) -> Iterator[dict]:
-        """TB/s, and TFLOP/s."""
+        """Yield a row for every ceiling, in TB/s and TFLOP/s."""
         yield {"op": "ceiling", "contender": "copy, read and written", "rate": self.copy / 1e12, "unit": "TB/s"}
         for kind in ("bf16", "fp16", "tf32", "fp32"):
             rate = getattr(self, kind) / 1e12
@@ -171,7 +189,7 @@ class Ceilings:
 
 
 def ceilings(clock: Clock, tiny: bool) -> Ceilings:
-    """What this device does, on random data: the best of nine after three."""
+    """Measure what this device does, on random data: the best of nine calls after three."""
     size, count = (64, 1 << 10) if tiny else (8192, 1 << 29)
 
     def best(call: Callable[[], object]) -> float:
@@ -199,70 +217,12 @@ def ceilings(clock: Clock, tiny: bool) -> Ceilings:
     return Ceilings(copy, **rates)
 
 
-def size_in_bytes(*tensors: Tensor) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
+def read_rate(G: Tensor, rounds: int = 9) -> float:
+    """Return the bytes a second at which this CPU reads G: the best of several sums over it."""
+    return size_in_bytes(G) / min(timed(lambda: G.view(-1).sum()) for _ in range(rounds))
 
 
-def run(plan: Iterable[tuple[dict, Callable[[], Iterable[dict]]]], rows: Rows, deadline: "Deadline") -> int:
-    """Add the rows of everything that is planned until the time is up; 1 if a result of ours is wrong or missing."""
-    failed = 0
-    for about, found in plan:
-        if deadline.passed(title(about)):
-            continue
-        try:
-            for row in found():
-                rows.add(row)
-                failed |= str(row["contender"]).startswith("projgrad") and bool(row.get("note"))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            rows.add({**about, "contender": "inputs and truth", "note": "out of memory"})
-        release()
-    return int(failed)
-
-
-def title(about: dict) -> str:
-    return " ".join(map(str, about.values()))
-
-
-class Deadline:
-    """The end of a part's time."""
-
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def passed(self, what: str) -> bool:
-        if self.left() > 0:
-            return False
-        print(f"not measured, the time is up: {what}", flush=True)
-        return True
-
-
-def arguments(description: str, *more: tuple[str, dict]) -> argparse.Namespace:
-    """What the command line of a part says."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--seconds", type=float, default=480.0, help="no case is begun after this")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, also without a GPU: for tests")
-    for name, options in more:
-        parser.add_argument(name, **options)
-    args = parser.parse_args()
-    if DEVICE != "cuda" and not args.tiny:
-        raise SystemExit("no CUDA device; --tiny runs the logic on the CPU")
-    return args
-
-
-def started(main: Callable[[], object]) -> None:
-    """Run a part so that its time limit, a signal, ends its worker processes too."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    main()
-
-
-def rows_of(part: str, args: argparse.Namespace, columns: tuple[str, ...], key: tuple[str, ...]) -> Rows:
-    """Rows measured before on this device stay, in the folder at hand or else in the repository's results."""
-    name = f"gpu_{part}{'_tiny' if args.tiny else ''}.csv"
-    return Rows(args.out / name, columns, key, DEVICE, () if args.tiny else (RESULTS / name,))
+def matrix_rate(dtype: torch.dtype, size: int = 1536, rounds: int = 9) -> float:
+    """Return the floating-point operations a second of a square matrix product on this CPU: the best of several."""
+    a = torch.randn(size, size, dtype=dtype)
+    return 2 * size**3 / min(timed(lambda: a @ a) for _ in range(rounds))

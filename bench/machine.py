@@ -1,11 +1,17 @@
-"""What the GPU benchmarks find on this machine: `python -m bench.gpu_check [--arch]`."""
+"""What this machine has, and what the GPU benchmarks miss on it: `python -m bench.machine [--arch]`.
+
+projgrad is imported late: here its extension may not be built yet, or be broken.
+"""
 
 import importlib.metadata
 import importlib.util
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
-import torch  # not projgrad: the extension may not be built yet, or be broken
+import torch
 
 OPTIONAL = {
     "rich": "the tests of tables, the ahead-of-time compilation test",
@@ -25,6 +31,29 @@ TOOLS = {
 }
 
 
+def environment(device: str = "cpu") -> dict[str, str]:
+    """Return where and on what something is measured; COMMIT in the environment names a tree without .git."""
+    from projgrad.experiments.comparison import environment as machine
+
+    about = machine.environment()
+    common = {key: about[key] for key in ("torch", "python", "projgrad")}
+    common["commit"] = os.environ.get("COMMIT") or _output("git", "describe", "--always", "--dirty")
+    if device != "cuda":
+        return {"device": about["processor"], "threads": str(about["threads"]), **common}
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
+    versions = {"driver": driver, "cuda": torch.version.cuda or "none", "triton": about["triton"] or "none"}
+    return {"device": about["cuda"], **versions, **common}
+
+
+def _output(*command: str) -> str:
+    """Return what a command prints, "unknown" where it fails."""
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return ended.stdout.strip() if ended.returncode == 0 and ended.stdout.strip() else "unknown"
+
+
 def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -33,9 +62,9 @@ def version(package: str) -> str:
 
 
 def arch() -> str:
-    """Of every GPU here, as TORCH_CUDA_ARCH_LIST wants them."""
-    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+    """Return the compute capabilities of all GPUs here, as TORCH_CUDA_ARCH_LIST wants them."""
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
 
 
 def main() -> int:

@@ -11,13 +11,14 @@ import torch
 from cases import TRITON
 
 import projgrad
-from bench import gpu_flat, gpu_layers, gpu_measure, gpu_models, gpu_readme, gpu_steps, sanitize
-from bench.gpu_alternatives import ALTERNATIVES
-from bench.gpu_rows import Rows, meets
-from bench.worker import Failed
+from bench import flat, gpu_readme, harness, layers, models, sanitize, steps, steps_cuda
+from bench.command import Failed
+from bench.contenders import TOKEN_STEPS
+from bench.layers import ALTERNATIVES
+from bench.report import Rows, meets
 
 ROOT = Path(__file__).parents[2]
-CEILINGS = gpu_measure.Ceilings(1e12, 6e14, 6e14, 3e14, 5e13)
+CEILINGS = harness.Ceilings(1e12, 6e14, 6e14, 3e14, 5e13)
 
 
 def script(*arguments, **variables):
@@ -27,15 +28,15 @@ def script(*arguments, **variables):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def test_parts():
+def test_the_script_lists_its_parts_and_refuses_others():
     listed = script("--list")
     assert listed.stdout.split() == ["build", "tests", "sanitize", "flat", "layers", "steps"]
     refused = script("flat", "speed")
     assert refused.returncode == 2 and "no part speed" in refused.stderr
 
 
-def test_the_command(tmp_path):
-    """A part that fails stops neither the others nor its own report."""
+def test_a_failing_part_stops_no_other(tmp_path):
+    """Nor its own report."""
     parts = "tests:no_such_test or", "layers:linear_dot 4x1x8x8"
     done = script("--tiny", *parts, OUT=str(tmp_path), COMMIT="named")
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
@@ -52,28 +53,29 @@ def read(path):
 
 
 def part(module, monkeypatch, folder, only):
-    """The exit status of one part in this process."""
-    monkeypatch.setattr(sys, "argv", [module.__name__, "--tiny", "--out", str(folder), "--only", only])
+    """Run one part in this process and return its exit status."""
+    options = ["--device", "cuda", "--tiny", "--out", str(folder), "--only", only]
+    monkeypatch.setattr(sys, "argv", [module.__name__, *options])
     with pytest.raises(SystemExit) as stop:
         module.main()
     return stop.value.code
 
 
-def test_flat(tmp_path, monkeypatch):
-    assert part(gpu_flat, monkeypatch, tmp_path, "8x3000") == 0
+def test_flat_ops_are_measured_and_rows_stay(tmp_path, monkeypatch):
+    assert part(flat, monkeypatch, tmp_path, "8x3000") == 0
     assert {row["op"] for row in read(tmp_path / "gpu_flat_tiny.csv")} == {"ceiling", "project_out", "gram", "subtract"}
-    assert part(gpu_flat, monkeypatch, tmp_path, "gram_solve") == 0
+    assert part(flat, monkeypatch, tmp_path, "gram_solve") == 0
     assert {"project_out", "gram_solve"} < {row["op"] for row in read(tmp_path / "gpu_flat_tiny.csv")}  # rows stay
 
 
 @pytest.fixture
 def clock():
-    return gpu_measure.Clock()
+    return harness.Clock()
 
 
-def test_flat_rows(clock):
-    for case in gpu_flat.cases(tiny=True):
-        rows = list(gpu_flat.flat_rows(case, CEILINGS, clock))
+def test_rows_of_flat_ops_are_right_and_complete(clock):
+    for case in flat.gpu_cases(tiny=True):
+        rows = list(flat.flat_rows(case, CEILINGS, clock))
         assert [row["op"] for row in rows] == ["project_out"] * 2 + ["gram"] * 2 + ["subtract"] * 2
         assert not any(row["note"] for row in rows)
         assert bool(rows[0]["target"]) == case.contract
@@ -81,15 +83,15 @@ def test_flat_rows(clock):
 
 def test_qr_has_a_process_of_its_own():
     """And the smaller size is tried where the larger one fails."""
-    case = gpu_flat.Case(64, 10**15, torch.float32, contract=True, fallback=500)
-    failed, ours, qr = gpu_flat.qr_rows(case, tiny=True)
+    case = flat.GPUCase(64, 10**15, torch.float32, contract=True, fallback=500)
+    failed, ours, qr = flat.qr_rows(case, tiny=True)
     assert failed["note"] and failed["contender"] == "QR" and failed["size"] == f"64x{10**15}"
     assert ours["size"] == qr["size"] == "64x500" and ours["contender"] == "projgrad" and qr["ms"]
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, clock):
     monkeypatch.setattr(projgrad, "project_out", lambda u, G: u)
-    row = next(gpu_flat.flat_rows(gpu_flat.cases(tiny=True)[0], CEILINGS, clock))
+    row = next(flat.flat_rows(flat.gpu_cases(tiny=True)[0], CEILINGS, clock))
     assert row["contender"] == "projgrad" and row["note"].startswith("wrong: ") and row["ms"] is None
 
 
@@ -98,9 +100,9 @@ def test_what_cannot_run_is_a_row(error, clock):
     def call():
         raise error
 
-    contenders = {"bad": gpu_measure.Contender(call), "good": gpu_measure.Contender(lambda: torch.ones(3))}
-    gpu_measure.measure(contenders, clock)
-    bad, good = (some.columns() for some in contenders.values())
+    contenders = {"bad": harness.Contender(call), "good": harness.Contender(lambda: torch.ones(3))}
+    harness.measure(contenders, clock)
+    bad, good = (contender.columns() for contender in contenders.values())
     assert bad["ms"] is None and bad["note"] in ("out of memory", "ValueError: no; never")
     assert good["ms"] > 0 and not good["note"]
 
@@ -110,10 +112,10 @@ def test_what_cannot_run_is_a_row(error, clock):
 @pytest.mark.parametrize("op", [op for op in ALTERNATIVES if hasattr(projgrad, op)])
 def test_every_alternative_of_a_layer(op, dtype, monkeypatch, clock):
     """Right on tiny sizes; kernels in the interpreter where there is no GPU."""
-    monkeypatch.setattr(gpu_layers, "measure", lambda *_, **__: None)
-    sizes = gpu_layers.TINY_BASES if op == "basis_project" else gpu_layers.TINY
+    monkeypatch.setattr(layers, "measure", lambda *_, **__: None)
+    sizes = layers.TINY_BASES if op == "basis_project" else layers.TINY
     for size in sizes:
-        rows = list(gpu_layers.layer_rows(op, size, dtype, CEILINGS, clock))
+        rows = list(layers.layer_rows(op, size, dtype, CEILINGS, clock))
         assert [row["contender"] for row in rows] == list(ALTERNATIVES[op])
         assert not any(row["note"] for row in rows), [row["note"] for row in rows]
 
@@ -122,7 +124,7 @@ class InProcess:
     """A worker without a process."""
 
     def __init__(self, case, name, tiny):
-        self.name, self.known = name, gpu_steps.answers(case, name, tiny)
+        self.name, self.known = name, steps_cuda.answers(case, name, tiny)
 
     def __enter__(self):
         return self
@@ -130,29 +132,29 @@ class InProcess:
     def __exit__(self, *_):
         pass
 
-    def defer(self, question):
+    def ask(self, question):
         if self.name == "explicit QR, global":
             raise Failed("out of memory")
         return self.known[question]()
 
 
 @pytest.mark.parametrize("transformers", [True, False])
-def test_steps(transformers, tmp_path, monkeypatch):
+def test_steps_of_every_contender(transformers, tmp_path, monkeypatch):
     """Also with the repository's own decoder."""
-    monkeypatch.setattr(gpu_models, "TRANSFORMERS", transformers and gpu_models.TRANSFORMERS)
-    monkeypatch.setattr(gpu_steps, "start", InProcess)
-    assert part(gpu_steps, monkeypatch, tmp_path, "gpt2") == 0
+    monkeypatch.setattr(models, "TRANSFORMERS", transformers and models.TRANSFORMERS)
+    monkeypatch.setattr(steps_cuda, "start", InProcess)
+    assert part(steps, monkeypatch, tmp_path, "gpt2") == 0
     rows = {row["contender"]: row for row in read(tmp_path / "gpu_steps_tiny.csv")}
-    assert list(rows) == list(gpu_models.CONTENDERS)
+    assert list(rows) == list(TOKEN_STEPS)
     assert rows.pop("explicit QR, global")["note"] == "out of memory"
     assert all(row["ms"] and not row["note"] for row in rows.values())
-    assert ("own decoder" in rows["plain"]["model"]) != gpu_models.TRANSFORMERS
-    assert float(rows["projgrad global"]["error"]) <= gpu_steps.LIMITS[torch.bfloat16]
+    assert ("own decoder" in rows["plain"]["model"]) != models.TRANSFORMERS
+    assert float(rows["projgrad global"]["error"]) <= steps_cuda.LIMITS[torch.bfloat16]
 
 
-def test_token_losses():
+def test_token_losses_equal_cross_entropy():
     logits, y = torch.randn(5, 7, dtype=torch.float64, requires_grad=True), torch.randint(7, (5,))
-    found = gpu_models.TokenLosses.apply(logits.float(), y)
+    found = models.TokenLosses.apply(logits.float(), y)
     expected = torch.nn.functional.cross_entropy(logits.float(), y, reduction="none")
     torch.testing.assert_close(found, expected)
     weights = torch.randn(5)
@@ -168,15 +170,15 @@ def test_rows_of_the_same_device_stay(tmp_path):
     assert not Rows(path, ("size", "ms"), ("size",), "cpu").rows
 
 
-def test_targets():
+def test_targets_are_met_or_missed():
     wanted = [("ms", "<=", 2.0), ("rate", ">=", 3.0)]
     assert meets({"ms": 2.0, "rate": 3.0}, wanted) == {"target": "ms <= 2 and rate >= 3", "met": "yes"}
     assert meets({"ms": 2.0}, wanted)["met"] == "NO" and meets({}, [])["target"] == ""
 
 
-def test_readme_section(tmp_path):
+def test_section_of_the_readme(tmp_path):
     assert gpu_readme.gpu(tmp_path) == gpu_readme.NOT_MEASURED
-    columns, key = gpu_flat.COLUMNS, gpu_flat.KEY
+    columns, key = flat.COLUMNS, flat.KEY
     rows = Rows(tmp_path / "gpu_flat.csv", columns, key, "cpu")
     common = {"op": "project_out", "size": "64x50000000", "dtype": "float32"}
     rows.add({**common, "contender": "projgrad", "ms": 6.5, "extra_mb": 200.0, "percent_of_floor": 90.0})

@@ -1,4 +1,4 @@
-"""Whole OrthoGrad steps of language models in bfloat16 on a GPU: `bench/gpu.sh steps`, or `python -m bench.gpu_steps`.
+"""Whole OrthoGrad steps of language models in bfloat16 on a GPU: `bench.steps --device cuda`, `bench/gpu.sh steps`.
 
 Every contender has a process of its own. Those that fit beside each other take one step each in turn; those that hold
 all per-sample gradients run alone, one after the other. First, updates are compared with explicit per-sample gradients
@@ -7,18 +7,20 @@ on the small model, in float32 and in bfloat16: what is wrong is not timed.
 """
 
 import contextlib
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
 from projgrad import StepRecord
 
-from .gpu_measure import DEVICE, Deadline, arguments, release, rows_of, started, wall_clock
-from .gpu_models import CASES, CONTENDERS, GATE, StepCase, gate_names, pairs
-from .gpu_rows import meets
-from .measure import spread
-from .worker import Failed, Worker, complain, serve
+from .command import Deadline, Failed, Worker, arguments, complain, rows_of, serve, started
+from .contenders import TOKEN_STEPS as CONTENDERS
+from .harness import DEVICE, release, spread, wall_clock
+from .models import TokenJob, build
+from .report import meets
 
 COLUMNS = ("case", "model", "contender", "ms", "ms_20", "ms_80", "rounds", "first_ms", "time_over_plain", "times_ours")
 COLUMNS += ("target", "met", "peak_mb", "later_mb", "model_mb", "total_mb", "peak_over_plain", "total_over_plain")
@@ -30,15 +32,48 @@ LIMITS = {torch.float32: 3e-3, torch.bfloat16: 8 * torch.finfo(torch.bfloat16).e
 RESIDUALS = {torch.float32: 1e-6, torch.bfloat16: 8 * torch.finfo(torch.bfloat16).eps}
 
 
-def left(record: StepRecord) -> float:
-    """The largest cosine to a retain gradient, in units of u: what bfloat16 rounds is u, not what is left of it."""
+@dataclass(frozen=True)
+class StepCase:
+    """A language model with n sequences a batch; `targets`: of time, and of peak memory with the model, over plain."""
+
+    kind: str
+    n: int
+    tokens: int = 512
+    targets: tuple[tuple[str, str, float], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-n{self.n}"
+
+    def job(self, tiny: bool, device: str, dtype: torch.dtype = torch.bfloat16) -> tuple[TokenJob, str]:
+        model, vocabulary, title = build(self.kind, tiny, dtype, device)
+        n, tokens = (2, 6) if tiny else (self.n, self.tokens)
+        return TokenJob(model, n, tokens, vocabulary), f"{title}, n = {n}, {tokens} tokens"
+
+
+CONTRACT = (("time_over_plain", "<=", 1.5), ("total_over_plain", "<=", 1.15))
+CASES = [StepCase("llama", 4, targets=CONTRACT), StepCase("gpt2", 32), StepCase("llama", 16)]
+GATE = StepCase("gpt2", 4, 128)
+
+
+def pairs() -> Iterator[tuple[str, str]]:
+    """Yield every contender that has a truth, with the contender whose update it must equal."""
+    return ((name, contender.truth) for name, contender in CONTENDERS.items() if contender.truth)
+
+
+def gate_names() -> list[str]:
+    return list(dict.fromkeys(itertools.chain.from_iterable(pairs())))
+
+
+def remaining_cosine(record: StepRecord) -> float:
+    """Return the largest cosine to a retain gradient, in units of u, which is what bfloat16 rounds."""
     parts = record.tensors.values() if record.tensors else [record]
     return max(part.residual * part.preserved_norm for part in parts)
 
 
 def gate(tiny: bool) -> dict[str, dict]:
-    """The relative difference of updates from their explicit truth, by contender, and a note where it is too large."""
-    found: dict[str, dict] = {}
+    """Return every contender's relative difference from its explicit truth, and a note where it is too large."""
+    verdict: dict[str, dict] = {}
     for dtype, limit in LIMITS.items():
         job, _ = GATE.job(tiny, DEVICE, dtype)
         forget, retain = job.samples
@@ -53,21 +88,21 @@ def gate(tiny: bool) -> dict[str, dict]:
         for name, truth in pairs():
             mine, theirs, record = updates[name], updates[truth], records[name]
             difference = float((mine - theirs).norm() / theirs.norm())
-            about = found.setdefault(name, {"note": ""})
+            about = verdict.setdefault(name, {"note": ""})
             about |= {"error": difference, "residual": getattr(record, "residual", None)}  # in the dtype of the steps
             if not difference <= limit:
                 about["note"] = f"wrong: in {dtype} {difference:.1e} from {truth}"
-            if record is not None and not left(record) <= RESIDUALS[dtype]:
-                about["note"] = f"wrong: in {dtype} {left(record):.1e} of u is left in the span"
+            if record is not None and not remaining_cosine(record) <= RESIDUALS[dtype]:
+                about["note"] = f"wrong: in {dtype} {remaining_cosine(record):.1e} of u is left in the span"
             kept = f", of which {record.preserved_norm:.2f} is kept" if record is not None else ""
             print(f"gate, {dtype}, {name}: {difference:.1e} from {truth}{kept}", file=sys.stderr)
         del job, updates
         release()
-    return found
+    return verdict
 
 
 def answers(case: StepCase, name: str, tiny: bool) -> dict[str, Callable[[], dict]]:
-    """What a worker can be asked: "memory" runs a few steps, "time" one; the contender "gate" compares updates."""
+    """Return what a worker answers: "memory" runs a few steps, "time" one; the contender "gate" compares updates."""
     if name == "gate":
         return {"gate": lambda: gate(tiny)}
     job, title = case.job(tiny, DEVICE)
@@ -78,9 +113,9 @@ def answers(case: StepCase, name: str, tiny: bool) -> dict[str, Callable[[], dic
     def peak() -> float:
         if DEVICE != "cuda":
             return 0.0
-        found = torch.cuda.max_memory_allocated()
+        megabytes = torch.cuda.max_memory_allocated() / 1e6
         torch.cuda.reset_peak_memory_stats()
-        return found / 1e6
+        return megabytes
 
     def memory() -> dict:
         peak()
@@ -97,7 +132,7 @@ def answers(case: StepCase, name: str, tiny: bool) -> dict[str, Callable[[], dic
 
 
 def work(case: StepCase, name: str, tiny: bool) -> None:
-    """The worker's side."""
+    """Answer questions on the worker's side."""
     try:
         known = answers(case, name, tiny)
         serve(lambda question: known[question]())
@@ -106,11 +141,11 @@ def work(case: StepCase, name: str, tiny: bool) -> None:
 
 
 def start(case: StepCase, name: str, tiny: bool) -> Worker:
-    return Worker(["-m", "bench.gpu_steps", "--worker", case.name, name] + ["--tiny"] * tiny)
+    return Worker(["-m", "bench.steps_cuda", "--worker", case.name, name] + ["--tiny"] * tiny)
 
 
 def measured(case: StepCase, names: list[str], tiny: bool, deadline: Deadline) -> dict[str, dict]:
-    """Memory, then time with one step of each in turn; all of `names` are alive together."""
+    """Measure memory, then time with one step of each in turn; all of `names` are alive together."""
     rows = {name: {"note": ""} for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     rounds = max(2, ROUNDS[any(CONTENDERS[name].heavy for name in names)] // (4 if tiny else 1))
@@ -122,9 +157,9 @@ def measured(case: StepCase, names: list[str], tiny: bool, deadline: Deadline) -
                     continue
                 try:
                     if i < 0:  # nobody is measured while others load
-                        rows[name] |= workers[name].defer("ready" if i == -2 else "memory")
+                        rows[name] |= workers[name].ask("ready" if i == -2 else "memory")
                     else:
-                        times[name].append(workers[name].defer("time")["ms"])
+                        times[name].append(workers[name].ask("time")["ms"])
                 except Failed as error:
                     rows[name]["note"] = str(error).replace(",", ";")[:200]
                     del workers[name]
@@ -136,8 +171,8 @@ def measured(case: StepCase, names: list[str], tiny: bool, deadline: Deadline) -
 
 
 def compared(row: dict, plain: dict, ours: dict) -> dict:
-    """In units of plain and of ours."""
-    found = {}
+    """Return time and memory in units of plain and of ours."""
+    ratios = {}
     for column, key, other in (
         ("time_over_plain", "ms", plain),
         ("peak_over_plain", "peak_mb", plain),
@@ -145,18 +180,18 @@ def compared(row: dict, plain: dict, ours: dict) -> dict:
         ("times_ours", "ms", ours),
         ("memory_ours", "peak_mb", ours),
     ):
-        found[column] = row[key] / other[key] if row.get(key) and other.get(key) else None
-    return found
+        ratios[column] = row[key] / other[key] if row.get(key) and other.get(key) else None
+    return ratios
 
 
 def profile(case: StepCase, name: str, tiny: bool) -> None:
     job, title = case.job(tiny, DEVICE)
     step = CONTENDERS[name].start(job)
     times = [wall_clock(step) for _ in range(4)]
-    with torch.profiler.profile() as found:
+    with torch.profiler.profile() as profiler:
         traced = wall_clock(step)
     print(f"{title}, {name}: steps of {', '.join(f'{t:.1f}' for t in times)} ms; {traced:.1f} ms while profiled")
-    events = found.key_averages()
+    events = profiler.key_averages()
     for key in ("self_device_time_total", "self_cpu_time_total") if DEVICE == "cuda" else ("self_cpu_time_total",):
         print(events.table(sort_by=key, row_limit=25, max_name_column_width=70))
 
@@ -178,25 +213,25 @@ def main() -> None:
     chosen = [cases[name] for name in args.case if args.only in name]
     with start(CASES[0], "gate", args.tiny) as worker:
         try:
-            verdict = worker.defer("gate")
+            verdict = worker.ask("gate")
         except Failed as error:
             verdict = {name: {"note": f"unchecked: {error}".replace(",", ";")} for name, _ in pairs()}
     baselines: dict[str, tuple[dict, dict]] = {}
     turns = [(case, False) for case in chosen] + [(case, True) for case in chosen]
     for case, heavy in turns:
-        names = [name for name, some in CONTENDERS.items() if some.heavy == heavy]
+        names = [name for name, contender in CONTENDERS.items() if contender.heavy == heavy]
         for group in [[name] for name in names] if heavy else [names]:
             if deadline.passed(f"{case.name}: {', '.join(group)}"):
                 continue
             wrong = {name for name in group if verdict.get(name, {}).get("note")}
-            found = measured(case, [name for name in group if name not in wrong], args.tiny, deadline)
-            for name in [name for name, row in found.items() if row["note"] == "out of memory" and len(group) > 1]:
-                found |= measured(case, [name], args.tiny, deadline)  # perhaps only beside the others
-            found |= {name: {} for name in wrong}
+            results = measured(case, [name for name in group if name not in wrong], args.tiny, deadline)
+            for name in [name for name, row in results.items() if row["note"] == "out of memory" and len(group) > 1]:
+                results |= measured(case, [name], args.tiny, deadline)  # perhaps only beside the others
+            results |= {name: {} for name in wrong}
             if not heavy:
-                baselines[case.name] = (found.get("plain", {}), found.get("projgrad global", {}))
+                baselines[case.name] = (results.get("plain", {}), results.get("projgrad global", {}))
             for name in group:
-                row = {"case": case.name, "contender": name, **found[name]}
+                row = {"case": case.name, "contender": name, **results[name]}
                 row |= {k: v for k, v in verdict.get(name, {}).items() if k != "note" or v}
                 row |= compared(row, *baselines.get(case.name, ({}, {})))
                 rows.add(row | meets(row, case.targets if name == "projgrad global" else ()))
