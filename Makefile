@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY := passive# spinning worker threads make small steps up t
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: build test demo bench lint format
+.PHONY: build test quick demo bench lint format
 build: .venv/built
 
 .venv/ready: pyproject.toml
@@ -21,6 +21,9 @@ build: .venv/built
 
 test: build
 	$(BIN)/python -m pytest -n 2
+
+quick: build # about 1 minute on two cores: two parametrizations of every test of every room that is not slow
+	$(BIN)/python -m pytest -q -n 2 --quick
 
 demo: build
 	$(BIN)/projgrad demo

@@ -108,6 +108,7 @@ for count in range(150):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_files(tmp_path):
     """Neither fails, and what is read meanwhile is always whole."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -38,6 +38,7 @@ class InProcess:
         return steps.three_steps(self.job, self.step, self.result) if self.result else {"seconds": timed(self.step)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "conv", "decoder-256", "gram-mlp", "gram-encoder"])
 def test_steps_of_every_contender_are_right(name, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "worker", InProcess)

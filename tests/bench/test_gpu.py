@@ -35,6 +35,7 @@ def test_the_script_lists_its_parts_and_refuses_others():
     assert refused.returncode == 2 and "no part speed" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_failing_part_stops_no_other(tmp_path):
     """Nor its own report."""
     parts = "tests:no_such_test or", "layers:linear_dot 4x1x8x8"
@@ -81,6 +82,7 @@ def test_rows_of_flat_ops_are_right_and_complete(clock):
         assert bool(rows[0]["target"]) == case.contract
 
 
+@pytest.mark.slow
 def test_qr_has_a_process_of_its_own():
     """And the smaller size is tried where the larger one fails."""
     case = flat.GPUCase(64, 10**15, torch.float32, contract=True, fallback=500)
@@ -138,6 +140,7 @@ class InProcess:
         return self.known[question]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transformers", [True, False])
 def test_steps_of_every_contender(transformers, tmp_path, monkeypatch):
     """Also with the repository's own decoder."""

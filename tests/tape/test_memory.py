@@ -55,6 +55,7 @@ def routed(model, x):
     return x + out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no rule covers", "ignore:the . losses are mixed")
 def test_a_routed_model_over_many_steps():
     model = Uses(None, w=(4, 8, 8))
@@ -79,6 +80,7 @@ class Recurrent(nn.Module):
         return self.out(self.mix(self.embedding(ids)).tanh())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_many_lengths_of_sequences(mode):
     model = Recurrent()
