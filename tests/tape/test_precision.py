@@ -185,3 +185,20 @@ def test_every_step_is_the_formula_whatever_came_before(build, mode):
             torch.testing.assert_close(
                 p.detach(), before[name] - 0.01 * update, rtol=0, atol=1e-10 * (1 + u[name].norm())
             )
+
+
+@pytest.mark.parametrize("mode", ["kept", "two_passes"])
+def test_a_refinement_does_not_use_factors_of_the_gradient_before_it(mode):
+    """The second step knows the forget gradient as factors, which its first correction makes stale."""
+    torch.set_default_dtype(torch.float32)
+    model, x = wide()
+    forgotten = x[:2] + 1e-3 * torch.randn(2, 128)
+    unlearner = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=1.0), alpha=0.0, **MODES[mode])
+    before, changes = copy.deepcopy(model.state_dict()), []
+    for _ in range(2):
+        record = unlearner.step(lambda: to_ramp(model(forgotten)).sum(), lambda: to_ramp(model(x)))
+        assert record.refinements and record.residual < 1e-6
+        changes.append({name: p.detach() - before[name] for name, p in trained(model).items()})
+        model.load_state_dict(before)
+    for name, change in changes[0].items():
+        assert (changes[1][name] - change).norm() <= 1e-3 * change.norm()
