@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..._options import check_callable, check_choice, check_integer, check_real, number
+from ..._options import check_callable, check_choice, check_integer, number, within
 from ..common import copies, write_
 from ..protocol import SteppingOptimizer
 from .record import PGURecord
@@ -80,9 +80,8 @@ def run(
     check_integer("run: epochs", epochs, 1)
     if not isinstance(lr, Iterable) or len(lr := tuple(lr)) != 2:
         raise ValueError(f"run: lr must be two positive numbers, that of the first and of the last epoch; got {lr!r}")
-    for value in lr:
-        check_real("run: lr", value, "two positive numbers", lambda x: x > 0)
-    check_real("run: drop", drop, "a number of at least 0, a difference of accuracies", lambda x: x >= 0)
+    first, last = (within("run: lr of the first and of the last epoch", rate, "(0, inf)") for rate in lr)
+    drop = within("run: drop, a difference of accuracies,", drop, "[0, inf)")
     check_callable("run: validate", validate, "a function that returns two accuracies")
     if progress is not None:
         check_callable("run: progress", progress, "a function of an Epoch, or None")
@@ -109,7 +108,7 @@ def run(
             return Run(0, "stopped", "", history)
         for epoch in range(epochs):
             for group in optimizer.param_groups:
-                group["lr"] = lr[0] * (lr[1] / lr[0]) ** (epoch / max(1, epochs - 1))
+                group["lr"] = first * (last / first) ** (epoch / max(1, epochs - 1))
             before = copies(weights)
             try:
                 now = measure(_steps(step, batches, weights))
@@ -117,8 +116,7 @@ def run(
                 write_(weights, before)
                 return Run(epoch, "diverged", str(error), history)
             if is_last(now):
-                last = history[-2]
-                if stop == "validation" and _difference(now) < _difference(last):
+                if stop == "validation" and _difference(now) < _difference(history[-2]):
                     return Run(epoch + 1, "stopped", "", history)
                 write_(weights, before)
                 return Run(epoch, "stopped", "", history)

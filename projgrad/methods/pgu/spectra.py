@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..._options import within
 from ...ops.basis_project import basis_project
 from ...recording.host_reads import to_host
 from .input_moments import View
@@ -69,6 +70,23 @@ def decompose(moments: Mapping[str, Tensor]) -> tuple[dict[str, Spectrum], dict[
     return {name: Spectrum(moments[name], v.clamp_min_(0)) for name, v in values.items()}, lowest
 
 
+def check_gamma(gamma: float | Mapping[str, float], weights: Collection[str]) -> dict[str, float]:
+    """Return γ by name, with "default" for the weights that it does not name.
+
+    Raises:
+        ValueError: a share outside (0, 1], an unknown name, or a weight without one.
+        TypeError: a share that is no number.
+    """
+    given = gamma if isinstance(gamma, Mapping) else {"default": gamma}
+    unknown = [name for name in given if name != "default" and name not in weights]
+    if unknown:
+        raise ValueError(f"PGU: gamma names {unknown[0]}, which is no weight that the optimizer holds")
+    missing = [name for name in weights if name not in given and "default" not in given]
+    if missing:
+        raise ValueError(f'PGU: gamma must have "default" or name every weight; it lacks {", ".join(missing)}')
+    return {name: within(f"PGU: gamma for {name}, a share of the spectrum,", v, "(0, 1]") for name, v in given.items()}
+
+
 def rank(values: Tensor, gamma: float, rule: str = "singular") -> Tensor:
     """Return how many of the eigenvalues λ (..., i), descending, are kept, as (...,).
 
@@ -120,6 +138,7 @@ class Projected(NamedTuple):
     residual: float
 
 
+@torch.no_grad()
 def project_(params: Mapping[str, nn.Parameter], bases: Mapping[str, Basis], views: Mapping[str, View]) -> Projected:
     """Replace every `p.grad` by D - D M Mᵀ; all of them have a gradient.
 
