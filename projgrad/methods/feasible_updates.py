@@ -151,13 +151,9 @@ class FeasibleUpdates:
                 level to hold where the change is made from those of `retain`.
 
         Raises:
-            TypeError: something other than a closure.
-            ValueError: a loss of the wrong shape, too few samples, batch norm in training mode; a closure that leaves
-                gradients behind, changes the weights that the other one used or returns losses of a forward pass made
-                before; sharded parameters, more than one process.
-            RuntimeError: called inside a closure of another step on the same parameters.
+            ValueError: too few samples.
             FloatingPointError: NaN or Inf in a loss, a gradient or the proposed change.
-            ArithmeticError: the per-sample gradients contradict plain autograd.
+            Others: as `OrthoGrad.step`.
         """
         start = time.perf_counter()
         which, tested = ("retain", retain) if check is None else ("check", check)

@@ -16,9 +16,7 @@ from ..._atomic import replacing
 FORMAT = 2  # 1 had neither a checksum nor the arithmetic of the fit
 EMPTY = "0" * 64  # stands where the checksum will be, and is what its place counts as
 CHECKSUM = re.compile(rb'"blake2b":"([0-9a-f]{64})"')
-PIECE = 1 << 20
-
-
+PIECE = 1 << 20  # bytes read at once
 AGAIN = "Take a copy of the file, or call fit() with the training data and save() again"
 
 
@@ -39,9 +37,7 @@ def write(path: str | os.PathLike, about: dict[str, Any], tensors: dict[str, Ten
 def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the description and the tensors.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is another one, of another format, or not as it was written.
+    Raises FileNotFoundError, and ValueError for another file, another format, or one that is not as it was written.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -18,8 +18,7 @@ from .batches import Forward, check_same_samples, logits_and_labels, read_input_
 from .cache import Cache
 from .fingerprints import Form, change_of, fingerprint, forms_of
 from .loss import unlearning_loss
-from .record import PGURecord
-from .schedule import Run, run
+from .schedule import PGURecord, Run, run
 from .spectra import RULES, Basis, Projected, check_gamma, exposed, project_
 
 
@@ -178,12 +177,9 @@ class PGU:
                 whose sign is flipped unless ascend=False.
 
         Raises:
-            ValueError: nothing fitted, a parameter that was replaced, cast or moved since then, every weight frozen,
-                batch norm in training mode, a loss of the wrong shape, a closure that leaves gradients behind; a model
-                that is spread over processes.
-            TypeError: something else than a function.
-            RuntimeError: called inside a closure of another step on the same parameters.
+            ValueError: nothing fitted, a parameter that was replaced, cast or moved since then, every weight frozen.
             FloatingPointError: NaN or Inf in the loss or a gradient.
+            Others: as `OrthoGrad.step`.
         """
         start = time.perf_counter()
         cache = self._current_cache("step")
@@ -222,12 +218,12 @@ class PGU:
     def run(self, batches: Iterable, validate: Callable[[], tuple[float, float]], **options) -> Run:
         """Follow the published schedule until a stop rule holds; options: see `projgrad.methods.pgu.schedule.run`."""
         self._current_cache("run")
-        self._weights()
+        self._weights()  # refuses a model that is spread over processes, before anything is measured
+        weights = {name: self.model.get_parameter(name) for name in self.bases}
 
         def step(batch: object) -> PGURecord:
             return self.step(lambda: logits_and_labels(self.model, batch, self.forward))
 
-        weights = {name: self.model.get_parameter(name) for name in self.bases}
         return run(step, self.optimizer, weights, batches, validate, **options)
 
     def save(self, path: str | os.PathLike) -> None:

@@ -1,4 +1,4 @@
-"""The published schedule of PGU and its stop rules."""
+"""The published schedule of PGU and its stop rules, and what steps, epochs and runs report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,27 @@ from torch import nn
 from ..._options import check_callable, check_choice, check_integer, number, within
 from ..common import copies, write_
 from ..protocol import SteppingOptimizer
-from .record import PGURecord
+
+
+@dataclass(frozen=True)
+class PGURecord:
+    """The numbers of one step.
+
+    rank, width: kept directions k and inputs i, summed over the projected layers (and groups): rank / width is the
+        protected share of the input space. ranks: k by name.
+    preserved_norm: norm of the projected over that of the unprojected gradient, projected layers only.
+    residual: largest ‖D M‖ / ‖D‖ over layers, D the projected gradient; with soft, what is left on purpose.
+    forget_loss: what was minimised or, with a scalar and ascend=True, maximised; before the step.
+    seconds: wall time of the whole step.
+    """
+
+    rank: int
+    width: int
+    ranks: dict[str, int]
+    preserved_norm: float
+    residual: float
+    forget_loss: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -48,7 +68,7 @@ def run(
     drop: float = 0.05,
     progress: Callable[[Epoch], None] | None = None,
 ) -> Run:
-    """Take steps of `unlearning_loss` over the forget set until a stop rule holds.
+    """Take steps of `unlearning_loss` over the forget set until a stop rule holds; `PGU.run` gives the first arguments.
 
     The published optimizer is SGD without momentum, with batches of 128.
 
@@ -59,12 +79,9 @@ def run(
 
     NaN or Inf in a loss, a gradient, a weight or an accuracy ends it too; the model before that epoch stays.
 
-    `PGU.run` gives the first three arguments.
-
     Args:
         step: takes one step on a batch; PGU is fitted, and the forget samples were taken out by `forget`.
-        optimizer: whose learning rates are set.
-        weights: what the steps change, by name.
+        optimizer, weights: whose learning rates are set, and what the steps change.
         batches: the forget set, the same at every epoch: (inputs, labels), or a dictionary with "labels". The model is
             run as in `fit`; logits (n, classes) are what it returns, or that object's `logits`.
         validate: returns the forget accuracy and, by the rule, the validation or retain accuracy, in [0, 1].
@@ -89,11 +106,11 @@ def run(
     history: list[Epoch] = []
 
     def measure(record: PGURecord | None) -> Epoch:
-        now = Epoch(len(history), *_accuracies(validate()), record)
+        accuracies = _accuracies(validate())
+        now = Epoch(len(history), *accuracies, record)
         history.append(now)
-        for accuracy in (now.forget_accuracy, now.other_accuracy):
-            if not math.isfinite(accuracy):
-                raise FloatingPointError(f"validate() returned {accuracy}")
+        if not all(map(math.isfinite, accuracies)):
+            raise FloatingPointError(f"validate() returned {accuracies}")
         if progress is not None:
             progress(now)
         return now
@@ -131,7 +148,7 @@ def _difference(epoch: Epoch) -> float:
 
 
 def _accuracies(returned: object) -> list[float]:
-    """Return the two accuracies that validate() returned; raises TypeError for anything else."""
+    """Return the two accuracies that `validate` returned; raises TypeError for anything else."""
     pair = tuple(returned) if isinstance(returned, Iterable) else ()
     if len(pair) != 2 or any(number(value) is None for value in pair):
         raise TypeError(f"run: validate() must return two accuracies, of forget and other samples; got {returned!r}")

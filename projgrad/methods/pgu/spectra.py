@@ -51,8 +51,7 @@ class Basis(NamedTuple):
 def decompose(moments: Mapping[str, Tensor]) -> tuple[dict[str, Spectrum], dict[str, float]]:
     """Decompose second moments (g, i, i), which are overwritten.
 
-    Returns:
-        The spectra, with negative eigenvalues clamped at 0; and the lowest eigenvalue of each before that.
+    Returns the spectra, with negative eigenvalues clamped at 0; and the lowest eigenvalue of each before that.
     """
     by_width: dict[tuple[torch.device, int], list[tuple[str, int]]] = {}
     for name, C in moments.items():
@@ -73,9 +72,7 @@ def decompose(moments: Mapping[str, Tensor]) -> tuple[dict[str, Spectrum], dict[
 def check_gamma(gamma: float | Mapping[str, float], weights: Collection[str]) -> dict[str, float]:
     """Return γ by name, with "default" for the weights that it does not name.
 
-    Raises:
-        ValueError: a share outside (0, 1], an unknown name, or a weight without one.
-        TypeError: a share that is no number.
+    Raises TypeError for what is no number; ValueError outside (0, 1], for an unknown name, or a weight without one.
     """
     given = gamma if isinstance(gamma, Mapping) else {"default": gamma}
     unknown = [name for name in given if name != "default" and name not in weights]
@@ -102,8 +99,7 @@ def rank(values: Tensor, gamma: float, rule: str = "singular") -> Tensor:
 def basis(spectrum: Spectrum, gamma: float, rule: str, soft: float, dtype: torch.dtype) -> Basis:
     """Choose the leading directions, in the dtype that the gradient is multiplied in.
 
-    Raises:
-        ArithmeticError: their columns are not orthonormal.
+    Raises ArithmeticError where their columns are not orthonormal.
     """
     U, values = spectrum
     ranks = rank(values, gamma, rule)
@@ -142,8 +138,7 @@ class Projected(NamedTuple):
 def project_(params: Mapping[str, nn.Parameter], bases: Mapping[str, Basis], views: Mapping[str, View]) -> Projected:
     """Replace every `p.grad` by D - D M Mᵀ; all of them have a gradient.
 
-    Raises:
-        FloatingPointError: NaN or Inf in a gradient; nothing was changed.
+    Raises FloatingPointError for NaN or Inf in a gradient; nothing was changed.
     """
     before = to_host(*(_norm(p.grad) for p in params.values()))
     for name, norm in zip(params, before, strict=True):
