@@ -43,6 +43,10 @@ class Epoch:
     other_accuracy: float
     record: PGURecord | None
 
+    @property
+    def difference(self) -> float:
+        return abs(self.other_accuracy - self.forget_accuracy)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -89,9 +93,7 @@ def run(
             put back afterwards.
         progress: called after each epoch.
 
-    Raises:
-        ValueError: an unknown rule, epochs < 1, learning rates that are not positive, drop < 0, no batches.
-        TypeError: an option that is no number, or no function.
+    Raises ValueError for an unknown rule, an option out of its range or no batches, TypeError for another type.
     """
     check_choice("run: stop", stop, ("validation", "retain"))
     check_integer("run: epochs", epochs, 1)
@@ -133,7 +135,7 @@ def run(
                 write_(weights, before)
                 return Run(epoch, "diverged", str(error), history)
             if is_last(now):
-                if stop == "validation" and _difference(now) < _difference(history[-2]):
+                if stop == "validation" and now.difference < history[-2].difference:
                     return Run(epoch + 1, "stopped", "", history)
                 write_(weights, before)
                 return Run(epoch, "stopped", "", history)
@@ -141,10 +143,6 @@ def run(
     finally:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-
-
-def _difference(epoch: Epoch) -> float:
-    return abs(epoch.other_accuracy - epoch.forget_accuracy)
 
 
 def _accuracies(returned: object) -> list[float]:
