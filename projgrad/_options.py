@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def number(value: Any) -> float | int | None:
-    """Return the number, of Python, numpy or a tensor without dimensions; None for anything else."""
+    """Return the number, of Python, numpy or a tensor without dimensions (truth values too); None for anything else."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     return value if isinstance(value, Real) else None

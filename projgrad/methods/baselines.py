@@ -225,8 +225,7 @@ class SCRUB(NegGradPlus):
 
     def _descend(self, closure: Closure, closures: Closures, name: str, sign: float) -> float:
         """Take one step down (sign = 1) or up (-1) the loss of a closure, and return the loss."""
-        params = list(closures.params.values())
-        loss = _loss(closure, closures, name)
+        params, loss = list(closures.params.values()), _loss(closure, closures, name)
         value = loss_value(loss, name)
         self._apply(params, torch.autograd.grad(sign * loss, params, allow_unused=True))
         return value

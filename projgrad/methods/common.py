@@ -150,16 +150,12 @@ def scalar_loss(closure: Callable[[], Tensor], name: str = "forget") -> Tensor:
     return loss.reshape(())
 
 
-def loss_value(loss: Tensor, name: str = "forget") -> float:
-    """Return the number of a scalar loss; raises as `check_finite`."""
-    return check_finite(float(loss.detach()), name)
-
-
-def check_finite(loss: float, name: str = "forget") -> float:
-    """Return a loss that is finite; raise FloatingPointError for another one."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the {name} loss is {loss}; nothing was changed")
-    return loss
+def loss_value(loss: Tensor | float, name: str = "forget") -> float:
+    """Return the number of a scalar loss; raises FloatingPointError for NaN and infinity."""
+    value = float(loss.detach()) if isinstance(loss, Tensor) else loss
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {name} loss is {value}; nothing was changed")
+    return value
 
 
 def check_finite_tensors(tensors: Tensors, what: str) -> None:

@@ -95,10 +95,7 @@ class FeasibleUpdates:
         test: "coordinate" or "aggregate".
         ascend: True: the forget loss is an ordinary loss and is maximised; must agree with that of the method.
 
-    Raises:
-        TypeError: a wrong type of model, optimizer or option.
-        ValueError: delta or test not as above, a method for another model or of the other sense, no trainable
-            parameter in the optimizer.
+    Raises as `OrthoGrad`; ValueError for a method that is for another model or of the other sense.
 
     Source: arXiv 2511.02435 (abstract).
 

@@ -16,7 +16,7 @@ from ..tape.factors import ForgetFactors
 from ..tape.per_sample import per_sample
 from ..tape.records import Projection
 from .closures import Closures
-from .common import check_batch_norm, check_finite, clear_grads, learning_rates, scalar_loss, trainable_parameters
+from .common import check_batch_norm, clear_grads, learning_rates, loss_value, scalar_loss, trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -201,19 +201,15 @@ class OrthoGrad:
     def _retain(self, loss: Tensor, retain: Callable[[], Tensor], closures: Closures) -> dict[str, Any]:
         """Set p.grad to ± (1 - α) u_perp + α mean_j(g_j); return the fields of the record."""
         params = closures.params
-
-        def forgotten(names: list[str]) -> list[Tensor | None]:
-            return [params[name].grad for name in names]
-
         with closures.watch("retain"), per_sample(self.model, params) as tape:
             losses = retain()
         check_shape(losses)
-        closures.compare(losses, forgotten)
+        closures.compare(losses, lambda names: [params[name].grad for name in names])
         if not tape.recording.sites:
             closures.check_made_inside(losses, retain)
         values: list[float] = []  # of the forget loss and of the retain losses, once the tape has read them
         reads = tape.recording.host_reads
-        reads.defer(loss, lambda numbers: values.append(check_finite(numbers[0])))
+        reads.defer(loss, lambda numbers: values.append(loss_value(numbers[0])))
         reads.defer(losses, lambda numbers: values.extend(check_values(numbers)))
         if all(p.grad is None for p in params.values()):
             raise ValueError("forget() returned a loss that depends on no parameter that the optimizer holds")

@@ -1,7 +1,5 @@
 """Batches of samples: how they are run through a model, and the second moments of its layers' inputs over them."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping

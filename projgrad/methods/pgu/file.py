@@ -1,7 +1,5 @@
 """PGU's file: safetensors with a description as JSON, and a checksum over every byte of it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -50,21 +48,16 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("pgu", "{}"))
+            if about.get("format") == 1:
+                raise ValueError(
+                    f"{path} was saved by an earlier version, without a checksum: damage to it could not be told. Call "
+                    "fit() with the training data, forget() with what was deleted, and save() again"
+                )
             if checksum is None or about.get("format") != FORMAT:
-                raise ValueError(_foreign(path, about))
+                raise ValueError(f"{path} is not a cache of PGU in format {FORMAT}, or is damaged. {AGAIN}")
             return about, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{path} is not a complete cache of PGU: {error}. {AGAIN}") from None
-
-
-def _foreign(path: Path, about: dict[str, Any]) -> str:
-    """Return why a file with this description is refused."""
-    if about.get("format") == 1:
-        return (
-            f"{path} was saved by an earlier version, without a checksum: damage to it could not be told. Call fit() "
-            "with the training data, forget() with what was deleted, and save() again"
-        )
-    return f"{path} is not a cache of PGU in format {FORMAT}, or is damaged. {AGAIN}"
 
 
 def _checksum(path: Path) -> tuple[int, bytes] | None:

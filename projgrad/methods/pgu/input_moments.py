@@ -1,7 +1,5 @@
 """Second moments of what enters every weight, read from the functions that a forward pass calls."""
 
-from __future__ import annotations
-
 import math
 import types
 from collections.abc import Callable, Iterator
@@ -65,8 +63,8 @@ class InputMoments(TorchFunctionMode):
     def __init__(self, weights: dict[str, nn.Parameter]) -> None:
         super().__init__()
         self.weights = weights
-        self.names = {id(p): name for name, p in weights.items()}
-        self.aliases: dict[int, tuple[Tensor, str, bool]] = {}  # views of weights: the view, whose, transposed
+        self.own = {id(p): (p, name, False) for name, p in weights.items()}
+        self.aliases = self.own.copy()  # with the views of weights: each tensor, which weight it is, if transposed
         self.moments: dict[str, Tensor] = {}
         self.views: dict[str, View] = {}
         self.refused: dict[str, str] = {}
@@ -76,10 +74,8 @@ class InputMoments(TorchFunctionMode):
 
     def source(self, t: Tensor) -> tuple[str, bool] | None:
         """Return which weight a tensor is, and whether transposed; None if it is none."""
-        if (name := self.names.get(id(t))) is not None:
-            return name, False
         alias = self.aliases.get(id(t))
-        return alias[1:] if alias is not None else None
+        return None if alias is None else alias[1:]
 
     def __torch_function__(self, func, _, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
@@ -118,7 +114,7 @@ class InputMoments(TorchFunctionMode):
 
         Returns whether they could be looked for: the uses made a graph, or there are none.
         """
-        self.aliases.clear()
+        self.aliases = self.own.copy()
         unseen, in_graph = self.uses.unseen(result)
         has_graph = in_graph or not self.uses.hidden
         self.uses.clear()

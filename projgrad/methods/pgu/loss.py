@@ -11,8 +11,8 @@ from ..._options import within
 def unlearning_loss(logits: Tensor, labels: Tensor, offset: float = 0.05, entropy_weight: float = 0.2) -> Tensor:
     """Compute the published forget objective: low where the labels get little probability and the model is undecided.
 
-    It is to be minimised. `PGU.step` does that when its closure returns (logits, labels); this value, returned there,
-    would be maximised.
+    A scalar, to be minimised. `PGU.step` does that when its closure returns (logits, labels); this value, returned
+    there, would be maximised.
 
     mean_j[ -log(1 - (p_j - offset)) ] - w mean_j H_j,    p_j the probability of label j, H_j the entropy in nats
 
@@ -23,9 +23,6 @@ def unlearning_loss(logits: Tensor, labels: Tensor, offset: float = 0.05, entrop
         labels: (n,) integers of any type, what is to be forgotten.
         offset: keeps the logarithm finite, ≥ 0.
         entropy_weight: w, ≥ 0.
-
-    Returns:
-        A scalar.
 
     Raises:
         ValueError: shapes that do not match, no samples, labels outside [0, classes), a negative offset or weight.

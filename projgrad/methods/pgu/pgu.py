@@ -58,10 +58,7 @@ class PGU:
         check_samples: keep 64 bits for each fitted sample and refuse to forget what was not fitted. They are of the
             inputs (with `forward`, of all tensors of a batch), so switch it off where a loader pads differently.
 
-    Raises:
-        ValueError: γ outside (0, 1] or for an unknown name, an unknown rule, soft < 0, max_norm ≤ 0, no weight in the
-            optimizer; LBFGS, an optimizer with maximize=True, a model that is spread over processes.
-        TypeError: anything of another type, such as an optimizer's class.
+    Raises as `OrthoGrad`; ValueError for γ of an unknown name, and a model that is spread over processes.
 
     frozen: name and reason of every parameter that the optimizer holds and this leaves alone.
     exposed: share of Σ ‖x‖² over the training data that updates can still act on, by name of the projected weight.
@@ -251,9 +248,8 @@ class PGU:
             data: batches to compare with the samples that are left in the file, or None.
             args, options: those of `PGU`.
 
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: another file, one with any bit changed or of an earlier version, another model, other data.
+        Raises FileNotFoundError; ValueError for another model, other data, and a file that is another one, of an earlier
+        version, or changed in any bit.
         """
         pgu = cls(model, optimizer, *args, **options)
         cache = Cache.load(path, model)

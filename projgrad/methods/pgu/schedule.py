@@ -1,7 +1,5 @@
 """The published schedule of PGU and its stop rules, and what steps, epochs and runs report."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Eigendecompositions of second moments, how many directions of each are kept, and the projection off them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Whether the interception of a forward pass saw all uses of the weights: its calls against the graph of autograd."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
