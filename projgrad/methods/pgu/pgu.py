@@ -248,7 +248,7 @@ class PGU:
             data: batches to compare with the samples that are left in the file, or None.
             args, options: those of `PGU`.
 
-        Raises FileNotFoundError; ValueError for another model, other data, and a file that is another one, of an earlier
+        Raises FileNotFoundError; ValueError for another model, other data, and a file that is no cache, of an earlier
         version, or changed in any bit.
         """
         pgu = cls(model, optimizer, *args, **options)
