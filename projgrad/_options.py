@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,34 +10,21 @@ from torch import Tensor
 
 
 def number(value: Any) -> float | int | None:
-    """Return the number, of Python, numpy or a tensor without dimensions; None for anything else."""
+    """Return the number, of Python, numpy or a tensor without dimensions (truth values too); None for anything else."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     return value if isinstance(value, Real) else None
 
 
-def check_real(what: str, value: Any, wanted: str, allowed: Callable[[float], bool]) -> float:
-    """Return a finite number for which `allowed` holds.
-
-    Raises TypeError for anything but a number, ValueError for another one; both say that it must be `wanted`.
-    """
-    real = None if isinstance(value, bool) else number(value)
-    if real is None:
-        raise TypeError(f"{what} must be {wanted}; got {value!r}")
-    if not (math.isfinite(real) and allowed(real)):
-        raise ValueError(f"{what} must be {wanted}; got {real}")
-    return real
-
-
 def check_integer(what: str, value: Any, least: int) -> int:
-    """Return an integer of at least `least`; raises as `check_real` does."""
-    if type(value) is int and value >= least:  # torch.compile can follow this
-        return value
-    wanted = f"an integer of at least {least}"
-    real = check_real(what, value, wanted, lambda number: number >= least)
-    if not isinstance(real, Integral):
-        raise TypeError(f"{what} must be {wanted}; got {value!r}")
-    return int(real)
+    """Return an integer of at least `least`; raises TypeError for what is no integer, ValueError for a smaller one."""
+    # The type of Python first: it is all that torch.compile can follow here.
+    integer = value if type(value) is int else number(value)
+    if not isinstance(integer, Integral) or isinstance(integer, bool):
+        raise TypeError(f"{what} must be an integer of at least {least}; got {shown(value)}")
+    if integer < least:
+        raise ValueError(f"{what} must be an integer of at least {least}; got {integer}")
+    return int(integer)
 
 
 def check_callable(what: str, value: Any, wanted: str) -> None:
@@ -47,10 +33,13 @@ def check_callable(what: str, value: Any, wanted: str) -> None:
 
 
 def within(what: str, value: Any, interval: str) -> float:
-    """Return a number in an interval such as "[0, 1)" or "(0, inf]"; raises as `check_real` does."""
+    """Return a number in an interval such as "[0, 1)" or "(0, inf]".
+
+    Raises TypeError for what is no number, ValueError for one outside, NaN among them.
+    """
     # The types of Python first: they are all that torch.compile can follow here.
-    real = value if type(value) in (float, int) else None if isinstance(value, bool) else number(value)
-    if real is None:
+    real = value if type(value) in (float, int) else number(value)
+    if real is None or isinstance(real, bool):
         raise TypeError(f"{what} must be a number in {interval}; got {shown(value)}")
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = low <= real if interval[0] == "[" else low < real  # both False for NaN

@@ -218,7 +218,7 @@ def _entry(method: str, label: str, looks: Mapping[str, dict], orthograd: Collec
 def _line_up(ax: Axes, rows: Mapping[str, Any], order: Sequence[str], orthograd: Collection[str]) -> None:
     for y, method in enumerate(order):
         row = rows.get(method, {})
-        if row.keys() < PARTS.keys():
+        if not row.keys() >= PARTS.keys():
             continue
         ax.plot([100 * row[part]["mean"] for part in PARTS], [y, y], color=INK, alpha=0.25, zorder=1)
         for part, look in ENDS.items():

@@ -62,7 +62,8 @@ def table(scenario: Mapping[str, Any], titles: Mapping[str, str], width: int = W
 
     width = check_integer("width", width, 1)
     shown = columns(scenario, titles)
-    bold = [method in orthograd_methods(scenario) for method in known(scenario, titles)]
+    rows = summarize(scenario)  # a method may be known from the study alone
+    bold = [method in orthograd_methods(scenario) for method in known(scenario, titles) if method in rows]
     console = Console(width=10 * width)  # does not wrap what is measured on it
     drop = iter(OPTIONAL)
     while console.measure(drawn := _draw(scenario, shown, bold)).maximum > width:

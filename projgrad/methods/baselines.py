@@ -100,13 +100,13 @@ class NegGradPlus:
         r = _loss(retain, closures, "retain") if self.alpha > 0 else None
         if u is not None and r is not None:
             closures.compare(r, forgotten)
-        losses = [None if u is None else loss_value(u, "forget"), None if r is None else loss_value(r, "retain")]
+        losses = None if u is None else loss_value(u, "forget"), None if r is None else loss_value(r, "retain")
         terms = (self.alpha, r), (weight, None if early else u)
         update = torch.autograd.grad(sum(w * loss for w, loss in terms if loss is not None), params, allow_unused=True)
         if early:
             update = [_add(p.grad, g) for p, g in zip(params, update, strict=True)]
         self._apply(params, update)
-        return tuple(losses)
+        return losses
 
     def _apply(self, params: list[nn.Parameter], update: Gradients) -> None:
         """Clip the update, and let the optimizer step with it."""
@@ -183,12 +183,12 @@ class SalUn(NegGradPlus):
         kept = torch.zeros_like(flat, dtype=torch.bool)
         kept[flat.topk(max(1, round(share * len(flat)))).indices] = True
         parts = kept.split([g.numel() for g in sizes])
-        self.masks = [part.view_as(g) for part, g in zip(parts, sizes, strict=True)]
+        self.masks = [(p, m.view_as(p)) for p, m in zip(closures.params.values(), parts, strict=True)]
 
     def _apply(self, params: list[nn.Parameter], update: Gradients) -> None:
-        if [m.shape for m in self.masks] != [p.shape for p in params]:
+        if list(map(id, params)) != [id(p) for p, _ in self.masks]:
             raise ValueError("there are other parameters than when the saliency was found: make a new SalUn")
-        super()._apply(params, [None if g is None else g * m for g, m in zip(update, self.masks, strict=True)])
+        super()._apply(params, [None if g is None else g * m for g, (_, m) in zip(update, self.masks, strict=True)])
 
 
 class SCRUB(NegGradPlus):
@@ -215,20 +215,17 @@ class SCRUB(NegGradPlus):
         ascends = self.steps < self.max_steps
         before = copies(closures.params) if ascends else {}
         try:
-            losses = (
-                self._step_down(forget, closures, "forget", -1.0) if ascends else None,
-                self._step_down(retain, closures, "retain"),
-            )
+            forget_loss = self._descend(forget, closures, "forget", -1.0) if ascends else None
+            retain_loss = self._descend(retain, closures, "retain", 1.0)
         except BaseException:
             write_(closures.params, before)
             raise
         self.steps += 1
-        return losses
+        return forget_loss, retain_loss
 
-    def _step_down(self, closure: Closure, closures: Closures, name: str, sign: float = 1.0) -> float:
+    def _descend(self, closure: Closure, closures: Closures, name: str, sign: float) -> float:
         """Take one step down (sign = 1) or up (-1) the loss of a closure, and return the loss."""
-        params = list(closures.params.values())
-        loss = _loss(closure, closures, name)
+        params, loss = list(closures.params.values()), _loss(closure, closures, name)
         value = loss_value(loss, name)
         self._apply(params, torch.autograd.grad(sign * loss, params, allow_unused=True))
         return value

@@ -20,24 +20,16 @@ _running: list[tuple[Closures, str]] = []  # the closures that run now, from the
 
 
 class Closures:
-    """The closures of one step, which starts with every `.grad` that the optimizer sees set to None.
+    """The closures of one step, a context that begins with every `.grad` of the optimizer set to None.
 
-    An error inside the context, or here, leaves them so.
+    An error inside it, or here, leaves them so. While a closure runs no parameter has a `.grad`: `zero_grad()` in it
+    does no harm, and what is there afterwards the closure left behind.
 
-    While a closure runs no parameter has a `.grad`; what the step holds there is put back afterwards. So `zero_grad()`
-    in a closure does no harm, and what is found there after it is what the closure left behind.
-
-    params: what is updated, by name.
+    params: what is updated, by name. watched: these and all others that the optimizer holds.
     changed: by closure, the parameters that it changed in place, as they were after it.
 
-    Args:
-        model, optimizer: of the method.
-        given: what `step` was given, by name.
-
-    Raises:
-        TypeError: what was given cannot be called.
-        ValueError: no parameter to update, or a model that is spread over processes.
-        RuntimeError: called from a closure of another step that updates the same parameters.
+    Raises TypeError where what `step` was given cannot be called, ValueError as `trainable_parameters` and
+    `check_alone`, RuntimeError inside a closure of another step that updates the same parameters.
     """
 
     def __init__(self, model: nn.Module, optimizer: SteppingOptimizer, **given: object) -> None:
@@ -87,24 +79,22 @@ class Closures:
 
     @contextmanager
     def watch(self, closure: str) -> Iterator[None]:
-        """Make the context in which a closure is called, with gradients enabled.
+        """Make the context in which a closure is called, with gradients enabled; put the step's `.grad` back after it.
 
-        Raises:
-            ValueError: it left a gradient behind, or froze a parameter.
+        Raises ValueError where the closure left a gradient behind, or froze a parameter.
         """
         held = [(p, p.grad) for p in self.watched.values() if p.grad is not None]
         for p, _ in held:
             p.grad = None
         versions = [version(p) for p in self.params.values()]
-        running = self, closure
-        _running.append(running)
+        _running.append((self, closure))
         self._inside = True
         self._start = _last_operation()
         try:
             with torch.enable_grad(), self._refuse_replicas(closure) if distributed() else nullcontext():
                 yield
         finally:
-            _running.remove(running)
+            _running.remove((self, closure))
         self._check_left_behind(closure)
         for p, grad in held:
             p.grad = grad
@@ -121,10 +111,10 @@ class Closures:
         grads = {name: p.grad for name, p in self.watched.items() if p.grad is not None}
         for name in grads:
             self.watched[name].grad = None
-        left_behind = [name for name, grad in grads.items() if _any(grad)]
-        if left_behind:
+        name = next((name for name, grad in grads.items() if _any(grad)), None)
+        if name is not None:
             raise ValueError(
-                f"{closure}() left a gradient in {left_behind[0]}.grad: a closure returns losses, which the step "
+                f"{closure}() left a gradient in {name}.grad: a closure returns losses, which the step "
                 "differentiates. For an attack on the inputs use torch.autograd.grad(loss, x) instead of "
                 "loss.backward(), or call optimizer.zero_grad() before returning"
             )
@@ -151,13 +141,9 @@ class Closures:
 
         Where a gradient is zero its weight was not used: the rows of a table that only the other closure reads.
 
-        Args:
-            losses: what the second closure returned.
-            forgotten: returns the gradients of the first one's loss, by name; asked only for what the second one
-                changed.
-
-        Raises:
-            ValueError: they did not.
+        losses: what the second closure returned. forgotten: returns the gradients of the first one's loss, by name;
+        asked only for what the second one changed.
+        Raises ValueError where they did not.
         """
         (first, before), (second, after) = self.changed.items()
         changed_by_first = [name for name in before if name not in after]
@@ -177,13 +163,10 @@ class Closures:
             )
 
     def check_made_inside(self, losses: Tensor, closure: Closure, name: str = "retain") -> None:
-        """Check that the closure that was called last made its forward pass itself.
+        """Check that the closure that was called last made its forward pass itself; raises ValueError.
 
         Operations are numbered, by thread: a low number is reason enough to look whether the closure, called again,
         returns the same graph.
-
-        Raises:
-            ValueError: the forward pass was made before.
         """
         earlier = {node for node in nodes_of(losses) if sequence_number(node) <= self._start}
         if not earlier:

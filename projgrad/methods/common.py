@@ -22,23 +22,18 @@ Tensors = dict[str, Tensor]  # by the name of the parameter
 def trainable_parameters(model: nn.Module, optimizer: SteppingOptimizer) -> dict[str, nn.Parameter]:
     """Return what is updated, by name: the model's parameters that require gradients and belong to the optimizer.
 
-    Warns where a layer was probably replaced after the optimizer was built: it then learns in part only.
-
-    Raises:
-        TypeError, ValueError: as `check_types`.
-        ValueError: there is no such parameter.
+    Warns where a layer was probably replaced after the optimizer was built: it then learns in part only. Raises as
+    `check_types`, and ValueError where there is no such parameter.
     """
     check_types(model, optimizer)
-    held = {id(p) for p in held_parameters(optimizer)}
+    held = set(map(id, held_parameters(optimizer)))
     params = dict(model.named_parameters())
     trainable = {name: p for name, p in params.items() if p.requires_grad and id(p) in held}
     foreign = len(held.difference(map(id, params.values())))
     if not trainable:
-        why = (
-            "none of those that it holds belongs to the model: build it after the model was changed, and for this model"
-        )
-        if foreign < len(held):
-            why = f"the {len(held) - foreign} of the model that it holds have requires_grad=False"
+        why = f"the {len(held) - foreign} of the model that it holds have requires_grad=False"
+        if foreign == len(held):
+            why = "none of those that it holds belongs to the model: build it after the last change of this model"
         raise ValueError(f"the optimizer holds no parameter of the model that requires a gradient; {why}")
     missing = [name for name, p in params.items() if p.requires_grad and id(p) not in held]
     if foreign and missing:
@@ -59,21 +54,17 @@ def held_parameters(optimizer: SteppingOptimizer) -> list[nn.Parameter]:
 def learning_rates(optimizer: SteppingOptimizer, params: dict[str, nn.Parameter]) -> dict[str, float]:
     """Return the learning rate of every parameter, by name; nothing if all parameter groups have the same."""
     groups = [group for group in optimizer.param_groups if "lr" in group]
-    if len(groups) < 2 or len({id(group["lr"]) for group in groups}) == 1:
+    if len({id(group["lr"]) for group in groups}) < 2:  # a rate on the device is not waited for
         return {}
     rates = [float(group["lr"]) for group in groups]
-    if len(set(rates)) == 1:
-        return {}
     rate_of = {id(p): rate for group, rate in zip(groups, rates, strict=True) for p in group["params"]}
-    return {name: rate_of[id(p)] for name, p in params.items() if id(p) in rate_of}
+    return {name: rate_of[id(p)] for name, p in params.items() if id(p) in rate_of} if len(set(rates)) > 1 else {}
 
 
 def check_types(model: object, optimizer: object) -> None:
     """Check that these are a model and an optimizer that steps once on `.grad`.
 
-    Raises:
-        TypeError: they are swapped, or something else.
-        ValueError: LBFGS, or an optimizer with maximize=True.
+    Raises TypeError where they are swapped or something else, ValueError for LBFGS and maximize=True.
     """
     if isinstance(optimizer, nn.Module) and hasattr(model, "param_groups"):
         raise TypeError("model and optimizer are swapped: the model comes first")
@@ -93,9 +84,8 @@ def check_types(model: object, optimizer: object) -> None:
 def check_alone(model: nn.Module, params: dict[str, nn.Parameter], optimizer: SteppingOptimizer) -> None:
     """Check that nothing spreads the model, or its steps, over processes or micro-batches.
 
-    Raises:
-        ValueError: sharded parameters, DistributedDataParallel over more than one process, DeepSpeed, a wrapper of
-            accelerate that would not step or would scale the gradient.
+    Raises ValueError for sharded parameters, DistributedDataParallel over more than one process, DeepSpeed, and a
+    wrapper of accelerate that would not step or would scale the gradient.
     """
     sharding = sys.modules.get("torch.distributed.tensor")  # imported by whatever shards a model
     for name, p in params.items() if sharding is not None else ():
@@ -150,11 +140,7 @@ def check_batch_norm(model: nn.Module) -> None:
 
 
 def scalar_loss(closure: Callable[[], Tensor], name: str = "forget") -> Tensor:
-    """Call a closure and return its loss, (), checked to be one number that can be differentiated.
-
-    Raises:
-        ValueError: it returned something else.
-    """
+    """Call a closure and return its loss, (); raises ValueError unless it is one number that can be differentiated."""
     loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"{tuple(loss.shape)}: take its mean" if isinstance(loss, Tensor) else instead(loss, "loss")
@@ -164,16 +150,12 @@ def scalar_loss(closure: Callable[[], Tensor], name: str = "forget") -> Tensor:
     return loss.reshape(())
 
 
-def loss_value(loss: Tensor, name: str = "forget") -> float:
-    """Return the number of a scalar loss; raises as `check_finite`."""
-    return check_finite(float(loss.detach()), name)
-
-
-def check_finite(loss: float, name: str = "forget") -> float:
-    """Return a loss that is finite; raise FloatingPointError for another one."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the {name} loss is {loss}; nothing was changed")
-    return loss
+def loss_value(loss: Tensor | float, name: str = "forget") -> float:
+    """Return the number of a scalar loss; raises FloatingPointError for NaN and infinity."""
+    value = float(loss.detach()) if isinstance(loss, Tensor) else loss
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {name} loss is {value}; nothing was changed")
+    return value
 
 
 def check_finite_tensors(tensors: Tensors, what: str) -> None:

@@ -17,7 +17,6 @@ from .common import (
     Tensors,
     check_batch_norm,
     check_finite_tensors,
-    check_types,
     clear_grads,
     copies,
     loss_value,
@@ -66,14 +65,14 @@ class FeasibleUpdates:
     the per-sample retain gradients g_j, never stored, at the weights before the step:
 
     test="coordinate" keeps k iff Δ_k u_k ≤ 0 and Δ_k mean_k + q |Δ_k| s_k / √n ≤ 0 (`projgrad.feasible`). A coordinate
-    that raises the retain loss is kept with probability at most delta, each for itself. That says nothing about their
-    sum: where every coordinate does harm, the share delta that is kept does harm too.
+    that raises the retain loss is kept with probability at most delta, each for itself. Their sum may still do harm:
+    where every coordinate does, the share delta that is kept does too.
 
-    test="aggregate" keeps the largest of a few nested sets with mean_j⟨g_j, mΔ⟩ + q sd_j / √n ≤ 0. Sets made and tested
-    on the same samples pass far too often (always, in a simulation where every coordinate does a little harm). So the
-    even samples make the sets, by the coordinate test at growing levels, and the odd ones test them, from the smallest
-    on until one fails: that needs no correction for several tests, and the step as a whole raises the retain loss with
-    probability at most delta. If none passes, nothing moves. One backward pass, without weight gradients, per set.
+    test="aggregate" keeps the largest of a few nested sets with mean_j⟨g_j, mΔ⟩ + q sd_j / √n ≤ 0. The even samples
+    make the sets, by the coordinate test at growing levels; the odd ones test them, from the smallest on until one
+    fails. (Sets tested on the samples that made them pass far too often.) So the step as a whole raises the retain loss
+    with probability at most delta. If no set passes, nothing moves. A set costs a backward pass without weight
+    gradients.
 
     Both levels hold for samples that are independent, with normal gradients, and for a Δ that does not depend on them.
     OrthoGrad's Δ depends on them when it is made from the same batch: give `step` a `check` with other retain samples.
@@ -96,10 +95,7 @@ class FeasibleUpdates:
         test: "coordinate" or "aggregate".
         ascend: True: the forget loss is an ordinary loss and is maximised; must agree with that of the method.
 
-    Raises:
-        TypeError: a wrong type of model, optimizer or option.
-        ValueError: delta or test not as above, a method for another model or of the other sense, no trainable
-            parameter in the optimizer.
+    Raises as `OrthoGrad`; ValueError for a method that is for another model or of the other sense.
 
     Source: arXiv 2511.02435 (abstract).
 
@@ -126,15 +122,12 @@ class FeasibleUpdates:
         ascend = _options.check_flag("ascend", ascend)
         self.model, self.delta, self.test, self.sign = model, delta, test, -1.0 if ascend else 1.0
         self.method: UnlearningMethod | None = None
-        self.optimizer: SteppingOptimizer
-        if isinstance(optimizer, type) or hasattr(optimizer, "param_groups") or hasattr(model, "param_groups"):
-            check_types(model, optimizer)
-            self.optimizer = optimizer
-        else:
+        self.optimizer: SteppingOptimizer = optimizer
+        if not (isinstance(optimizer, type) or hasattr(optimizer, "param_groups") or hasattr(model, "param_groups")):
             _check_method(optimizer, model, ascend)
             self.method, self.optimizer = optimizer, optimizer.optimizer
-            required = inspect.signature(optimizer.step).parameters.values()
-            self._closures = sum(p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD for p in required)
+            parameters = inspect.signature(optimizer.step).parameters.values()
+            self._closures = sum(p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD for p in parameters)
         trainable_parameters(model, self.optimizer)
 
     def step(self, forget: Closure, retain: Closure, check: Closure | None = None) -> FeasibleRecord:
@@ -151,13 +144,9 @@ class FeasibleUpdates:
                 level to hold where the change is made from those of `retain`.
 
         Raises:
-            TypeError: something other than a closure.
-            ValueError: a loss of the wrong shape, too few samples, batch norm in training mode; a closure that leaves
-                gradients behind, changes the weights that the other one used or returns losses of a forward pass made
-                before; sharded parameters, more than one process.
-            RuntimeError: called inside a closure of another step on the same parameters.
+            ValueError: too few samples.
             FloatingPointError: NaN or Inf in a loss, a gradient or the proposed change.
-            ArithmeticError: the per-sample gradients contradict plain autograd.
+            Others: as `OrthoGrad.step`.
         """
         start = time.perf_counter()
         which, tested = ("retain", retain) if check is None else ("check", check)
@@ -197,15 +186,14 @@ class FeasibleUpdates:
             loss = scalar_loss(forget)
         value = loss_value(loss)
         grads = torch.autograd.grad(loss, list(params.values()), torch.full_like(loss, self.sign), allow_unused=True)
-        u = dict(zip(params, grads, strict=True))
-        used = {name: g for name, g in u.items() if g is not None}
+        used = {name: g for name, g in zip(params, grads, strict=True) if g is not None}
         if not used:
             raise ValueError("forget() returned a loss that depends on no parameter that the optimizer holds")
         check_finite_tensors(used, "the forget gradient")
-        return value, u
+        return value, dict.fromkeys(params) | used
 
     def _propose(
-        self, params: dict[str, nn.Parameter], u: dict[str, Tensor | None], forget: Closure, retain: Closure
+        self, params: dict[str, nn.Parameter], u: dict[str, Tensor | None], *closures: Closure
     ) -> tuple[object, Tensors]:
         """Return the method's record and the change that it or the optimizer makes; the parameters end as they were."""
         before = copies(params)
@@ -213,7 +201,7 @@ class FeasibleUpdates:
         with keeping_versions(list(params.values())), torch.no_grad():
             try:
                 with torch.enable_grad():
-                    record = self._step(params, u, forget, retain)
+                    record = self._step(params, u, *closures)
                 change = {}
                 for name, p in params.items():
                     change[name] = p - before[name]

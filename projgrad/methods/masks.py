@@ -30,12 +30,9 @@ class Sums(NamedTuple):
 class Coordinate:
     """The test of every coordinate, with all samples.
 
+    losses: (n,) of the retain samples, of the pass that the tape recorded.
+    u: gradient of the forget objective, by name; None counts as zeros. delta: level of the test.
     mean, error: of ⟨g_j, mΔ⟩ over the samples that test, and the standard error of this mean.
-
-    Args:
-        losses: (n,) of the retain samples, of the pass that the tape recorded.
-        u: gradient of the forget objective, by name; None counts as zeros.
-        delta: level of the test.
     """
 
     least, choosing, testing = 2, slice(None), slice(None)  # samples: how many, and which of them choose and test

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ..tape.factors import ForgetFactors
 from ..tape.per_sample import per_sample
 from ..tape.records import Projection
 from .closures import Closures
-from .common import check_batch_norm, check_finite, clear_grads, learning_rates, scalar_loss, trainable_parameters
+from .common import check_batch_norm, clear_grads, learning_rates, loss_value, scalar_loss, trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class StepRecord:
     seconds: float
     skipped: bool = False
     tensors: dict[str, Projection] = field(default_factory=dict)
+
+
+SKIPPED = {"rank": None, "refinements": 0, "discrepancy": 0.0, "skipped": True}
+SKIPPED |= dict.fromkeys(("preserved_norm", "residual", "forget_loss", "retain_loss"), float("nan"))
 
 
 class OrthoGrad:
@@ -123,8 +128,8 @@ class OrthoGrad:
         if projector is not None and not callable(projector):
             raise TypeError(f"projector must be a function of u and G; got {_options.kind(projector)}")
         scaler = scaler if scaler is None or scaler.is_enabled() else None
-        given = {"damping": damping, "rtol": rtol is not None, "scaler": scaler}
-        unused = [name for name, value in given.items() if value]
+        ignored = {"damping": damping, "rtol": rtol is not None, "scaler": scaler}
+        unused = [name for name, is_given in ignored.items() if is_given]
         if projector is not None and unused:
             raise ValueError(f"projector replaces the whole projection: it cannot be used with {', '.join(unused)}")
         self.model, self.optimizer, self.alpha, self.scope = model, optimizer, alpha, scope
@@ -158,40 +163,27 @@ class OrthoGrad:
             TypeError: something other than a closure.
             ValueError: a loss of the wrong shape, batch norm in training mode (per-sample gradients do not exist),
                 retain losses that share terms between samples; a closure that leaves gradients behind, changes the
-                weights that the other one used or returns losses of a forward pass made before; sharded parameters,
-                DistributedDataParallel over more than one process, DeepSpeed.
+                weights that the other one used or returns losses of a forward pass made before; a model that is spread
+                over processes.
             RuntimeError: called inside a closure of another step on the same parameters.
             FloatingPointError: NaN or Inf in a loss or a gradient.
             ArithmeticError: the projection contradicts plain autograd, or a second backward pass the first one.
         """
         start = time.perf_counter()
-        skipped, projection = False, None
         with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures:
             check_batch_norm(self.model)
             try:
                 loss = self._forget(forget, closures)
-                forget_loss, retain_loss, projection = self._retain(loss, retain, closures)
+                numbers = self._retain(loss, retain, closures)
             except FloatingPointError:
                 if self.scaler is None:
                     raise
                 clear_grads(self.optimizer)
                 p = next(iter(closures.params.values()))  # infinite: the scaler skips this step and scales less
                 p.grad = torch.full_like(p, float("inf"))
-                forget_loss = retain_loss = float("nan")
-                skipped = True
+                numbers = SKIPPED
             self._apply(closures.params)
-        return StepRecord(
-            rank=projection.rank if projection else None,
-            preserved_norm=projection.preserved_norm if projection else float("nan"),
-            residual=projection.residual if projection else float("nan"),
-            refinements=projection.refinements if projection else 0,
-            discrepancy=projection.discrepancy if projection else 0.0,
-            forget_loss=forget_loss,
-            retain_loss=retain_loss,
-            seconds=time.perf_counter() - start,
-            skipped=skipped,
-            tensors=projection.tensors if projection else {},
-        )
+        return StepRecord(**numbers, seconds=time.perf_counter() - start)
 
     def _forget(self, forget: Callable[[], Tensor], closures: Closures) -> Tensor:
         """Set p.grad to ± (1 - α) u; return the loss, not looked at yet: the device may still be busy with it."""
@@ -206,25 +198,19 @@ class OrthoGrad:
             self._factors = tape.accumulate_(scaled, weight)
         return loss.detach()
 
-    def _retain(
-        self, loss: Tensor, retain: Callable[[], Tensor], closures: Closures
-    ) -> tuple[float, float, Projection]:
-        """Set p.grad to ± (1 - α) u_perp + α mean_j(g_j); return both losses and the record of the projection."""
+    def _retain(self, loss: Tensor, retain: Callable[[], Tensor], closures: Closures) -> dict[str, Any]:
+        """Set p.grad to ± (1 - α) u_perp + α mean_j(g_j); return the fields of the record."""
         params = closures.params
-
-        def forgotten(names: list[str]) -> list[Tensor | None]:
-            return [params[name].grad for name in names]
-
         with closures.watch("retain"), per_sample(self.model, params) as tape:
             losses = retain()
         check_shape(losses)
-        closures.compare(losses, forgotten)
+        closures.compare(losses, lambda names: [params[name].grad for name in names])
         if not tape.recording.sites:
             closures.check_made_inside(losses, retain)
-        seen: list[float] = []  # the forget loss and those of the retain samples
+        values: list[float] = []  # of the forget loss and of the retain losses, once the tape has read them
         reads = tape.recording.host_reads
-        reads.defer(loss, lambda values: seen.append(check_finite(values[0])))
-        reads.defer(losses, lambda values: seen.extend(check_values(values)))
+        reads.defer(loss, lambda numbers: values.append(loss_value(numbers[0])))
+        reads.defer(losses, lambda numbers: values.extend(check_values(numbers)))
         if all(p.grad is None for p in params.values()):
             raise ValueError("forget() returned a loss that depends on no parameter that the optimizer holds")
         n, share = len(losses), 1.0
@@ -249,7 +235,8 @@ class OrthoGrad:
                 factors=factors,
             )
             self._factors_help = factors.useful
-        return seen[0], sum(seen[1:]) / len(seen[1:]), projection
+        fields = {name: value for name, value in vars(projection).items() if name != "squares"}
+        return fields | {"forget_loss": values[0], "retain_loss": sum(values[1:]) / n}
 
     def _apply(self, params: dict[str, nn.Parameter]) -> None:
         if self.scaler is not None:

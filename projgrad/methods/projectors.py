@@ -28,8 +28,7 @@ def qr_per_tensor(u: Tensor, G: Tensor, sizes: Sequence[int]) -> Tensor:
     """Apply `qr` to each parameter tensor on its own, as published; `sizes` are their lengths along p.
 
     A tensor of length ≤ n loses everything: its slice of the result is rounding noise.
-    Raises ValueError where shapes, dtypes or devices do not match, or the sizes do not add up to p; TypeError where a
-    size is no integer.
+    Raises as `qr`; ValueError where the sizes do not add up to p, TypeError where one is no integer.
     """
     _check("qr_per_tensor", u, G)
     sizes = [check_integer("qr_per_tensor: every size", size, 0) for size in sizes]
@@ -63,11 +62,8 @@ def lstsq(u: Tensor, G: Tensor) -> Tensor:
 def _check(projector: str, u: Tensor, G: Tensor, shared: Sequence[str] = ("dtype", "device")) -> None:
     """Check the shapes, and that the named attributes of u and G agree."""
     if G.ndim != 2 or u.ndim not in (1, 2) or u.shape[-1] != G.shape[1]:
-        raise ValueError(
-            f"{projector}: u must be (p,) or (m, p) and G (n, p); got u {tuple(u.shape)} and G {tuple(G.shape)}"
-        )
+        shapes = f"u {tuple(u.shape)} and G {tuple(G.shape)}"
+        raise ValueError(f"{projector}: u must be (p,) or (m, p) and G (n, p); got {shapes}")
     for name in shared:
-        if getattr(u, name) != getattr(G, name):
-            raise ValueError(
-                f"{projector}: u and G must have one {name}; got {getattr(u, name)} and {getattr(G, name)}"
-            )
+        if (of_u := getattr(u, name)) != (of_G := getattr(G, name)):
+            raise ValueError(f"{projector}: u and G must have one {name}; got {of_u} and {of_G}")

@@ -118,7 +118,6 @@ def test_attack_is_the_fit_and_the_area_of_scikit_learn(kind, seed):
         ({"retain": [0.5, math.nan]}, "retain has NaN for 1 of 2 samples"),
         ({"retain": 0.5}, "retain should be one probability per sample"),
         ({"seed": -1}, "seed must be an integer of at least 0; got -1"),
-        ({"seed": math.nan}, "seed must be an integer of at least 0; got nan"),
         ({"forget": [1.5]}, "forget has values"),
         ({"test": [[0.5], [0.5]]}, "test should be"),
     ],
@@ -126,6 +125,8 @@ def test_attack_is_the_fit_and_the_area_of_scikit_learn(kind, seed):
 def test_attack_checks_its_input(change, message):
     with pytest.raises(ValueError, match=message):
         membership_auc(**{"forget": [0.5], "test": [0.5, 0.5], "retain": [0.5], **change})
+    with pytest.raises(TypeError, match="seed must be an integer of at least 0; got nan"):
+        membership_auc([0.5], [0.5, 0.5], [0.5], math.nan)
 
 
 def test_histogram_counts_every_sample_once():

@@ -39,6 +39,19 @@ def test_table_has_every_method_in_order_with_spread_and_costs():
     assert "1,000 trainable" in text
 
 
+def test_a_method_of_the_study_alone_has_no_row():
+    scenario = made_up_scenario(methods=("original", "scrub"))
+    assert "SCRUB" in printed(scenario) and "OrthoGrad" not in printed(scenario)
+
+
+def test_a_method_without_forget_accuracy_is_left_out_of_the_overview():
+    results = made_up_results()
+    for run in results["scenarios"]["digits"]["runs"]:
+        if run["method"] == "scrub":
+            run["scores"]["forget"] = None
+    assert overview(results, TITLES) is not None
+
+
 def test_table_says_when_there_is_one_seed_or_little_data():
     assert "one seed" in printed(made_up_scenario(seeds=(0,)))
     assert "±" not in "".join("".join(c.cells) for c in columns(made_up_scenario(seeds=(0,)), TITLES))

@@ -108,6 +108,21 @@ def test_a_step_whose_memory_cannot_be_measured(tiny):
         assert peak_bytes(problem, problem.build(), [("orthograd", replace(SETTING, value=2.0))], 4, print) == [None]
 
 
+def test_memory_is_measured_again_with_another_version(tiny, tmp_path, monkeypatch):
+    measured = []
+
+    def peak_bytes(problem, model, steps, size, tick):
+        measured.append(len(steps))
+        return [len(measured)] * len(steps)
+
+    monkeypatch.setattr(comparison, "peak_bytes", peak_bytes)
+    for version, times in (("1", 1), ("1", 1), ("2", 2)):
+        compare = Comparison(replace(tiny, memory=True), tmp_path)
+        compare.results["environment"]["projgrad"] = version
+        runs_of_methods = compare.run()["scenarios"]["tiny"]["runs"][2:]
+        assert len(measured) == times and {run["peak_bytes"] for run in runs_of_methods} == {times}
+
+
 def load_state(model, other):
     model.load_state_dict(other.state_dict())
     return model

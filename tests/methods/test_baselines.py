@@ -129,3 +129,21 @@ def test_bad_options_and_closures_of_baselines_are_refused(setup):
         NegGradPlus(model, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1))
     with pytest.raises(ValueError, match=r"forget\(\) must return one scalar loss; got \(9,\)"):
         NegGradPlus(model, optimizer).step(retain, retain)
+
+
+def test_salun_refuses_other_parameters_of_the_same_shapes():
+    """The masks of one layer would choose the weights of another."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].requires_grad_(False)
+    x, optimizer = torch.randn(6, 4), torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss():
+        return model(x).square().mean()
+
+    method = SalUn(model, optimizer, loss)
+    method.step(loss, loss)
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(True)
+    with pytest.raises(ValueError, match="make a new SalUn"):
+        method.step(loss, loss)

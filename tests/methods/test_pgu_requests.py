@@ -212,14 +212,14 @@ X, Y = torch.ones(4, 6, dtype=F64), torch.zeros(4, dtype=torch.long)
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: build(gamma=0.0), ValueError, r"for default must be a share .* in \(0, 1\]; got 0.0"),
+        (lambda: build(gamma=0.0), ValueError, r"for default, a share .* must be in \(0, 1\]; got 0.0"),
         (lambda: build(gamma=1.5), ValueError, r"in \(0, 1\]; got 1.5"),
         (lambda: build(gamma=math.nan), ValueError, r"in \(0, 1\]; got nan"),
-        (lambda: build(gamma={"0.weight": -1, "default": 1}), ValueError, r"gamma for 0.weight must be .*; got -1"),
+        (lambda: build(gamma={"0.weight": -1, "default": 1}), ValueError, r"gamma for 0.weight, a share .*; got -1"),
         (lambda: build(gamma={"0.bias": 0.5, "default": 1}), ValueError, "gamma names 0.bias"),
         (lambda: build(gamma={"0.weight": 0.5}), ValueError, 'must have "default" or name every weight.* 2.weight'),
         (lambda: build(rule="sum"), ValueError, "rule must be 'singular' or 'energy'; got 'sum'"),
-        (lambda: build(soft=-1.0), ValueError, "soft must be a number of at least 0; got -1.0"),
+        (lambda: build(soft=-1.0), ValueError, r"soft must be in \[0, inf\); got -1.0"),
         (lambda: PGU(m := nn.LayerNorm(3), sgd(m)), ValueError, "holds no weight with two or more dimensions"),
         (lambda: build().forget([X]), ValueError, r"forget: nothing is fitted; call fit\(\)"),
         (lambda: build().step(lambda: X), ValueError, "step: nothing is fitted"),
@@ -244,11 +244,11 @@ X, Y = torch.ones(4, 6, dtype=F64), torch.zeros(4, dtype=torch.long)
         (lambda: (p := fitted()[0]).step(lambda: p.model[0].bias.sum()), ValueError, "depends on no projected weight"),
         (lambda: unlearning_loss(X[0], X[0]), ValueError, r"logits must be \(n, classes\) and labels \(n,\)"),
         (lambda: unlearning_loss(X, torch.full((4,), 6)), ValueError, r"integers in \[0, 6\), .* got 6 to 6"),
-        (lambda: unlearning_loss(X, Y, offset=-1), ValueError, "offset must be a number of at least 0; got -1"),
+        (lambda: unlearning_loss(X, Y, offset=-1), ValueError, r"offset must be in \[0, inf\); got -1"),
         (lambda: fitted()[0].run([], lambda: (1, 0)), ValueError, "run: an epoch without a batch"),
         (lambda: fitted()[0].run([X], lambda: (1, 0)), ValueError, r"a batch must be \(inputs, labels\)"),
         (lambda: fitted()[0].run([X], None, stop="never"), ValueError, "stop must be 'validation' or 'retain'"),
-        (lambda: fitted()[0].run([X], None, lr=(0.1, 0)), ValueError, "run: lr must be two positive numbers; got 0"),
+        (lambda: fitted()[0].run([X], None, lr=(0.1, 0)), ValueError, r"run: lr .* must be in \(0, inf\); got 0"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(call, error, message):

@@ -212,14 +212,15 @@ class Comparison:
         """Add to every run the peak memory of a step, measured on the first seed by method and retain samples."""
         path, runs = self.out / "runs" / name / "memory.json", self._unlearning_runs(name)
         wanted = [{"table": table, "method": method, **asdict(setting)} for table, method, setting in runs]
+        seed = self.plan.seeds[0]
+        problem = self._load(name, seed)
+        depends_on = {"steps": wanted, "stamp": self._stamp(name, problem)}
         saved = read_json(path) or {}
-        if saved.get("steps") != wanted:
-            seed = self.plan.seeds[0]
-            problem = self._load(name, seed)
+        if any(saved.get(key) != value for key, value in depends_on.items()):
             original = load_or_train(self.out, name, seed, "original", problem)
             steps, size = [(method, setting) for _, method, setting in runs], SCENARIOS[name].forget_batch
             tick = partial(self._memory_tick, name)
-            saved = {"steps": wanted, "bytes": peak_bytes(problem, original, steps, size, tick)}
+            saved = depends_on | {"bytes": peak_bytes(problem, original, steps, size, tick)}
             write_json(path, saved)
         peaks = {(s["table"], s["method"], s["n"]): peak for s, peak in zip(wanted, saved["bytes"], strict=True)}
         for table in ("runs", "study"):

@@ -1,7 +1,5 @@
 """Batches of samples: how they are run through a model, and the second moments of its layers' inputs over them."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,11 +24,7 @@ def inputs_of(batch: object) -> object:
 
 
 def run_model(model: nn.Module, batch: object) -> object:
-    """Run a model on a batch as is done without a `forward` of the user's.
-
-    Raises:
-        ValueError: the batch is no tensor, no dictionary of keywords, and neither of them with labels behind it.
-    """
+    """Run a model on a batch as is done without a `forward` of the user's; raises ValueError for another batch."""
     inputs = inputs_of(batch)
     if isinstance(inputs, Tensor):
         return model(inputs)
@@ -57,8 +51,7 @@ def logits_and_labels(model: nn.Module, batch: object, forward: Forward | None) 
 def samples_of(batch: object, forward: Forward | None, check_samples: bool, method: str) -> tuple[int, list[int]]:
     """Return how many samples a batch has, and their hashes if they are to be checked.
 
-    Raises:
-        ValueError: a tensor that does not hold as many samples as the others along dimension 0.
+    Raises ValueError for a tensor that does not hold as many samples as the others along dimension 0.
     """
     tensors = tensors_of(inputs_of(batch) if forward is None else batch)
     shapes = [tuple(t.shape) for t in tensors]
@@ -91,21 +84,13 @@ def read_input_moments(
     method: str,
     cache: Cache | None = None,
 ) -> tuple[InputMoments, int, Counter[int] | None]:
-    """Return the second moments, how many samples there are, and how often each hash.
+    """Return the second moments, how many samples there are, and how often each hash; raises as `PGU.fit`.
 
-    Args:
-        method: named in messages.
-        cache: holds the samples to take out; None where samples are fitted.
-
-    Raises:
-        ValueError: no samples, samples that the cache does not hold, a forward pass that is not the same every time.
-        FloatingPointError: NaN or Inf in a layer's inputs.
+    method: named in messages. cache: holds the samples to take out; None where samples are fitted.
     """
     check_batch_norm(model)
     if torch.is_inference_mode_enabled():
-        raise ValueError(
-            f"{method}: call it outside torch.inference_mode(): the graph of the forward pass is looked at"
-        )
+        raise ValueError(f"{method}: call it outside torch.inference_mode(): it needs the graph of the forward pass")
     moments, n, samples = InputMoments(weights), 0, Counter()
     keep_activations = False
     check_samples = check_samples and (cache is None or cache.samples is not None)
@@ -133,8 +118,7 @@ def read_input_moments(
         if not has_graph:
             raise ValueError(
                 f"{method}: the forward pass makes no graph for autograd, so that a use of a weight could be missed: "
-                "leave no_grad(), inference_mode() and detach() out of the model and of forward=. Activations are not "
-                "kept"
+                "leave no_grad(), inference_mode() and detach() out of the model and of forward="
             )
     if not n:
         raise ValueError(f"{method}: the batches hold no samples")
@@ -164,10 +148,10 @@ def _dropped(_: None) -> Tensor:
 @contextmanager
 def _repeatable(model: nn.Module) -> Iterator[None]:
     """Check that what is inside draws no random numbers; raises ValueError."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    before = _generators(devices)
+    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+    before = _random_states(devices)
     yield
-    if all(map(torch.equal, before, _generators(devices))):
+    if all(map(torch.equal, before, _random_states(devices))):
         return
     dropouts = (name for name, m in model.named_modules() if isinstance(m, Dropout) and m.training and m.p)
     blamed = next((f" ({name} is dropout in training mode)" for name in dropouts), "")
@@ -177,6 +161,6 @@ def _repeatable(model: nn.Module) -> Iterator[None]:
     )
 
 
-def _generators(devices: set[torch.device]) -> list[Tensor]:
+def _random_states(devices: list[torch.device]) -> list[Tensor]:
     """Return the states of the random generators of the CPU and these devices."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in sorted(devices, key=str))]
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]

@@ -49,8 +49,7 @@ class Cache:
     ) -> Cache:
         """Return the cache of n samples with these moments, which are overwritten, and hashes.
 
-        Raises:
-            ValueError: no weight can be projected.
+        Raises ValueError where no weight can be projected.
         """
         unused = {name: "the model did not use it" for name in weights if name not in moments.views}
         refused = unused | moments.refused
@@ -82,12 +81,7 @@ class Cache:
 
     @staticmethod
     def load(path: str | os.PathLike, model: nn.Module) -> Cache:
-        """Read a file of `save`. Tensors go where the model's parameters are.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is no cache of this format, is not as it was written, or belongs to another model.
-        """
+        """Read a file of `save`. Tensors go where the model's parameters are. Raises as `PGU.load`."""
         about, tensors = pgu_file.read(path)
         if fingerprint(model) not in about["models"]:
             raise ValueError(
@@ -111,15 +105,9 @@ class Cache:
     def bases(
         self, params: Mapping[str, nn.Parameter], gamma: Mapping[str, float], rule: str, soft: float
     ) -> tuple[dict[str, Basis], dict[str, str]]:
-        """Choose the kept directions of parameters.
+        """Choose the kept directions; gamma: by name, with "default" for the others.
 
-        gamma: by name, with "default" for the others.
-
-        Returns:
-            The bases by name; and for every other parameter why it is frozen.
-
-        Raises:
-            ArithmeticError: kept directions are not orthonormal.
+        Returns the bases by name, and for every other parameter why it is frozen. Raises ArithmeticError as `basis`.
         """
         bases, frozen = {}, {}
         for name, p in params.items():
@@ -159,12 +147,9 @@ class Cache:
             write_(params, own)
 
     def without(self, moments: InputMoments, n: int, samples: Counter[int] | None) -> Cache:
-        """Return the cache after the deletion of n samples with these moments and hashes.
+        """Return the cache without n samples of these moments and hashes: C ← U Λ Uᵀ - Σ x xᵀ, decomposed again.
 
-        C ← U Λ Uᵀ - Σ x xᵀ, decomposed again.
-
-        Raises:
-            ValueError: a weight that is used otherwise than before, or an eigenvalue negative beyond rounding.
+        Raises ValueError for a weight that is used otherwise than before, or an eigenvalue negative beyond rounding.
         """
         eta = max(self.eps, moments.eps) * sum(math.sqrt(s.values.shape[1]) for s in self.spectra.values())
         remaining, noise = {}, {}

@@ -1,7 +1,5 @@
 """PGU's file: safetensors with a description as JSON, and a checksum over every byte of it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -16,9 +14,7 @@ from ..._atomic import replacing
 FORMAT = 2  # 1 had neither a checksum nor the arithmetic of the fit
 EMPTY = "0" * 64  # stands where the checksum will be, and is what its place counts as
 CHECKSUM = re.compile(rb'"blake2b":"([0-9a-f]{64})"')
-PIECE = 1 << 20
-
-
+PIECE = 1 << 20  # bytes read at once
 AGAIN = "Take a copy of the file, or call fit() with the training data and save() again"
 
 
@@ -39,9 +35,7 @@ def write(path: str | os.PathLike, about: dict[str, Any], tensors: dict[str, Ten
 def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the description and the tensors.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is another one, of another format, or not as it was written.
+    Raises FileNotFoundError, and ValueError for another file, another format, or one that is not as it was written.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -54,21 +48,16 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("pgu", "{}"))
+            if about.get("format") == 1:
+                raise ValueError(
+                    f"{path} was saved by an earlier version, without a checksum: damage to it could not be told. Call "
+                    "fit() with the training data, forget() with what was deleted, and save() again"
+                )
             if checksum is None or about.get("format") != FORMAT:
-                raise ValueError(_foreign(path, about))
+                raise ValueError(f"{path} is not a cache of PGU in format {FORMAT}, or is damaged. {AGAIN}")
             return about, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{path} is not a complete cache of PGU: {error}. {AGAIN}") from None
-
-
-def _foreign(path: Path, about: dict[str, Any]) -> str:
-    """Return why a file with this description is refused."""
-    if about.get("format") == 1:
-        return (
-            f"{path} was saved by an earlier version, without a checksum: damage to it could not be told. Call fit() "
-            "with the training data, forget() with what was deleted, and save() again"
-        )
-    return f"{path} is not a cache of PGU in format {FORMAT}, or is damaged. {AGAIN}"
 
 
 def _checksum(path: Path) -> tuple[int, bytes] | None:

@@ -1,7 +1,5 @@
 """What identifies a model, its parameters and its samples."""
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 from collections.abc import Mapping
@@ -41,10 +39,7 @@ def change_of(before: Form | None, now: Form | None) -> str | None:
 
 
 def tensors_of(batch: object) -> list[Tensor]:
-    """Return all tensors in tuples, lists and dictionaries.
-
-    Those of a dictionary come by name: the order in which it was filled is chance.
-    """
+    """Return all tensors in tuples, lists and dictionaries, these by name: the order of filling them is chance."""
     if isinstance(batch, Mapping):
         batch = [batch[key] for key in sorted(batch, key=str)]
     if isinstance(batch, (tuple, list)):

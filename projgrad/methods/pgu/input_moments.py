@@ -1,7 +1,5 @@
 """Second moments of what enters every weight, read from the functions that a forward pass calls."""
 
-from __future__ import annotations
-
 import math
 import types
 from collections.abc import Callable, Iterator
@@ -56,9 +54,7 @@ class InputMoments(TorchFunctionMode):
     transposition is followed, and blocks of its rows (packed attention), whose inputs are added to those of the whole.
     The forward pass makes a graph, from which `close` knows whether there are uses that no function showed.
 
-    Args:
-        weights: the weights to watch, by name, all with two or more dimensions.
-
+    weights: those to watch, by name, all with two or more dimensions.
     moments: (g, i, i) float64, by name. views: how each of these weights is read.
     refused: why others have none: an operation that is no linear map of rows by the weight, as stored or transposed.
     eps: of the coarsest arithmetic that made an input. arithmetic: by name, in what its inputs were computed.
@@ -67,8 +63,8 @@ class InputMoments(TorchFunctionMode):
     def __init__(self, weights: dict[str, nn.Parameter]) -> None:
         super().__init__()
         self.weights = weights
-        self.names = {id(p): name for name, p in weights.items()}
-        self.aliases: dict[int, tuple[Tensor, str, bool]] = {}  # views of weights: the view, whose, transposed
+        self.own = {id(p): (p, name, False) for name, p in weights.items()}
+        self.aliases = self.own.copy()  # with the views of weights: each tensor, which weight it is, if transposed
         self.moments: dict[str, Tensor] = {}
         self.views: dict[str, View] = {}
         self.refused: dict[str, str] = {}
@@ -78,10 +74,8 @@ class InputMoments(TorchFunctionMode):
 
     def source(self, t: Tensor) -> tuple[str, bool] | None:
         """Return which weight a tensor is, and whether transposed; None if it is none."""
-        if (name := self.names.get(id(t))) is not None:
-            return name, False
         alias = self.aliases.get(id(t))
-        return alias[1:] if alias is not None else None
+        return None if alias is None else alias[1:]
 
     def __torch_function__(self, func, _, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
@@ -91,12 +85,12 @@ class InputMoments(TorchFunctionMode):
         self.uses.reach(arguments)
         inputs = [t.grad_fn for t in arguments if self.source(t) is None and t.grad_fn is not None]  # before the call
         if used and name in EMBEDDINGS:
-            return self._refuse(used, "embedding", func(*args, **kwargs))
+            self._refuse(used, "embedding")
+            return func(*args, **kwargs)
         use = self._use(name, args, kwargs) if used else None
         if use is not None:
             self._add(use, name)
-            for other in used - {self.source(use.weight)[0]}:
-                self._refuse({other}, f"it enters {name} other than as the weight")
+            self._refuse(used - {self.source(use.weight)[0]}, f"it enters {name} other than as the weight")
         elif used and isinstance(func, types.FunctionType):  # written in Python, such as attention: look inside
             with self:
                 return opened(func)(*args, **kwargs)
@@ -116,9 +110,11 @@ class InputMoments(TorchFunctionMode):
         return out
 
     def close(self, result: object) -> bool:
-        """End a forward pass with what it returned, refuse weights with uses that were not seen, and return whether
-        they could be looked for: the uses made a graph, or there are none."""
-        self.aliases.clear()
+        """End a forward pass with what it returned, and refuse weights with uses that were not seen.
+
+        Returns whether they could be looked for: the uses made a graph, or there are none.
+        """
+        self.aliases = self.own.copy()
         unseen, in_graph = self.uses.unseen(result)
         has_graph = in_graph or not self.uses.hidden
         self.uses.clear()
@@ -153,11 +149,10 @@ class InputMoments(TorchFunctionMode):
                 return True
         return False
 
-    def _refuse(self, names: set[str], why: str, out=None):
+    def _refuse(self, names: set[str], why: str) -> None:
         for name in names:
             self.refused.setdefault(name, why)
             self.moments.pop(name, None)
-        return out
 
     def _add(self, use: Use, operation: str) -> None:
         name, turned = self.source(use.weight)
@@ -191,10 +186,13 @@ def _keeps(func: Callable, args: tuple) -> bool:
     return name in VIEWS or name == "detach"
 
 
+def _is_cast(x: Tensor) -> bool:
+    """Return whether autocast casts this input of a product; it leaves float64 as it is."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
 def _product_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which autocast leaves as it is
-    return torch.get_autocast_dtype(device) if cast else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if _is_cast(x) else x.dtype
 
 
 def _float32_precision() -> str:
@@ -210,7 +208,7 @@ def _arithmetic(x: Tensor) -> str:
     So samples may be fitted on a GPU and deleted on a CPU, within the bounds of rounding.
     """
     dtype, arithmetic = (str(d).removeprefix("torch.") for d in (_product_dtype(x), x.dtype))
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if _is_cast(x):
         arithmetic += f" under autocast to {dtype}"
     if dtype == "float32" and (precision := _float32_precision()) != "highest":
         arithmetic += f" with float32_matmul_precision {precision}"

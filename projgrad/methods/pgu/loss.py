@@ -5,14 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-from ..._options import check_real
+from ..._options import within
 
 
 def unlearning_loss(logits: Tensor, labels: Tensor, offset: float = 0.05, entropy_weight: float = 0.2) -> Tensor:
     """Compute the published forget objective: low where the labels get little probability and the model is undecided.
 
-    It is to be minimised. `PGU.step` does that when its closure returns (logits, labels); this value, returned there,
-    would be maximised.
+    A scalar, to be minimised. `PGU.step` does that when its closure returns (logits, labels); this value, returned
+    there, would be maximised.
 
     mean_j[ -log(1 - (p_j - offset)) ] - w mean_j H_j,    p_j the probability of label j, H_j the entropy in nats
 
@@ -23,9 +23,6 @@ def unlearning_loss(logits: Tensor, labels: Tensor, offset: float = 0.05, entrop
         labels: (n,) integers of any type, what is to be forgotten.
         offset: keeps the logarithm finite, ≥ 0.
         entropy_weight: w, ≥ 0.
-
-    Returns:
-        A scalar.
 
     Raises:
         ValueError: shapes that do not match, no samples, labels outside [0, classes), a negative offset or weight.
@@ -55,8 +52,8 @@ def unlearning_loss(logits: Tensor, labels: Tensor, offset: float = 0.05, entrop
             f"unlearning_loss: labels must be integers in [0, {logits.shape[1]}), the classes of the logits; got "
             f"{int(low)} to {int(high)}"
         )
-    offset = check_real("unlearning_loss: offset", offset, "a number of at least 0", lambda x: x >= 0)
-    check_real("unlearning_loss: entropy_weight", entropy_weight, "a number of at least 0", lambda x: x >= 0)
+    offset = within("unlearning_loss: offset", offset, "[0, inf)")
+    entropy_weight = within("unlearning_loss: entropy_weight", entropy_weight, "[0, inf)")
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
     own = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, labels[:, None], True)
     others = log_p.masked_fill(own, -math.inf).logsumexp(1)  # log(1 - p)

@@ -10,17 +10,16 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..._options import check_callable, check_real
-from ..common import check_batch_norm, clear_grads, loss_value, scalar_loss, trainable_parameters
+from ..._options import check_callable, check_choice, check_flag, check_max_norm, within
+from ..closures import Closures
+from ..common import check_alone, check_batch_norm, loss_value, scalar_loss, trainable_parameters
 from ..protocol import SteppingOptimizer
 from .batches import Forward, check_same_samples, logits_and_labels, read_input_moments
 from .cache import Cache
 from .fingerprints import Form, change_of, fingerprint, forms_of
 from .loss import unlearning_loss
-from .options import check_options, shares
-from .record import PGURecord
-from .schedule import Run, run
-from .spectra import Basis, Projected, exposed, project_
+from .schedule import PGURecord, Run, run
+from .spectra import RULES, Basis, Projected, check_gamma, exposed, project_
 
 
 class PGU:
@@ -53,16 +52,13 @@ class PGU:
         soft: ours, not published: the kept directions are weighted by λ / (λ + soft · mean(λ)), so that the weaker
             among them may be used a little. 0 removes all of them wholly.
         ascend: whether `step` maximises a scalar that its closure returns.
-        max_norm: clip the norm of the projected gradient, or None.
+        max_norm: clip the norm of the projected gradient, or None; infinity clips nothing.
         forward: function (model, batch) that runs the model. By default a tensor is given to the model, a dictionary
             as keywords, and of a tuple or list the first element in the same way: what follows are labels.
         check_samples: keep 64 bits for each fitted sample and refuse to forget what was not fitted. They are of the
             inputs (with `forward`, of all tensors of a batch), so switch it off where a loader pads differently.
 
-    Raises:
-        ValueError: γ outside (0, 1] or for an unknown name, an unknown rule, soft < 0, max_norm ≤ 0, no weight in the
-            optimizer.
-        TypeError: anything of another type, such as an optimizer's class.
+    Raises as `OrthoGrad`; ValueError for γ of an unknown name, and a model that is spread over processes.
 
     frozen: name and reason of every parameter that the optimizer holds and this leaves alone.
     exposed: share of Σ ‖x‖² over the training data that updates can still act on, by name of the projected weight.
@@ -92,14 +88,17 @@ class PGU:
         forward: Forward | None = None,
         check_samples: bool = True,
     ) -> None:
-        check_options(model, optimizer, rule, max_norm, forward, ascend=ascend, check_samples=check_samples)
-        self.model, self.optimizer, self.rule = model, optimizer, rule
-        self.soft = check_real("PGU: soft", soft, "a number of at least 0", lambda x: x >= 0)
-        self.ascend, self.max_norm, self.forward, self.check_samples = ascend, max_norm, forward, check_samples
+        self.model, self.optimizer, self.rule, self.forward = model, optimizer, rule, forward
         weights = self._weights()
+        check_choice("PGU: rule", rule, RULES)
+        if forward is not None:
+            check_callable("PGU: forward", forward, "a function (model, batch), or None")
+        self.soft, self.max_norm = within("PGU: soft", soft, "[0, inf)"), check_max_norm(max_norm)
+        self.ascend = check_flag("PGU: ascend", ascend)
+        self.check_samples = check_flag("PGU: check_samples", check_samples)
         if not weights:
             raise ValueError("PGU: the optimizer holds no weight with two or more dimensions that requires a gradient")
-        self.gamma = shares(gamma, weights)
+        self.gamma = check_gamma(gamma, weights)
         self.cache: Cache | None = None
         self.bases: dict[str, Basis] = {}
         self.frozen: dict[str, str] = {}
@@ -146,7 +145,6 @@ class PGU:
         self._adopt(cache.without(moments, n, samples))
         return self
 
-    @torch.no_grad()
     def project_(self) -> Projected:
         """Project every `.grad` that the optimizer holds for the model, in place; set it to None where frozen.
 
@@ -176,37 +174,31 @@ class PGU:
                 whose sign is flipped unless ascend=False.
 
         Raises:
-            ValueError: nothing fitted, a parameter that was replaced, cast or moved since then, every weight frozen,
-                batch norm in training mode, a loss of the wrong shape, a closure that ran backward() itself.
-            TypeError: something else than a function.
+            ValueError: nothing fitted, a parameter that was replaced, cast or moved since then, every weight frozen.
             FloatingPointError: NaN or Inf in the loss or a gradient.
+            Others: as `OrthoGrad.step`.
         """
         start = time.perf_counter()
-        check_callable("step: forget", forget, "a function that returns logits and labels, or a scalar loss")
-        self._current_cache("step")
-        check_batch_norm(self.model)
-        params = [p for name, p in trainable_parameters(self.model, self.optimizer).items() if name in self.bases]
-        if not params:
-            raise ValueError("step: every weight that the optimizer holds is frozen; lower gamma, or see `frozen`")
-        clear_grads(self.optimizer)
-        try:
-            with torch.enable_grad():
+        cache = self._current_cache("step")
+        with Closures(self.model, self.optimizer, forget=forget) as closures:
+            check_batch_norm(self.model)
+            weights = {name: p for name, p in closures.params.items() if name in self.bases}
+            if not weights:
+                raise ValueError("step: every weight that the optimizer holds is frozen; lower gamma, or see `frozen`")
+            with closures.watch("forget"):
                 returned = forget()
-                if any(p.grad is not None for p in params):
-                    raise ValueError("forget() ran backward() itself: return the loss, or logits and labels, alone")
-                pair = isinstance(returned, (tuple, list)) and len(returned) == 2
-                loss = scalar_loss(lambda: unlearning_loss(*returned) if pair else returned)
-                value = loss_value(loss)
-                torch.autograd.backward(loss if pair or not self.ascend else -loss, inputs=params)
-            if all(p.grad is None for p in params):
+                is_pair = isinstance(returned, (tuple, list)) and len(returned) == 2
+                loss = scalar_loss(lambda: unlearning_loss(*returned) if is_pair else returned)
+            value = loss_value(loss)
+            sign = -1.0 if self.ascend and not is_pair else 1.0
+            torch.autograd.backward(loss, torch.full_like(loss, sign), inputs=list(weights.values()))
+            reached = {name: p for name, p in weights.items() if p.grad is not None}
+            if not reached:
                 raise ValueError("forget() returned a loss that depends on no projected weight")
-            projected = self.project_()
+            projected = project_(reached, self.bases, cache.views)
             if self.max_norm is not None:
-                nn.utils.clip_grad_norm_(params, self.max_norm)
+                nn.utils.clip_grad_norm_(list(reached.values()), self.max_norm)
             self.optimizer.step()
-        except BaseException:
-            clear_grads(self.optimizer)
-            raise
         return PGURecord(
             rank=sum(b.rank for b in self.bases.values()),
             width=sum(b.M.shape[0] * b.M.shape[1] for b in self.bases.values()),
@@ -223,11 +215,12 @@ class PGU:
     def run(self, batches: Iterable, validate: Callable[[], tuple[float, float]], **options) -> Run:
         """Follow the published schedule until a stop rule holds; options: see `projgrad.methods.pgu.schedule.run`."""
         self._current_cache("run")
+        self._weights()  # refuses a model that is spread over processes, before anything is measured
+        weights = {name: self.model.get_parameter(name) for name in self.bases}
 
         def step(batch: object) -> PGURecord:
             return self.step(lambda: logits_and_labels(self.model, batch, self.forward))
 
-        weights = {name: self.model.get_parameter(name) for name in self.bases}
         return run(step, self.optimizer, weights, batches, validate, **options)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -255,9 +248,8 @@ class PGU:
             data: batches to compare with the samples that are left in the file, or None.
             args, options: those of `PGU`.
 
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: another file, one with any bit changed or of an earlier version, another model, other data.
+        Raises FileNotFoundError; ValueError for another model, other data, and a file that is no cache, of an earlier
+        version, or changed in any bit.
         """
         pgu = cls(model, optimizer, *args, **options)
         cache = Cache.load(path, model)
@@ -267,7 +259,10 @@ class PGU:
         return pgu
 
     def _weights(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in trainable_parameters(self.model, self.optimizer).items() if p.ndim >= 2}
+        """Return what may be projected, by name, of a model that nothing spreads over processes."""
+        params = trainable_parameters(self.model, self.optimizer)
+        check_alone(self.model, params, self.optimizer)
+        return {name: p for name, p in params.items() if p.ndim >= 2}
 
     def _current_cache(self, method: str) -> Cache:
         """Return the cache, if the parameters are still those that it belongs to."""

@@ -1,6 +1,4 @@
-"""The published schedule of PGU and its stop rules."""
-
-from __future__ import annotations
+"""The published schedule of PGU and its stop rules, and what steps, epochs and runs report."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -8,10 +6,30 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..._options import check_callable, check_choice, check_integer, check_real, number
+from ..._options import check_callable, check_choice, check_integer, number, within
 from ..common import copies, write_
 from ..protocol import SteppingOptimizer
-from .record import PGURecord
+
+
+@dataclass(frozen=True)
+class PGURecord:
+    """The numbers of one step.
+
+    rank, width: kept directions k and inputs i, summed over the projected layers (and groups): rank / width is the
+        protected share of the input space. ranks: k by name.
+    preserved_norm: norm of the projected over that of the unprojected gradient, projected layers only.
+    residual: largest ‖D M‖ / ‖D‖ over layers, D the projected gradient; with soft, what is left on purpose.
+    forget_loss: what was minimised or, with a scalar and ascend=True, maximised; before the step.
+    seconds: wall time of the whole step.
+    """
+
+    rank: int
+    width: int
+    ranks: dict[str, int]
+    preserved_norm: float
+    residual: float
+    forget_loss: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -22,6 +40,10 @@ class Epoch:
     forget_accuracy: float
     other_accuracy: float
     record: PGURecord | None
+
+    @property
+    def difference(self) -> float:
+        return abs(self.other_accuracy - self.forget_accuracy)
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,7 @@ def run(
     drop: float = 0.05,
     progress: Callable[[Epoch], None] | None = None,
 ) -> Run:
-    """Take steps of `unlearning_loss` over the forget set until a stop rule holds.
+    """Take steps of `unlearning_loss` over the forget set until a stop rule holds; `PGU.run` gives the first arguments.
 
     The published optimizer is SGD without momentum, with batches of 128.
 
@@ -59,12 +81,9 @@ def run(
 
     NaN or Inf in a loss, a gradient, a weight or an accuracy ends it too; the model before that epoch stays.
 
-    `PGU.run` gives the first three arguments.
-
     Args:
         step: takes one step on a batch; PGU is fitted, and the forget samples were taken out by `forget`.
-        optimizer: whose learning rates are set.
-        weights: what the steps change, by name.
+        optimizer, weights: whose learning rates are set, and what the steps change.
         batches: the forget set, the same at every epoch: (inputs, labels), or a dictionary with "labels". The model is
             run as in `fit`; logits (n, classes) are what it returns, or that object's `logits`.
         validate: returns the forget accuracy and, by the rule, the validation or retain accuracy, in [0, 1].
@@ -72,17 +91,14 @@ def run(
             put back afterwards.
         progress: called after each epoch.
 
-    Raises:
-        ValueError: an unknown rule, epochs < 1, learning rates that are not positive, drop < 0, no batches.
-        TypeError: an option that is no number, or no function.
+    Raises ValueError for an unknown rule, an option out of its range or no batches, TypeError for another type.
     """
     check_choice("run: stop", stop, ("validation", "retain"))
     check_integer("run: epochs", epochs, 1)
     if not isinstance(lr, Iterable) or len(lr := tuple(lr)) != 2:
         raise ValueError(f"run: lr must be two positive numbers, that of the first and of the last epoch; got {lr!r}")
-    for value in lr:
-        check_real("run: lr", value, "two positive numbers", lambda x: x > 0)
-    check_real("run: drop", drop, "a number of at least 0, a difference of accuracies", lambda x: x >= 0)
+    first, last = (within("run: lr of the first and of the last epoch", rate, "(0, inf)") for rate in lr)
+    drop = within("run: drop, a difference of accuracies,", drop, "[0, inf)")
     check_callable("run: validate", validate, "a function that returns two accuracies")
     if progress is not None:
         check_callable("run: progress", progress, "a function of an Epoch, or None")
@@ -90,11 +106,11 @@ def run(
     history: list[Epoch] = []
 
     def measure(record: PGURecord | None) -> Epoch:
-        now = Epoch(len(history), *_accuracies(validate()), record)
+        accuracies = _accuracies(validate())
+        now = Epoch(len(history), *accuracies, record)
         history.append(now)
-        for accuracy in (now.forget_accuracy, now.other_accuracy):
-            if not math.isfinite(accuracy):
-                raise FloatingPointError(f"validate() returned {accuracy}")
+        if not all(map(math.isfinite, accuracies)):
+            raise FloatingPointError(f"validate() returned {accuracies}")
         if progress is not None:
             progress(now)
         return now
@@ -109,7 +125,7 @@ def run(
             return Run(0, "stopped", "", history)
         for epoch in range(epochs):
             for group in optimizer.param_groups:
-                group["lr"] = lr[0] * (lr[1] / lr[0]) ** (epoch / max(1, epochs - 1))
+                group["lr"] = first * (last / first) ** (epoch / max(1, epochs - 1))
             before = copies(weights)
             try:
                 now = measure(_steps(step, batches, weights))
@@ -117,8 +133,7 @@ def run(
                 write_(weights, before)
                 return Run(epoch, "diverged", str(error), history)
             if is_last(now):
-                last = history[-2]
-                if stop == "validation" and _difference(now) < _difference(last):
+                if stop == "validation" and now.difference < history[-2].difference:
                     return Run(epoch + 1, "stopped", "", history)
                 write_(weights, before)
                 return Run(epoch, "stopped", "", history)
@@ -128,12 +143,8 @@ def run(
             group["lr"] = rate
 
 
-def _difference(epoch: Epoch) -> float:
-    return abs(epoch.other_accuracy - epoch.forget_accuracy)
-
-
 def _accuracies(returned: object) -> list[float]:
-    """Return the two accuracies that validate() returned; raises TypeError for anything else."""
+    """Return the two accuracies that `validate` returned; raises TypeError for anything else."""
     pair = tuple(returned) if isinstance(returned, Iterable) else ()
     if len(pair) != 2 or any(number(value) is None for value in pair):
         raise TypeError(f"run: validate() must return two accuracies, of forget and other samples; got {returned!r}")

@@ -1,14 +1,13 @@
 """Eigendecompositions of second moments, how many directions of each are kept, and the projection off them."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..._options import within
 from ...ops.basis_project import basis_project
 from ...recording.host_reads import to_host
 from .input_moments import View
@@ -50,8 +49,7 @@ class Basis(NamedTuple):
 def decompose(moments: Mapping[str, Tensor]) -> tuple[dict[str, Spectrum], dict[str, float]]:
     """Decompose second moments (g, i, i), which are overwritten.
 
-    Returns:
-        The spectra, with negative eigenvalues clamped at 0; and the lowest eigenvalue of each before that.
+    Returns the spectra, with negative eigenvalues clamped at 0; and the lowest eigenvalue of each before that.
     """
     by_width: dict[tuple[torch.device, int], list[tuple[str, int]]] = {}
     for name, C in moments.items():
@@ -69,6 +67,21 @@ def decompose(moments: Mapping[str, Tensor]) -> tuple[dict[str, Spectrum], dict[
     return {name: Spectrum(moments[name], v.clamp_min_(0)) for name, v in values.items()}, lowest
 
 
+def check_gamma(gamma: float | Mapping[str, float], weights: Collection[str]) -> dict[str, float]:
+    """Return γ by name, with "default" for the weights that it does not name.
+
+    Raises TypeError for what is no number; ValueError outside (0, 1], for an unknown name, or a weight without one.
+    """
+    given = gamma if isinstance(gamma, Mapping) else {"default": gamma}
+    unknown = [name for name in given if name != "default" and name not in weights]
+    if unknown:
+        raise ValueError(f"PGU: gamma names {unknown[0]}, which is no weight that the optimizer holds")
+    missing = [name for name in weights if name not in given and "default" not in given]
+    if missing:
+        raise ValueError(f'PGU: gamma must have "default" or name every weight; it lacks {", ".join(missing)}')
+    return {name: within(f"PGU: gamma for {name}, a share of the spectrum,", v, "(0, 1]") for name, v in given.items()}
+
+
 def rank(values: Tensor, gamma: float, rule: str = "singular") -> Tensor:
     """Return how many of the eigenvalues λ (..., i), descending, are kept, as (...,).
 
@@ -84,8 +97,7 @@ def rank(values: Tensor, gamma: float, rule: str = "singular") -> Tensor:
 def basis(spectrum: Spectrum, gamma: float, rule: str, soft: float, dtype: torch.dtype) -> Basis:
     """Choose the leading directions, in the dtype that the gradient is multiplied in.
 
-    Raises:
-        ArithmeticError: their columns are not orthonormal.
+    Raises ArithmeticError where their columns are not orthonormal.
     """
     U, values = spectrum
     ranks = rank(values, gamma, rule)
@@ -120,11 +132,11 @@ class Projected(NamedTuple):
     residual: float
 
 
+@torch.no_grad()
 def project_(params: Mapping[str, nn.Parameter], bases: Mapping[str, Basis], views: Mapping[str, View]) -> Projected:
     """Replace every `p.grad` by D - D M Mᵀ; all of them have a gradient.
 
-    Raises:
-        FloatingPointError: NaN or Inf in a gradient; nothing was changed.
+    Raises FloatingPointError for NaN or Inf in a gradient; nothing was changed.
     """
     before = to_host(*(_norm(p.grad) for p in params.values()))
     for name, norm in zip(params, before, strict=True):

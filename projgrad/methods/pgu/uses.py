@@ -1,7 +1,5 @@
 """Whether the interception of a forward pass saw all uses of the weights: its calls against the graph of autograd."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -15,8 +13,8 @@ from ...recording.graph import nodes_below
 class Uses:
     """Account of the nodes in the graph of one forward pass that take a weight in.
 
-    A call that was seen made the nodes between its output and its inputs; they may take weights in. Any other node that
-    does belongs to a use that was not seen: in a scripted module, another thread, a function of C++.
+    A call that was seen made the nodes between its output and its inputs. Any other node that takes a weight in belongs
+    to a use that was not seen: in a scripted module, another thread, a function of C++.
 
     A function of the user's own (`torch.autograd.Function`) is one node, whose forward pass runs without a graph. It is
     accounted for where as many uses without a graph were seen in it.
@@ -39,25 +37,19 @@ class Uses:
     def made_by(self, inputs: Iterable[Node], outputs: Iterable[Tensor], names: set[str], view: bool) -> None:
         """Account for the nodes that a call made.
 
-        Args:
-            inputs: nodes of its inputs, without the weights.
-            outputs: what it returned.
-            names: the weights that it was given.
-            view: whether its outputs are the weight again.
+        inputs: nodes of its inputs, without the weights. outputs: what it returned. names: the weights that it was
+        given. view: whether its outputs are the weight again.
         """
         ends = [t.grad_fn for t in outputs if t.grad_fn is not None]
         if not ends and not view:
             self.hidden.update(names)
         borders = set(inputs)
-        made = nodes_below(ends, lambda node: node in self.made or node in borders or node in self.leaves)
-        self.made.update(made)
+        self.made.update(nodes_below(ends, lambda node: node in self.made or node in borders or node in self.leaves))
 
     def unseen(self, result: object) -> tuple[dict[str, str], bool]:
-        """Return the weights with uses that were not seen, each with the name of such a node; and whether any use is
-        in the graph.
+        """Return the weights with uses that were not seen, each with the name of such a node.
 
-        Args:
-            result: what the forward pass returned.
+        And whether any use is in the graph. result: what the forward pass returned.
         """
         self.reach(_tensors_in(result, set()))
         known: dict[Node, str | None] = {}
