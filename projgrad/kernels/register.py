@@ -1,8 +1,8 @@
 """Which kernel computes which op on which device: the only table, and the only import of the compiled extension.
 
 What has no row runs its default: the reference of the op, or library products. So does gram_solve on CUDA without nvcc:
-its reference serves every n, never waits for the device and can be captured in a CUDA graph. It costs 44 small launches
-per row, which is why the extension has a kernel; one in Triton as well would be a third pivoted Cholesky to keep right.
+its reference serves every n and never waits for the device. It costs a dozen small launches per row, which is why the
+extension has a kernel; one in Triton as well would be a third pivoted Cholesky to keep right.
 """
 
 import functools
