@@ -19,7 +19,7 @@ from projgrad import projectors
 from projgrad.ops import reference
 from projgrad.ops.t_test import feasibility_thresholds
 
-from .command import ROOT, Deadline, Failed, Worker, arguments, complain, rows_of, run, started, title
+from .command import ROOT, Deadline, Failed, Worker, about_case, arguments, complain, rows_of, run, started, title
 from .harness import DEVICE, Ceilings, Clock, Contender, ceilings, measure
 from .report import meets
 
@@ -130,8 +130,7 @@ class GPUCase(NamedTuple):
 
     @property
     def about(self) -> dict[str, str]:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {"op": "project_out", "size": f"{self.n}x{self.p}", "dtype": dtype}
+        return about_case("project_out", (self.n, self.p), self.dtype)
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
@@ -270,13 +269,13 @@ def plan(tiny: bool, most: Ceilings, clock: Clock) -> Iterator[tuple[dict, Calla
     for case in cases[:2]:
         yield case.about, lambda c=case: flat_rows(c, most, clock)
     for count, n in [(3, n) for n in (16, 64)] if tiny else [(200, n) for n in (64, 16, 32, 128, 256)]:
-        about = {"op": "gram_solve", "size": f"{count}x{n}", "dtype": "float32"}
+        about = about_case("gram_solve", (count, n), F32)
         yield about, lambda a=about, count=count, n=n: solve_rows(a, count, n, clock)
     for case in cases[2:]:
         yield case.about, lambda c=case: flat_rows(c, most, clock)
     p = 1000 if tiny else 100_000_000
     for dtype in (F32, BF16):
-        about = {"op": "feasible", "size": str(p), "dtype": str(dtype).removeprefix("torch.")}
+        about = about_case("feasible", (p,), dtype)
         yield about, lambda a=about, dtype=dtype: feasible_rows(a, p, dtype, most, clock)
     for case in cases:
         if case.qr:

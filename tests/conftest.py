@@ -12,9 +12,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--quick", action="store_true", help="two parametrizations of every test, slow ones left out"
-    )
+    parser.addoption("--quick", action="store_true", help="two parametrizations of every test, slow ones left out")
 
 
 @pytest.hookimpl(tryfirst=True)

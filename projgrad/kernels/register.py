@@ -20,7 +20,7 @@ from ..ops.gram import gram_op
 from ..ops.gram_solve import gram_solve_op
 from ..ops.project_out import project_out_op, subtract_op
 from ..ops.registration import register_kernel
-from . import linear_choices, project_out
+from . import project_out
 
 
 def extension() -> dict[str, Any] | None:
@@ -32,11 +32,11 @@ def extension() -> dict[str, Any] | None:
     return dict(_C.build_info())
 
 
-def triton(name: str) -> Callable:
-    """Return the launcher `name` of the file of that name, which is imported at its first call."""
+def triton(name: str, file: str = "") -> Callable:
+    """Return the launcher `name` of a file, by default that of the same name, which is imported at its first call."""
 
     def launch(*args: Any) -> Any:
-        return getattr(import_module(f".{name}", __package__), name)(*args)
+        return getattr(import_module(f".{file or name}", __package__), name)(*args)
 
     return launch
 
@@ -53,7 +53,7 @@ def on_its_device(kernel: Callable) -> Callable:
 
 
 class Kernel(NamedTuple):
-    """kernel: a function, or the file of C++ that registers itself. when: it is there."""
+    """kernel: a function, or the C++ file that registers itself. when: whether it is there."""
 
     op: Any
     device: str
@@ -62,6 +62,7 @@ class Kernel(NamedTuple):
 
 
 BUILT = extension()
+layer = functools.partial(triton, file="linear_choices")
 CPP, CUDA, TRITON = BUILT is not None, BUILT is not None and BUILT["cuda"], find_spec("triton") is not None
 
 KERNELS = (
@@ -76,13 +77,13 @@ KERNELS = (
     Kernel(basis_project_op, "cuda", triton("basis_project"), TRITON),
     Kernel(feasible_pass, "cpu", "csrc/feasible.cpp", CPP),
     Kernel(feasible_pass, "cuda", triton("feasible"), TRITON),
-    Kernel(linear.sample_products_, "cuda", linear_choices.sample_products_, TRITON),
-    Kernel(linear.cross_gram, "cuda", linear_choices.cross_gram, TRITON),
-    Kernel(linear.token_gram, "cuda", linear_choices.token_gram, TRITON),
-    Kernel(linear.token_gram_across, "cuda", linear_choices.token_gram_across, TRITON),
-    Kernel(linear.linear_dot_pass, "cuda", linear_choices.linear_dot_pass, TRITON),
-    Kernel(linear.linear_combine_pass_, "cuda", linear_choices.linear_combine_pass_, TRITON),
-    Kernel(linear.linear_moments, "cuda", linear_choices.linear_moments_pass, TRITON),
+    Kernel(linear.sample_products_, "cuda", layer("sample_products_"), TRITON),
+    Kernel(linear.cross_gram, "cuda", layer("cross_gram"), TRITON),
+    Kernel(linear.token_gram, "cuda", layer("token_gram"), TRITON),
+    Kernel(linear.token_gram_across, "cuda", layer("token_gram_across"), TRITON),
+    Kernel(linear.linear_dot_pass, "cuda", layer("linear_dot_pass"), TRITON),
+    Kernel(linear.linear_combine_pass_, "cuda", layer("linear_combine_pass_"), TRITON),
+    Kernel(linear.linear_moments, "cuda", layer("linear_moments_pass"), TRITON),
 )
 
 for op, device, kernel, when in KERNELS:
