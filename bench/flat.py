@@ -33,7 +33,7 @@ OVER_QR = [("times_ours", ">=", 50.0), ("memory_ours", ">=", 3.0)]
 
 
 def plain_project_out(u: Tensor, G: Tensor) -> Tensor:
-    """The Gram route as one would write it down; the small system in float32 or better."""
+    """Project by the Gram route as one would write it down; the small system in float32 or better."""
     K, v = (G @ G.mT).float(), (G @ u).float()
     return u - torch.linalg.solve(K, v).to(G.dtype) @ G
 
@@ -47,7 +47,7 @@ def plain_gram(u: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pseudo_inverse_solve(K: Tensor, b: Tensor) -> Tensor:
-    """What rank detection costs with an eigendecomposition."""
+    """Solve by an eigendecomposition, which tells the rank too."""
     values, vectors = torch.linalg.eigh(K)
     inverse = torch.where(values > 64 * torch.finfo(K.dtype).eps * values[..., -1:], 1 / values, 0)
     return (vectors @ (inverse[..., None] * (vectors.mT @ b[..., None])))[..., 0]
@@ -58,7 +58,7 @@ def cholesky_solve(K: Tensor, b: Tensor) -> Tensor:
 
 
 def plain_feasible(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int) -> Tensor:
-    """The test as one would write it down."""
+    """Mask as one would write the test down."""
     mean = total / n
     error = ((squares / n - mean**2).clamp_min(0) / (n - 1)).sqrt()
     return d * ((d * u <= 0) & (d * mean + 1.67 * d.abs() * error <= 0))
