@@ -33,21 +33,14 @@ def extension() -> dict[str, Any] | None:
 
 
 def triton(name: str, file: str = "") -> Callable:
-    """Return the launcher `name` of a file, by default that of the same name, which is imported at its first call."""
+    """Return the launcher `name` of a file, by default that of the same name, which is imported at its first call.
 
-    def launch(*args: Any) -> Any:
-        return getattr(import_module(f".{file or name}", __package__), name)(*args)
+    Triton launches on the current device: the launcher makes it that of the first tensor.
+    """
 
-    return launch
-
-
-def on_its_device(kernel: Callable) -> Callable:
-    """Make the device of the first tensor the current one: Triton launches there."""
-
-    @functools.wraps(kernel)
     def launch(first: torch.Tensor, *rest: Any) -> Any:
         with torch.cuda.device_of(first):
-            return kernel(first, *rest)
+            return getattr(import_module(f".{file or name}", __package__), name)(first, *rest)
 
     return launch
 
@@ -73,7 +66,7 @@ KERNELS = (
     Kernel(subtract_op, "cpu", "csrc/subtract.cpp", CPP),
     Kernel(subtract_op, "cuda", triton("subtract"), TRITON),
     Kernel(project_out_op, "cpu", project_out.on_host, CPP),
-    Kernel(project_out_op, "cuda", project_out.on_device, TRITON),
+    Kernel(project_out_op, "cuda", triton("on_device", "project_out"), TRITON),
     Kernel(basis_project_op, "cuda", triton("basis_project"), TRITON),
     Kernel(feasible_pass, "cpu", "csrc/feasible.cpp", CPP),
     Kernel(feasible_pass, "cuda", triton("feasible"), TRITON),
@@ -88,4 +81,4 @@ KERNELS = (
 
 for op, device, kernel, when in KERNELS:
     if when and callable(kernel):
-        register_kernel(op, device, on_its_device(kernel) if device == "cuda" else kernel)
+        register_kernel(op, device, kernel)
