@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from .harness import DEVICE, is_out_of_memory, release
 from .report import RESULTS, Rows
 
@@ -91,6 +93,11 @@ def run(plan: Iterable[tuple[dict, Callable[[], Iterable[dict]]]], rows: Rows, d
             rows.add({**about, "contender": "inputs and truth", "note": "out of memory"})
         release()
     return int(failed)
+
+
+def about_case(op: str, size: Iterable[int], dtype: torch.dtype) -> dict[str, str]:
+    """Return the columns that name a case."""
+    return {"op": op, "size": "x".join(map(str, size)), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def title(about: dict) -> str:

@@ -28,25 +28,25 @@ ROUNDING = 0.005  # half a point: one sample of a small part more or less
 
 
 def results_in(folder: Path) -> dict[str, Any]:
-    found = read_json(folder / "compare.json")
-    if found is None:
+    results = read_json(folder / "compare.json")
+    if results is None:
         sys.exit(f"{folder} holds no compare.json: give the folder after --out of `projgrad compare`")
-    return found
+    return results
 
 
 def take(folders: list[Path]) -> None:
     merged = read_json(COMMITTED) or {"scenarios": {}}
     for folder in folders:
-        found = results_in(folder)
-        if not found["finished"]:
+        results = results_in(folder)
+        if not results["finished"]:
             sys.exit(f"{folder}: the comparison is not finished; the same command goes on with it")
-        for name, scenario in found["scenarios"].items():
+        for name, scenario in results["scenarios"].items():
             if scenario["skipped"]:
                 continue
             for run in (*scenario["runs"], *scenario["study"]):
                 run.pop("curve", None), run.pop("confidence", None)
-            command = re.sub(r" --out(=| )\S+", "", found["command"])
-            merged["scenarios"][name] = scenario | {"command": command, "environment": found["environment"]}
+            command = re.sub(r" --out(=| )\S+", "", results["command"])
+            merged["scenarios"][name] = scenario | {"command": command, "environment": results["environment"]}
     write_json(COMMITTED, merged)
     with tempfile.TemporaryDirectory() as folder:
         for path in draw(merged, TITLES, Path(folder)):
@@ -54,9 +54,9 @@ def take(folders: list[Path]) -> None:
                 shutil.copy(path, RESULTS)
 
 
-def differences(committed: dict[str, Any], found: dict[str, Any]) -> list[tuple[str, str, float, float, float, bool]]:
-    """(method, metric, committed mean, its spread, new mean, whether they agree) for all that both have."""
-    before, after = summarize(committed), summarize(found)
+def differences(committed: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, str, float, float, float, bool]]:
+    """Return (method, metric, committed mean, its spread, new mean, whether they agree) for all that both have."""
+    before, after = summarize(committed), summarize(new)
     rows = []
     for method in before.keys() & after.keys():
         for metric in METRICS:
@@ -68,10 +68,10 @@ def differences(committed: dict[str, Any], found: dict[str, Any]) -> list[tuple[
 
 
 def check(folder: Path) -> int:
-    committed, found = read_json(COMMITTED), results_in(folder)
+    committed, new = read_json(COMMITTED), results_in(folder)
     table = Table("scenario", "method", "metric", "committed", "spread", "found", title="Outside the committed spread")
     console, count, wrong = Console(), 0, 0
-    for name, scenario in found["scenarios"].items():
+    for name, scenario in new["scenarios"].items():
         if name not in committed["scenarios"] or scenario["skipped"]:
             console.print(f"{name}: not compared, {'skipped' if scenario['skipped'] else 'nothing is committed'}.")
             continue

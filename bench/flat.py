@@ -19,7 +19,7 @@ from projgrad import projectors
 from projgrad.ops import reference
 from projgrad.ops.t_test import feasibility_thresholds
 
-from .command import ROOT, Deadline, Failed, Worker, arguments, complain, rows_of, run, started, title
+from .command import ROOT, Deadline, Failed, Worker, about_case, arguments, complain, rows_of, run, started, title
 from .harness import DEVICE, Ceilings, Clock, Contender, ceilings, measure
 from .report import meets
 
@@ -33,7 +33,7 @@ OVER_QR = [("times_ours", ">=", 50.0), ("memory_ours", ">=", 3.0)]
 
 
 def plain_project_out(u: Tensor, G: Tensor) -> Tensor:
-    """The Gram route as one would write it down; the small system in float32 or better."""
+    """Project by the Gram route as one would write it down; the small system in float32 or better."""
     K, v = (G @ G.mT).float(), (G @ u).float()
     return u - torch.linalg.solve(K, v).to(G.dtype) @ G
 
@@ -47,7 +47,7 @@ def plain_gram(u: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pseudo_inverse_solve(K: Tensor, b: Tensor) -> Tensor:
-    """What rank detection costs with an eigendecomposition."""
+    """Solve by an eigendecomposition, which tells the rank too."""
     values, vectors = torch.linalg.eigh(K)
     inverse = torch.where(values > 64 * torch.finfo(K.dtype).eps * values[..., -1:], 1 / values, 0)
     return (vectors @ (inverse[..., None] * (vectors.mT @ b[..., None])))[..., 0]
@@ -58,7 +58,7 @@ def cholesky_solve(K: Tensor, b: Tensor) -> Tensor:
 
 
 def plain_feasible(d: Tensor, u: Tensor, total: Tensor, squares: Tensor, n: int) -> Tensor:
-    """The test as one would write it down."""
+    """Mask as one would write the test down."""
     mean = total / n
     error = ((squares / n - mean**2).clamp_min(0) / (n - 1)).sqrt()
     return d * ((d * u <= 0) & (d * mean + 1.67 * d.abs() * error <= 0))
@@ -130,8 +130,7 @@ class GPUCase(NamedTuple):
 
     @property
     def about(self) -> dict[str, str]:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {"op": "project_out", "size": f"{self.n}x{self.p}", "dtype": dtype}
+        return about_case("project_out", (self.n, self.p), self.dtype)
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
@@ -270,13 +269,13 @@ def plan(tiny: bool, most: Ceilings, clock: Clock) -> Iterator[tuple[dict, Calla
     for case in cases[:2]:
         yield case.about, lambda c=case: flat_rows(c, most, clock)
     for count, n in [(3, n) for n in (16, 64)] if tiny else [(200, n) for n in (64, 16, 32, 128, 256)]:
-        about = {"op": "gram_solve", "size": f"{count}x{n}", "dtype": "float32"}
+        about = about_case("gram_solve", (count, n), F32)
         yield about, lambda a=about, count=count, n=n: solve_rows(a, count, n, clock)
     for case in cases[2:]:
         yield case.about, lambda c=case: flat_rows(c, most, clock)
     p = 1000 if tiny else 100_000_000
     for dtype in (F32, BF16):
-        about = {"op": "feasible", "size": str(p), "dtype": str(dtype).removeprefix("torch.")}
+        about = about_case("feasible", (p,), dtype)
         yield about, lambda a=about, dtype=dtype: feasible_rows(a, p, dtype, most, clock)
     for case in cases:
         if case.qr:

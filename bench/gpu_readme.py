@@ -1,16 +1,16 @@
 """The measured tables of docs/gpu.md and the README, from gpu_flat.csv, gpu_layers.csv and gpu_steps.csv."""
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from .report import RESULTS
+from .report import RESULTS, read_csv
 
 NOT_MEASURED = "`bench/results` holds no table from a GPU yet; `bench/gpu.sh` measures and writes it here."
 NAMES = {"flat": "the flat ops", "layers": "the ops of one layer", "steps": "whole steps"}
 
 
 def gpu(folder: Path = RESULTS) -> str:
+    """Return the tables of everything that was measured on a GPU."""
     parts = {part: _rows(folder / f"gpu_{part}.csv") for part in NAMES}
     if not any(parts.values()):
         return NOT_MEASURED
@@ -49,15 +49,13 @@ def step_rows(folder: Path = RESULTS) -> list[list[str]]:
 
 
 def _rows(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["ms"] or row.get("rate") or row["note"]]
+    rows = read_csv(path) if path.exists() else []
+    return [row for row in rows if row["ms"] or row.get("rate") or row["note"]]
 
 
 def _about(rows: list[dict]) -> str:
     row = rows[-1]
-    commits = ", ".join(dict.fromkeys(some["commit"] for some in rows))
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     versions = [f"{key} {row[key]}" for key in ("driver", "torch", "triton") if row.get(key)]
     return f"{row['device']}, {', '.join(versions)}, commit {commits}"
 
@@ -67,7 +65,7 @@ def _table(*head: str) -> list[str]:
 
 
 def _cell(row: dict | None, more: str = "") -> str:
-    """Milliseconds, or why there are none."""
+    """Return milliseconds, or why there are none."""
     if row is None:
         return ""
     return f"{float(row['ms']):.3g}{more}" if row["ms"] else row["note"].split(":")[0]
@@ -82,10 +80,10 @@ def _number(row: dict, column: str, digits: int = 3) -> str:
 
 
 def _groups(rows: list[dict], *keys: str) -> dict[tuple, dict[str, dict]]:
-    found: dict[tuple, dict[str, dict]] = {}
+    groups: dict[tuple, dict[str, dict]] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), {})[row["contender"]] = row
-    return found
+        groups.setdefault(tuple(row[key] for key in keys), {})[row["contender"]] = row
+    return groups
 
 
 def _ceilings(rows: list[dict]) -> str:
@@ -94,7 +92,7 @@ def _ceilings(rows: list[dict]) -> str:
 
 
 def _missed(rows: list[dict]) -> Iterator[str]:
-    """What was aimed at and not reached, in words."""
+    """Yield what was aimed at and not reached, in words."""
     for row in rows:
         if row.get("met") == "NO":
             where = " ".join(row[key] for key in ("case", "op", "size", "dtype") if row.get(key))
@@ -109,8 +107,8 @@ def _flat(rows: list[dict]) -> list[str]:
         "",
         *_table("n x p", "dtype", "project_out", "% of floor", "plain Gram", "QR in float32", "gram", "subtract"),
     ]
-    for (size, dtype), found in _groups([r for r in rows if r["op"] == "project_out"], "size", "dtype").items():
-        ours, plain, qr = (found.get(name) for name in ("projgrad", "plain Gram", "QR"))
+    for (size, dtype), by_name in _groups([r for r in rows if r["op"] == "project_out"], "size", "dtype").items():
+        ours, plain, qr = (by_name.get(name) for name in ("projgrad", "plain Gram", "QR"))
         others = {
             op: next((r for r in rows if (r["op"], r["size"], r["dtype"], r["contender"]) == key), None)
             for op in ("gram", "subtract")
@@ -121,10 +119,12 @@ def _flat(rows: list[dict]) -> list[str]:
         lines.append(f"| {' x '.join(f'{int(x):,}' for x in size.split('x'))} | {dtype} | " + " | ".join(cells) + " |")
     solves = _groups([r for r in rows if r["op"] == "gram_solve"], "size")
     if solves:
-        names = list(dict.fromkeys(name for found in solves.values() for name in found))
+        names = list(dict.fromkeys(name for by_name in solves.values() for name in by_name))
         lines += ["", "`gram_solve`, systems x n, float32:", "", *_table("size", *names)]
-        for (size,), found in solves.items():
-            cells = [_cell(found.get(name), _times(found.get(name)) if name != "projgrad" else "") for name in names]
+        for (size,), by_name in solves.items():
+            cells = [
+                _cell(by_name.get(name), _times(by_name.get(name)) if name != "projgrad" else "") for name in names
+            ]
             lines.append(f"| {size.replace('x', ' x ')} | " + " | ".join(cells) + " |")
     return [*lines, *_shortfalls(rows)]
 
@@ -145,9 +145,9 @@ def _layers(rows: list[dict]) -> list[str]:
         "",
         *_table("op", "size", "dtype", "projgrad", "% of floor", "fastest of the library"),
     ]
-    for (op, size, dtype), found in _groups([r for r in rows if r["op"] != "ceiling"], "op", "size", "dtype").items():
-        ours = found.get("projgrad")
-        library = [row for name, row in found.items() if name.startswith("library") and row["ms"]]
+    for (op, size, dtype), by_name in _groups([r for r in rows if r["op"] != "ceiling"], "op", "size", "dtype").items():
+        ours = by_name.get("projgrad")
+        library = [row for name, row in by_name.items() if name.startswith("library") and row["ms"]]
         best = min(library, key=lambda row: float(row["ms"]), default=None)
         cells = [_cell(ours), _number(ours, "percent_of_floor"), _cell(best, _times(best))]
         lines.append(f"| `{op}` | {size.replace('x', ' x ')} | {dtype} | " + " | ".join(cells) + " |")
@@ -165,9 +165,9 @@ def _steps(rows: list[dict]) -> list[str]:
         "",
         *_table("model", "contender", "ms", "time / plain", "memory in GB", "memory / plain"),
     ]
-    for (_,), found in _groups(rows, "case").items():
-        model = next((row["model"] for row in found.values() if row["model"]), "")
-        for name, row in found.items():
+    for (_,), by_name in _groups(rows, "case").items():
+        model = next((row["model"] for row in by_name.values() if row["model"]), "")
+        for name, row in by_name.items():
             memory = ""
             if row["total_mb"]:
                 memory = f"{float(row['total_mb']) / 1e3:.3g} ({float(row['peak_mb']) / 1e3:.3g})"

@@ -174,7 +174,7 @@ class Ceilings:
 
     @property
     def exact(self) -> float:
-        """The rate of float32 products: with float32 arithmetic, or as six products of bfloat16 parts."""
+        """Return the rate of float32 products: with float32 arithmetic, or as six products of bfloat16 parts."""
         return max(self.fp32, self.bf16 / 6)
 
     def rate(self, dtype: torch.dtype) -> float:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 import projgrad
+from projgrad.kernels.register import triton
 from projgrad.ops import reference
 from projgrad.ops.cost import GramRoute, linear_route
 from projgrad.ops.registration import FALLBACKS
 
-from .command import Deadline, arguments, rows_of, run, started, title
+from .command import Deadline, about_case, arguments, rows_of, run, started, title
 from .harness import DEVICE, Ceilings, Clock, Contender, ceilings, measure, size_in_bytes
 from .report import meets
 from .routes import gram_by
@@ -93,38 +94,10 @@ def composed_gram(a: Tensor, b: Tensor, _: None = None) -> Tensor:
     return FALLBACKS["token_gram"](a, b, False, route_of(a, b, "factors").rows)
 
 
-def gram_kernel(a: Tensor, b: Tensor, _: None = None) -> Tensor:
-    from projgrad.kernels.linear_gram import linear_gram
-
-    return linear_gram(a, b)
-
-
-def dot_kernel(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-    from projgrad.kernels.linear_dot import linear_dot
-
-    return linear_dot(a, b, u[None])[:, 0]
-
-
-def composed_dot(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-    return FALLBACKS["linear_dot_pass"](a, b, u[None], False)[:, 0]
-
-
-def combine_kernel(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    from projgrad.kernels.linear_combine import linear_combine_
-
-    return added(linear_combine_, a, b, c)
-
-
 def added(combine_: Callable, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     out = torch.zeros(b.shape[2], a.shape[2], device=a.device)
     combine_(out, a, b, c)
     return out.to(a.dtype)
-
-
-def moments_kernel(a: Tensor, b: Tensor, _: None = None) -> tuple[Tensor, Tensor]:
-    from projgrad.kernels.linear_moments import linear_moments
-
-    return linear_moments(a, b)
 
 
 def products_dot(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
@@ -153,7 +126,7 @@ def gradients_moments(a: Tensor, b: Tensor, _: None = None) -> tuple[Tensor, Ten
 ALTERNATIVES: dict[str, dict[str, Alternative]] = {
     "linear_gram": {
         "projgrad": Alternative(lambda a, b, _: projgrad.linear_gram(a, b)),
-        "kernel, factors": Alternative(gram_kernel, "factors"),
+        "kernel, factors": Alternative(lambda a, b, _: triton("linear_gram")(a, b), "factors"),
         "route factors": Alternative(forced("factors"), "factors"),
         "route chunks": Alternative(forced("chunks"), "chunks"),
         "composed, factors": Alternative(composed_gram, "factors"),
@@ -162,21 +135,21 @@ ALTERNATIVES: dict[str, dict[str, Alternative]] = {
     },
     "linear_dot": {
         "projgrad": Alternative(lambda a, b, u: projgrad.linear_dot(a, b, u)),
-        "kernel": Alternative(dot_kernel),
-        "composed": Alternative(composed_dot),
+        "kernel": Alternative(lambda a, b, u: triton("linear_dot")(a, b, u[None])[:, 0]),
+        "composed": Alternative(lambda a, b, u: FALLBACKS["linear_dot_pass"](a, b, u[None], False)[:, 0]),
         "library, factors": Alternative(products_dot),
         "library, gradients": Alternative(gradients_dot),
     },
     "linear_combine": {
         "projgrad": Alternative(lambda a, b, c: projgrad.linear_combine(a, b, c)),
-        "kernel": Alternative(combine_kernel),
+        "kernel": Alternative(lambda a, b, c: added(triton("linear_combine_", "linear_combine"), a, b, c)),
         "composed": Alternative(lambda a, b, c: added(FALLBACKS["linear_combine_pass_"], a, b, c)),
         "library, factors": Alternative(products_combine),
         "library, gradients": Alternative(gradients_combine),
     },
     "linear_moments": {
         "projgrad": Alternative(lambda a, b, _: projgrad.linear_moments(a, b)),
-        "kernel": Alternative(moments_kernel),
+        "kernel": Alternative(lambda a, b, _: triton("linear_moments")(a, b)),
         "composed": Alternative(lambda a, b, _: FALLBACKS["linear_moments_pass"](a, b)),
         "library, gradients": Alternative(gradients_moments),
     },
@@ -193,6 +166,19 @@ def inputs(n: int, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, 
     a = torch.randn(n, t, i, device=DEVICE).to(dtype)
     b = (torch.randn(n, t, o, device=DEVICE) * torch.logspace(-4, -1, n, device=DEVICE)[:, None, None]).to(dtype)
     return a, b, torch.randn(o, i, device=DEVICE).to(dtype), torch.randn(n, device=DEVICE, dtype=torch.float64)
+
+
+def operands(op: str, size: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """Return what an `Alternative` gets, and how many bytes it reads and writes at least."""
+    if op == "basis_project":
+        o, i, k = size
+        torch.manual_seed(0)
+        D = torch.randn(o, i, device=DEVICE).to(dtype)
+        M = torch.linalg.qr(torch.randn(i, k, device=DEVICE)).Q.to(dtype)
+        return D, M, None, 2 * size_in_bytes(D) + size_in_bytes(M)
+    a, b, u, c = inputs(*size, dtype)
+    weights = {"linear_dot": 1, "linear_combine": 1, "linear_moments": 2}.get(op, 0)  # tensors like the weight
+    return a, b, {"linear_dot": u, "linear_combine": c}.get(op), size_in_bytes(a, b) + weights * size_in_bytes(u)
 
 
 def lengths(a: Tensor, b: Tensor) -> Tensor:
@@ -236,23 +222,9 @@ def flops(op: str, size: tuple[int, ...], route: str) -> float:
     return 4 * n * i * o if op == "linear_moments" and t == 1 else 2 * n * t * i * o
 
 
-def about_case(op: str, size: tuple[int, ...], dtype: torch.dtype) -> dict[str, str]:
-    return {"op": op, "size": "x".join(map(str, size)), "dtype": str(dtype).removeprefix("torch.")}
-
-
 def layer_rows(op: str, size: tuple[int, ...], dtype: torch.dtype, most: Ceilings, clock: Clock) -> Iterator[dict]:
     """Yield a row for every alternative of one op, measured in turn."""
-    if op == "basis_project":
-        o, i, k = size
-        torch.manual_seed(0)
-        a = torch.randn(o, i, device=DEVICE).to(dtype)
-        b = torch.linalg.qr(torch.randn(i, k, device=DEVICE)).Q.to(dtype)
-        other, moved = None, 2 * size_in_bytes(a) + size_in_bytes(b)
-    else:
-        a, b, u, c = inputs(*size, dtype)
-        other = {"linear_dot": u, "linear_combine": c}.get(op)
-        moved = size_in_bytes(a, b, *([u] if op == "linear_dot" else []))
-        moved += {"linear_combine": 1, "linear_moments": 2}.get(op, 0) * size_in_bytes(u)
+    a, b, other, moved = operands(op, size, dtype)
     check = checks(op, a, b, other)
     contenders, errors = {}, {}
     limit = 1e-6 if op in ("linear_gram", "linear_dot") else 1e-5 + (torch.finfo(BF16).eps if dtype == BF16 else 0.0)
@@ -281,11 +253,7 @@ def plan(tiny: bool, only: str, most: Ceilings, clock: Clock) -> Iterator[tuple]
     """Yield what is measured: sizes in order of interest, in each the ops, in each the dtypes."""
     ops = [op for op in ALTERNATIVES if op != "basis_project"]
     cases = [(op, size, dtype) for size in (TINY if tiny else SIZES) for op in ops for dtype in (BF16, F32)]
-    if hasattr(projgrad, "basis_project"):
-        bases = TINY_BASES if tiny else BASES
-        cases += [("basis_project", size, dtype) for size in bases for dtype in (BF16, F32)]
-    else:
-        print("basis_project: projgrad has no such op", flush=True)
+    cases += [("basis_project", size, dtype) for size in (TINY_BASES if tiny else BASES) for dtype in (BF16, F32)]
     for op, size, dtype in cases:
         about = about_case(op, size, dtype)
         if only in title(about):
@@ -294,14 +262,12 @@ def plan(tiny: bool, only: str, most: Ceilings, clock: Clock) -> Iterator[tuple]
 
 def profile(op: str, size: str, dtype: str, name: str) -> None:
     """Print where the time of one call goes."""
-    numbers = tuple(map(int, size.split("x")))
-    a, b, u, c = inputs(*numbers, getattr(torch, dtype))
-    alternative: Alternative = ALTERNATIVES[op][name]
-    other = {"linear_dot": u, "linear_combine": c}.get(op)
+    a, b, other, _ = operands(op, tuple(map(int, size.split("x"))), getattr(torch, dtype))
+    call = ALTERNATIVES[op][name].call
     for _ in range(3):
-        alternative.call(a, b, other)
+        call(a, b, other)
     with torch.profiler.profile() as profiler:
-        alternative.call(a, b, other)
+        call(a, b, other)
     key = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60))
 

@@ -1,6 +1,5 @@
 """Write the measured tables of README.md and docs/ from bench/results: `python -m bench.readme`."""
 
-import csv
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from projgrad.experiments.comparison.methods import TITLES
 from projgrad.experiments.scenarios import FAST, SCENARIOS
 
 from .gpu_readme import gpu, step_rows
-from .report import RESULTS
+from .report import RESULTS, read_csv
 from .steps import SUMMARY, summary
 
 HIDDEN = ("steps", "usable")  # columns of the comparison's tables that there is no room for
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 def flat() -> str:
     """Return the table of the flat ops."""
-    rows = _rows("flat_cpu.csv")
+    rows = read_csv(RESULTS / "flat_cpu.csv")
     names = ["projgrad", "plain Gram", "QR", "lstsq"]
     lines = [
         f"Projection of one float32 vector, median milliseconds (extra memory in MB), {rows[0]['threads']} threads, "
@@ -107,7 +106,7 @@ def _study(name: str, scenario: dict) -> str:
 
 def steps() -> str:
     """Return the table of whole steps."""
-    rows = _rows("steps_cpu.csv")
+    rows = read_csv(RESULTS / "steps_cpu.csv")
     lines = [
         f"Whole steps in float32 on {rows[0]['threads']} threads, {rows[0]['device']}, torch {rows[0]['torch']}, "
         f"commits {', '.join(dict.fromkeys(row['commit'] for row in rows))}; targets in parentheses:",
@@ -123,7 +122,7 @@ OURS = ("projgrad global", "projgrad two passes", "projgrad per_tensor")
 
 def numbers() -> str:
     """Return the README's short table: whole steps of OrthoGrad, and one sentence about the targets that are missed."""
-    rows = [row for row in _rows("steps_cpu.csv") if not row["case"].startswith("gram-")]
+    rows = [row for row in read_csv(RESULTS / "steps_cpu.csv") if not row["case"].startswith("gram-")]
     lines = [
         f'A step with `scope="global"` in multiples of the same step without projection ({rows[0]["device"]}, '
         f"{rows[0]['threads']} threads, float32). Memory is the peak above the loaded model, on a GPU with the model:",
@@ -164,11 +163,6 @@ def _over_plain(row: dict, key: str) -> str:
 
 def _where(row: dict) -> str:
     return f"{row['model'].split(',')[0]}, {row['contender'].removeprefix('projgrad ')}"
-
-
-def _rows(file: str) -> list[dict]:
-    with (RESULTS / file).open(newline="") as opened:
-        return list(csv.DictReader(opened))
 
 
 SECTIONS = {

@@ -29,6 +29,20 @@ class Specialisation(NamedTuple):
     divisible: tuple[str, ...] = ()
 
 
+def matrix(
+    name: str,
+    kernel: Any,
+    types: dict[str, str],
+    launch: dict[str, int],
+    constants: dict[str, Any],
+    divisible: Sequence[str],
+) -> Specialisation:
+    """Return the specialisation of a matrix kernel; `launch`: its tile, with num_warps and num_stages."""
+    constants = {name: value for name, value in launch.items() if not name.startswith("num_")} | constants
+    warps, stages = launch["num_warps"], launch["num_stages"]
+    return Specialisation(name, kernel, types, constants, warps, stages, "matrix", tuple(divisible))
+
+
 def gram() -> Iterator[Specialisation]:
     from projgrad.kernels.gram import DIRECTIONS, gram_kernel, gram_wide_kernel, tile
     from projgrad.kernels.partial_sums import add_partial_sums_kernel, shape
@@ -141,14 +155,11 @@ def linear_combine() -> Iterator[Specialisation]:
             raw = a == b != "fp32" and t >= SHORT
             for size in (64, 1024):
                 for partial in (False, True):
-                    constants = tile(size, size, t, raw)
-                    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
-                    constants |= dict.fromkeys(("a_i", "b_o", "c_n", "out_i") + ("t",) * (t == 1), 1)
+                    constants = dict.fromkeys(("a_i", "b_o", "c_n", "out_i") + ("t",) * (t == 1), 1)
                     constants |= {"SCALED": not raw, "PARTIAL": partial, "PRECISION": "parts", "GROUP": GROUP}
                     name = f"linear_combine {a} {b} t={t} {size}{' partial' if partial else ''}"
-                    yield Specialisation(
-                        name, linear_combine_kernel, pointers, constants, warps, stages, "matrix", divisible
-                    )
+                    launch = tile(size, size, t, raw)
+                    yield matrix(name, linear_combine_kernel, pointers, launch, constants, divisible)
 
 
 def linear_moments() -> Iterator[Specialisation]:
@@ -159,13 +170,9 @@ def linear_moments() -> Iterator[Specialisation]:
         pointers = {"sums": "*fp32", "a": f"*{a}", "b": f"*{b}"}
         for t in (8, 512):
             for size in (64, 1024):
-                constants = tile(size, size, t, a == b != "fp32")
-                warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
-                constants |= {"a_i": 1, "b_o": 1, "PRECISION": "parts", "GROUP": GROUP, "RUN": RUN}
-                name = f"linear_moments {a} {b} t={t} {size}"
-                yield Specialisation(
-                    name, linear_moments_kernel, pointers, constants, warps, stages, "matrix", divisible
-                )
+                constants = {"a_i": 1, "b_o": 1, "PRECISION": "parts", "GROUP": GROUP, "RUN": RUN}
+                name, launch = f"linear_moments {a} {b} t={t} {size}", tile(size, size, t, a == b != "fp32")
+                yield matrix(name, linear_moments_kernel, pointers, launch, constants, divisible)
 
 
 def basis_project() -> Iterator[Specialisation]:
@@ -179,15 +186,11 @@ def basis_project() -> Iterator[Specialisation]:
             pointers |= {"x": "*fp32" if subtract else f"*{D}", "y": f"*{M}"}
             unit = ("out_column", "base_column", "x_k", "y_k" if subtract else "y_column")  # y is M, or M transposed
             for size in (64, 1024):
-                constants = tile(size, size, D == M != "fp32" and not subtract)
-                warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
-                constants |= dict.fromkeys(unit, 1)
-                constants |= {"SUBTRACT": subtract, "PRECISION": "parts", "GROUP": GROUP}
-                divisible = tuple(s for s in (*sizes, *strides, "out_split", "y_column") if s not in unit)
+                constants = dict.fromkeys(unit, 1) | {"SUBTRACT": subtract, "PRECISION": "parts", "GROUP": GROUP}
+                divisible = [s for s in (*sizes, *strides, "out_split", "y_column") if s not in unit]
                 name = f"basis_project {D} {M} {size}{' subtract' if subtract else ''}"
-                yield Specialisation(
-                    name, basis_project_kernel, pointers, constants, warps, stages, "matrix", divisible
-                )
+                launch = tile(size, size, D == M != "fp32" and not subtract)
+                yield matrix(name, basis_project_kernel, pointers, launch, constants, divisible)
 
 
 def feasible() -> Iterator[Specialisation]:

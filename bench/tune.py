@@ -58,8 +58,7 @@ def candidates(name: str, method: str, rates: tuple[float, ...] = RATES, middle:
 
 
 def prepare(name: str, seed: int, out: Path) -> Tuned:
-    """The problem without its test samples, the original model and the accuracies to reach; on a GPU where there is
-    one."""
+    """Return the problem without its test samples, the original model and the accuracies to reach, on a GPU if any."""
     problem = SCENARIOS[name].load(seed).to("cuda" if torch.cuda.is_available() else "cpu")
     problem.test = problem.validation
     original = load_or_train(out, name, seed, "original", problem)
@@ -73,14 +72,14 @@ def accuracies(problem: Problem, model: nn.Module) -> dict[str, float]:
 
 
 def tried(name: str, prepared: list[Tuned], method: str, setting: Setting) -> dict:
-    """Mean accuracies and ToW of a candidate over the tuning seeds."""
-    found = []
+    """Return a candidate's setting, mean accuracies and mean ToW over the tuning seeds."""
+    by_seed = []
     for seed, problem, original, goal in prepared:
         model = copy.deepcopy(original)
         unlearn(problem, model, method, setting, seed=seed, forget_batch=SCENARIOS[name].forget_batch)
         scores = accuracies(problem, model)
-        found.append(scores | {"tow": tow(scores, goal)})
-    means = {key: round(fmean(scores[key] for scores in found), 4) for key in found[0]}
+        by_seed.append(scores | {"tow": tow(scores, goal)})
+    means = {key: round(fmean(scores[key] for scores in by_seed), 4) for key in by_seed[0]}
     means["validation"] = means.pop("test")
     return asdict(setting) | means
 
@@ -91,7 +90,7 @@ def chosen(rows: list[dict]) -> dict:
 
 
 def searches(name: str, args: argparse.Namespace) -> list[tuple[str, list[Setting]]]:
-    """A method and its candidates, of which the best is taken; in the study a search for each n."""
+    """Return methods with their candidates, of which the best is taken; in the study a search for each n."""
     if not args.study:
         methods = args.methods or [m for m in METHODS if m not in TUNED_AS]
         return [(m, candidates(name, m, args.rates, args.middle)) for m in methods]
@@ -104,7 +103,7 @@ def searches(name: str, args: argparse.Namespace) -> list[tuple[str, list[Settin
 
 
 def known(log: dict, method: str, setting: Setting) -> dict | None:
-    """A candidate that was tried before, in either search: the search goes on where it stopped."""
+    """Return the row of a candidate that was tried before, in either search: a search goes on where it stopped."""
     rows = log["candidates"].get(method, []) + log["study_candidates"].get(method, [])
     return next((row for row in rows if asdict(setting).items() <= row.items()), None)
 

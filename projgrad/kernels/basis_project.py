@@ -28,17 +28,17 @@ def basis_project_kernel(
     l, split = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1)
     r, s = tile_of(tl.program_id(0) % tiles, tl.cdiv(rows, BLOCK_ROW), tl.cdiv(columns, BLOCK_COLUMN), GROUP)
     row, column = r * BLOCK_ROW + tl.arange(0, BLOCK_ROW), s * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
-    float64, k = row.to(tl.int64), tl.arange(0, BLOCK_K)
+    long_row, k = row.to(tl.int64), tl.arange(0, BLOCK_K)  # rows times a stride leave 32 bits
     total = tl.zeros((BLOCK_ROW, BLOCK_COLUMN), tl.float32)
     for step in range(split * per_split, tl.minimum((split + 1) * per_split, tl.cdiv(depth, BLOCK_K))):
         inner = step * BLOCK_K + k
-        left = load_rows(x + l * x_l, float64 * x_row, row < rows, inner, depth, x_k)
+        left = load_rows(x + l * x_l, long_row * x_row, row < rows, inner, depth, x_k)
         right = load_rows(y + l * y_l, inner.to(tl.int64) * y_k, inner < depth, column, columns, y_column)
         total = product(left, right, total, PRECISION)
     at = out + split.to(tl.int64) * out_split + l * out_l
-    at += float64[:, None] * out_row + column.to(tl.int64)[None, :] * out_column
+    at += long_row[:, None] * out_row + column.to(tl.int64)[None, :] * out_column
     if SUBTRACT:
-        total = load_rows(base + l * base_l, float64 * base_row, row < rows, column, columns, base_column) - total
+        total = load_rows(base + l * base_l, long_row * base_row, row < rows, column, columns, base_column) - total
     tl.store(at, total.to(out.dtype.element_ty), (row[:, None] < rows) & (column[None, :] < columns))
 
 

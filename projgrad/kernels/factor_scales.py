@@ -17,23 +17,23 @@ def _power(x):
 def scales_kernel(
     largest, scale, weight, far, n, low: tl.float64, high: tl.float64, F: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Write scale [F, n], and weight [n] = 1 / Π_f scale_f, from largest [F, n]; weights are 1 unless `far`, and NaN
-    where a factor is NaN or Inf.
+    """Write scale [F, n] and weight [n] = 1 / Π_f scale_f from largest [F, n]. One program.
 
-    far: a factor is beyond 2^±50, or the product of all outside [low, high]. One program.
+    far: whether a factor is beyond 2^±50, or the product of all outside [low, high]. Without it weights are 1.
+    Weights are NaN where a factor is NaN or Inf.
     """
     outside = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, n, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        product, some = tl.full((BLOCK,), 1.0, tl.float64), j < n
+        product, nonzero = tl.full((BLOCK,), 1.0, tl.float64), j < n
         beyond = tl.zeros((BLOCK,), tl.int32)
         for f in tl.static_range(F):
             x = tl.load(largest + f * n + j, j < n, 0.0)
-            some &= x > 0
+            nonzero &= x > 0
             beyond |= ((x < 2.0**-50) | (x > 2.0**50)).to(tl.int32)
             product *= x.to(tl.float64)
         beyond |= ((product < low) | (product > high)).to(tl.int32)
-        outside |= tl.where(some, beyond, 0)
+        outside |= tl.where(nonzero, beyond, 0)
     outside = tl.max(outside, 0)
     tl.store(far, outside)
     for start in range(0, n, BLOCK):
@@ -49,8 +49,8 @@ def scales_kernel(
 
 
 def scales(largest: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, for the largest elements [F, n] of F factors of n samples, the scales [F, n] that bring each into [1, 2),
-    the weights [n] that undo them, and in device memory whether they are needed at all; where not, the weights are 1.
+    """Return the scales [F, n] that bring the largest elements [F, n] of factors of n samples into [1, 2), the weights
+    [n] that undo them, and a flag on the device: whether scales are needed at all. Where not, the weights are 1.
 
     low, high: what the product of a sample's largest elements may be without them.
     """

@@ -41,8 +41,7 @@ def _power(e):
 
 @triton.jit
 def _down(x, TARGET: tl.constexpr):
-    """Return, for every row of x [C, R, 8 W, 16 S], a power of two that brings its largest element near 2^TARGET, and
-    the e with 2^-e that power."""
+    """Return 2^-e and e of every row of x [C, R, 8 W, 16 S]: 2^-e brings its largest element near 2^TARGET."""
     bits = tl.max(tl.max(tl.abs(x), 0), 2).to(tl.int32, bitcast=True)
     e = tl.minimum(tl.maximum(bits >> 23, max(1, TARGET + 1)), min(254, 253 + TARGET))
     return ((254 + TARGET - e) << 23).to(tl.float32, bitcast=True)[None, :, :, None], e - 127 - TARGET
@@ -226,9 +225,9 @@ def gram(G: Tensor, u: Tensor, float64: bool) -> tuple[Tensor, Tensor]:
 def launch_gram(
     G: Tensor, u: Tensor, float64: bool, todo: Tensor | None = None, previous: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return K [n, n] and v [n, m] in one memory, that of `previous` where it is given; `todo`: a device flag, where it
-    is 0 `previous` stays as it is.
+    """Return K [n, n] and v [n, m] in one memory, that of `previous` where it is given.
 
+    todo: a flag on the device; where it is 0, `previous` stays as it is.
     The splits, and so the order of the sums, depend on the problem only: up to 4096 programs, for the largest GPUs,
     and partial sums of 16 MiB at most.
     """
@@ -246,16 +245,16 @@ def launch_gram(
     parts = {"parts": 3, "tf32x3": 2, "tf32": 1}[precision()] if G.dtype == torch.float32 else 1
 
     def launch(with_k: bool, first: int, M: int) -> None:
-        some = u[first : first + M] if M else G  # nothing is read where there are none
+        directions = u[first : first + M] if M else G  # nothing is read where there are none
         grid = tiles if with_k else rows, splits
-        arguments = n, m, p, per_split, size, n * n + first, *G.stride(), *some.stride()
+        arguments = n, m, p, per_split, size, n * n + first, *G.stride(), *directions.stride()
         constants = {"M": M, "D": triton.next_power_of_2(max(1, M)), "SAME": rows == 1, "WITH_K": with_k}
         if float64:
             constants |= {"N": N, "BLOCK": block, "PREDICATED": todo is not None}
-            gram_wide_kernel[grid](G, some, part, todo, *arguments, **constants, num_warps=warps)
+            gram_wide_kernel[grid](G, directions, part, todo, *arguments, **constants, num_warps=warps)
         else:
             constants |= {"W": warps, "C": block * G.element_size() // 64, "PARTS": parts}
-            gram_kernel[grid](G, some, part, *arguments, **constants, num_warps=warps)
+            gram_kernel[grid](G, directions, part, *arguments, **constants, num_warps=warps)
 
     first = min(m, 1) if rows == 1 else 0  # more rows: v apart, so that registers are left for two tiles
     launch(True, 0, first)

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from ..ops.numerics import exponents
 from ..ops.registration import FALLBACKS
+from .linear_combine import linear_combine_
+from .linear_dot import linear_dot
+from .linear_gram import linear_gram
+from .linear_moments import linear_moments
 
 COLUMNS = 1 << 16  # whose products float32 sums before float64 does
 
@@ -27,40 +31,30 @@ def _has_float64(*tensors: Tensor) -> bool:
 def token_gram(a: Tensor, b: Tensor, float64: bool, samples: int) -> Tensor:
     if float64 or _has_float64(a, b) or a.shape[1] == 1:
         return FALLBACKS["token_gram"](a, b, float64, samples)
-    from .linear_gram import linear_gram
-
     return linear_gram(a, b)
 
 
 def token_gram_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, samples: int) -> Tensor:
     if _has_float64(a, b) or a.shape[1] == a2.shape[1] == 1:
         return FALLBACKS["token_gram_across"](a, b, a2, b2, samples)
-    from .linear_gram import linear_gram
-
     return linear_gram(a, b, a2, b2)
 
 
 def linear_dot_pass(a: Tensor, b: Tensor, u: Tensor, float64: bool) -> Tensor:
     if float64 or _has_float64(a, b, u):
         return FALLBACKS["linear_dot_pass"](a, b, u, float64)
-    from .linear_dot import linear_dot
-
     return linear_dot(a, b, u)
 
 
 def linear_combine_pass_(out: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
     if _has_float64(out, a, b) or a.dtype == b.dtype == torch.float32:
         return FALLBACKS["linear_combine_pass_"](out, a, b, c)
-    from .linear_combine import linear_combine_
-
     linear_combine_(out, a, b, c.double())
 
 
 def linear_moments_pass(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if _has_float64(a, b) or a.shape[1] == 1:
         return FALLBACKS["linear_moments_pass"](a, b)
-    from .linear_moments import linear_moments
-
     return linear_moments(a, b)
 
 

@@ -94,8 +94,8 @@ def linear_combine_(out: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
     if b.dtype == torch.float32 != a.dtype:  # the tile that becomes parts is the right one, which is not transposed
         return linear_combine_(out.mT, b, a, c)
     if n > 1 and n * t >= 1 << 30:  # tokens are counted in 32 bits
-        for some in zip(a.split(n // 2), b.split(n // 2), c.split(n // 2), strict=True):
-            linear_combine_(out, *some)
+        for part in zip(a.split(n // 2), b.split(n // 2), c.split(n // 2), strict=True):
+            linear_combine_(out, *part)
         return
     raw = matrix_units(a, b) and t >= SHORT
     launch = tile(o, i, t, raw)

@@ -165,7 +165,7 @@ def linear_gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | Non
     side, room, block, stages, warps = tile(max(n, n2), min(t, t2), itemsize)
     period, period2 = math.lcm(t, side), math.lcm(t2, side)
     tiles, tiles2 = triton.cdiv(n * t, side), triton.cdiv(n2 * t2, side)
-    segments, width = (_segments(*some, side) for some in ((n, t, period), (n2, t2, period2)))
+    segments, width = _segments(n, t, period, side), _segments(n2, t2, period2, side)
     out = (a.new_zeros if symmetric else a.new_empty)((segments, width), dtype=torch.float32)
     for scaled in (False, True):
         linear_gram_kernel[(tiles * (tiles + 1) // 2 if symmetric else tiles * tiles2,)](
@@ -184,5 +184,6 @@ def linear_gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | Non
 
 
 def _segments(n: int, t: int, period: int, side: int) -> int:
+    """Return the number of segments of n t tokens, as `_segment` counts them."""
     last = n * t - 1
     return last // t + last // side - last // period + 1

@@ -44,7 +44,7 @@ def shape(splits: int) -> tuple[int, int]:
 def add_partial_sums(
     part: Tensor, total: Tensor, n: int = 0, mirror: str = "lower", todo: Tensor | None = None
 ) -> None:
-    """Add up part [splits, size] into total [size]; `todo`: a device flag, where it is 0 total stays as it is."""
+    """Add up part [splits, size] into total [size]. todo: a flag on the device; where it is 0, total stays as it is."""
     splits, size = part.shape
     rows, block = shape(splits)
     add_partial_sums_kernel[(triton.cdiv(size, block),)](

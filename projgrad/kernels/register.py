@@ -1,8 +1,8 @@
 """Which kernel computes which op on which device: the only table, and the only import of the compiled extension.
 
 What has no row runs its default: the reference of the op, or library products. So does gram_solve on CUDA without nvcc:
-its reference serves every n, never waits for the device and can be captured in a CUDA graph. It costs 44 small launches
-per row, which is why the extension has a kernel; one in Triton as well would be a third pivoted Cholesky to keep right.
+its reference serves every n and never waits for the device. It costs a dozen small launches per row, which is why the
+extension has a kernel; one in Triton as well would be a third pivoted Cholesky to keep right.
 """
 
 import functools
@@ -20,7 +20,7 @@ from ..ops.gram import gram_op
 from ..ops.gram_solve import gram_solve_op
 from ..ops.project_out import project_out_op, subtract_op
 from ..ops.registration import register_kernel
-from . import linear_choices, project_out
+from . import project_out
 
 
 def extension() -> dict[str, Any] | None:
@@ -32,28 +32,21 @@ def extension() -> dict[str, Any] | None:
     return dict(_C.build_info())
 
 
-def triton(name: str) -> Callable:
-    """Return the launcher `name` of the file of that name, which is imported at its first call."""
+def triton(name: str, file: str = "") -> Callable:
+    """Return the launcher `name` of a file, by default that of the same name, which is imported at its first call.
 
-    def launch(*args: Any) -> Any:
-        return getattr(import_module(f".{name}", __package__), name)(*args)
+    Triton launches on the current device: the launcher makes it that of the first tensor.
+    """
 
-    return launch
-
-
-def on_its_device(kernel: Callable) -> Callable:
-    """Make the device of the first tensor the current one: Triton launches there."""
-
-    @functools.wraps(kernel)
     def launch(first: torch.Tensor, *rest: Any) -> Any:
         with torch.cuda.device_of(first):
-            return kernel(first, *rest)
+            return getattr(import_module(f".{file or name}", __package__), name)(first, *rest)
 
     return launch
 
 
 class Kernel(NamedTuple):
-    """kernel: a function, or the file of C++ that registers itself. when: it is there."""
+    """kernel: a function, or the C++ file that registers itself. when: whether it is there."""
 
     op: Any
     device: str
@@ -62,6 +55,7 @@ class Kernel(NamedTuple):
 
 
 BUILT = extension()
+layer = functools.partial(triton, file="linear_choices")
 CPP, CUDA, TRITON = BUILT is not None, BUILT is not None and BUILT["cuda"], find_spec("triton") is not None
 
 KERNELS = (
@@ -72,19 +66,19 @@ KERNELS = (
     Kernel(subtract_op, "cpu", "csrc/subtract.cpp", CPP),
     Kernel(subtract_op, "cuda", triton("subtract"), TRITON),
     Kernel(project_out_op, "cpu", project_out.on_host, CPP),
-    Kernel(project_out_op, "cuda", project_out.on_device, TRITON),
+    Kernel(project_out_op, "cuda", triton("on_device", "project_out"), TRITON),
     Kernel(basis_project_op, "cuda", triton("basis_project"), TRITON),
     Kernel(feasible_pass, "cpu", "csrc/feasible.cpp", CPP),
     Kernel(feasible_pass, "cuda", triton("feasible"), TRITON),
-    Kernel(linear.sample_products_, "cuda", linear_choices.sample_products_, TRITON),
-    Kernel(linear.cross_gram, "cuda", linear_choices.cross_gram, TRITON),
-    Kernel(linear.token_gram, "cuda", linear_choices.token_gram, TRITON),
-    Kernel(linear.token_gram_across, "cuda", linear_choices.token_gram_across, TRITON),
-    Kernel(linear.linear_dot_pass, "cuda", linear_choices.linear_dot_pass, TRITON),
-    Kernel(linear.linear_combine_pass_, "cuda", linear_choices.linear_combine_pass_, TRITON),
-    Kernel(linear.linear_moments, "cuda", linear_choices.linear_moments_pass, TRITON),
+    Kernel(linear.sample_products_, "cuda", layer("sample_products_"), TRITON),
+    Kernel(linear.cross_gram, "cuda", layer("cross_gram"), TRITON),
+    Kernel(linear.token_gram, "cuda", layer("token_gram"), TRITON),
+    Kernel(linear.token_gram_across, "cuda", layer("token_gram_across"), TRITON),
+    Kernel(linear.linear_dot_pass, "cuda", layer("linear_dot_pass"), TRITON),
+    Kernel(linear.linear_combine_pass_, "cuda", layer("linear_combine_pass_"), TRITON),
+    Kernel(linear.linear_moments, "cuda", layer("linear_moments_pass"), TRITON),
 )
 
 for op, device, kernel, when in KERNELS:
     if when and callable(kernel):
-        register_kernel(op, device, on_its_device(kernel) if device == "cuda" else kernel)
+        register_kernel(op, device, kernel)

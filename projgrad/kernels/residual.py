@@ -13,10 +13,10 @@ def check_residual_kernel(
     K, r, squares, c, rank, b, todo, worst, n, m, damping: tl.float64, limit: tl.float64, noise: tl.float64,
     BLOCK: tl.constexpr, CHOSEN: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """Write b = r - damping diag(K) c [n, m], the right-hand side of the next solve; todo, whether it is needed; and
-    worst, the largest cosine of r (refinement.cosines).
+    """Write what the next solve needs, and whether it is needed.
 
-    It is needed if a cosine of b is above limit or, where COUNTED, if a row that is not zero was left out.
+    b = r - damping diag(K) c [n, m]: its right-hand side. worst: the largest cosine of r (`refinement.cosines`).
+    todo: whether a cosine of b is above limit or, where COUNTED, a row that is not zero was left out.
     CHOSEN: rows with c = 0 were dropped on purpose.
     """
     above = 0
@@ -36,14 +36,14 @@ def check_residual_kernel(
             square = tl.load(K + j * n + j, j < n, 0.0)
             product = tl.load(r + j * m + d, j < n, 0.0)
             weight = tl.load(c + j * m + d, j < n, 0.0)
-            left = product - damping * square * weight
-            tl.store(b + j * m + d, left, j < n)
+            remaining = product - damping * square * weight
+            tl.store(b + j * m + d, remaining, j < n)
             length = tl.where(square > 0, tl.sqrt(square), 1.0) * tl.where(norm > 0, norm, 1.0)
             cosine = tl.abs(product) / length
             cosine += tl.where(j < n, norm - norm, 0.0)  # NaN where the norm is infinite
             lost |= (cosine != cosine).to(tl.int32)
             largest = tl.maximum(largest, tl.where(cosine == cosine, cosine, 0.0))
-            cosine = tl.abs(left) / length
+            cosine = tl.abs(remaining) / length
             if CHOSEN:
                 cosine = tl.where(weight != 0, cosine, 0.0)
             above += tl.sum((cosine > limit).to(tl.int32), 0)

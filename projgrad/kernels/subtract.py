@@ -83,7 +83,7 @@ def views(total: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
 
 
 def subtract_(out: Tensor, total: Tensor, u: Tensor, G: Tensor, c: Tensor, todo: Tensor | None = None) -> None:
-    """Fill out [m, p] and total [(n + 2) m]; `todo`: a device flag, where it is 0 both stay as they are."""
+    """Fill out [m, p] and total [(n + 2) m]. todo: a flag on the device; where it is 0, both stay as they are."""
     (m, p), n = u.shape, len(G)
     N, block, warps = tile(n, G.element_size())
     splits = max(1, min(triton.cdiv(p, 4 * block), 4096, 2**21 // len(total)))

@@ -12,7 +12,7 @@ GROUP = 8  # rows of tiles that are visited together
 
 @triton.jit
 def tile_of(index, rows, columns, GROUP: tl.constexpr):
-    """Return row and column of a tile: down GROUP rows before the next column: neighbours share factors in L2."""
+    """Return row and column of a tile. The order is down GROUP rows, then the next column: neighbours share L2."""
     first = index // (GROUP * columns) * GROUP
     height = tl.minimum(rows - first, GROUP)
     inside = index % (GROUP * columns)
@@ -30,9 +30,9 @@ def load_rows(x, start, inside, column, columns, x_column):
 def load_transposed(x, start, inside, column, columns, x_column, STAY: tl.constexpr):
     """Load what load_rows loads, transposed, as the left side of a product.
 
-    STAY is for a tile that is worked on in float32 before it is multiplied: until then it keeps the order in which it
-    was loaded. Otherwise the compiler would turn it on its way into shared memory, one number at a time. The sum, here
-    of single numbers, stops it: it does not look behind one.
+    STAY: the tile keeps the order in which it was loaded until it is multiplied, for work on it in float32. Otherwise
+    the compiler would turn it on its way into shared memory, one number at a time. A sum, here of single numbers,
+    stops it.
     """
     at = column.to(tl.int64)[:, None] * x_column + start[None, :]
     tile = tl.load(x + at, (column < columns)[:, None] & inside[None, :], 0.0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _options
-from .checks import check_dtype
+from .checks import check_dtype, check_one_device
 from .cost import chunk_bytes
 from .numerics import product_dtype
 from .registration import call, check_reverse_mode, define_op
@@ -96,12 +96,8 @@ def basis_project(D: Tensor, M: Tensor) -> Tensor:
         )
     for name, x in (("D", D), ("M", M)):
         check_dtype("basis_project", name, x)
-    if D.device != M.device:
-        raise ValueError(f"basis_project: D and M must be on one device; got D on {D.device} and M on {M.device}")
+    check_one_device("basis_project", D=D, M=M)
     check_reverse_mode("basis_project", D, M)
-    i, k = M.shape[-2:]
-    if M.ndim == 2:
-        count = D.shape[:-1].numel()
-        return call(basis_project_op, D.reshape(1, count, i), M[None]).reshape(D.shape)
-    l = M.shape[:-2].numel()
-    return call(basis_project_op, D.reshape(l, D.shape[-2], i), M.reshape(l, i, k)).reshape(D.shape)
+    l, (i, k) = M.shape[:-2].numel(), M.shape[-2:]  # l = 1 for one basis
+    rows = D.shape[:-1].numel() if M.ndim == 2 else D.shape[-2]
+    return call(basis_project_op, D.reshape(l, rows, i), M.reshape(l, i, k)).reshape(D.shape)

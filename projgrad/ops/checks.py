@@ -14,6 +14,13 @@ def check_dtype(op: str, name: str, x: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16; got {x.dtype}")
 
 
+def check_one_device(op: str, **tensors: Tensor) -> None:
+    """Check that two tensors, named as in messages, are on one device."""
+    (x, a), (y, b) = tensors.items()
+    if a.device != b.device:
+        raise ValueError(f"{op}: {x} and {y} must be on one device; got {x} on {a.device} and {y} on {b.device}")
+
+
 def check_flat(op: str, u: Tensor | None, G: Tensor) -> None:
     """Check G (n, p) and u (p,) or (m, p)."""
     _options.check_tensors(op, G=G, **({} if u is None else {"u": u}))
@@ -28,6 +35,5 @@ def check_flat(op: str, u: Tensor | None, G: Tensor) -> None:
         )
     if u.dtype != G.dtype:
         raise TypeError(f"{op}: u and G must have one dtype; got u {u.dtype} and G {G.dtype}: convert one of them")
-    if u.device != G.device:
-        raise ValueError(f"{op}: u and G must be on one device; got u on {u.device} and G on {G.device}")
+    check_one_device(op, u=u, G=G)
     check_reverse_mode(op, u, G)

@@ -33,7 +33,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, dout: Tensor, _: Any) -> tuple:
-    """Return dd: that of d passes where d was kept, as the mask is a constant."""
+    """Return dd: what arrives at the result passes where d was kept, as the mask is a constant."""
     (out,) = ctx.saved_tensors
     return torch.where(out != 0, dout, 0), None, None, None, None, None
 

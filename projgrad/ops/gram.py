@@ -14,7 +14,7 @@ from .registration import call, define_op
 
 
 def _default(G: Tensor, u: Tensor, float64: bool) -> tuple[Tensor, Tensor]:
-    """`float64`: multiply in float64 even where G is narrower. The reference always does."""
+    """Compute K and v; float64: multiply in float64 even where G is narrower, as the reference always does."""
     return reference.gram(G, u)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _options
 from . import reference
+from .checks import check_one_device
 from .registration import call, check_reverse_mode, define_op
 
 # Inside the op K is always [l, n, n] and b [l, n, m]. It returns x [l, n, m], the rank and the smallest pivot that was
@@ -88,7 +89,6 @@ def gram_solve(K: Tensor, b: Tensor, *, damping: float = 0.0, rtol: float | None
     _options.check_tensors("gram_solve", K=K, b=b)
     if K.ndim < 2 or K.shape[-1] != K.shape[-2]:
         raise ValueError(f"gram_solve: K must be (..., n, n); got shape {tuple(K.shape)}")
-    vector = b.ndim == K.ndim - 1
     if b.shape[: K.ndim - 1] != K.shape[:-1] or b.ndim > K.ndim:
         raise ValueError(
             "gram_solve: b must be (..., n) or (..., n, m) with the dimensions of K (..., n, n); "
@@ -98,13 +98,10 @@ def gram_solve(K: Tensor, b: Tensor, *, damping: float = 0.0, rtol: float | None
         raise TypeError(f"gram_solve: K must be float32 or float64; got {K.dtype}")
     if b.dtype != K.dtype:
         raise TypeError(f"gram_solve: K and b must have one dtype; got K {K.dtype} and b {b.dtype}")
-    if b.device != K.device:
-        raise ValueError(f"gram_solve: K and b must be on one device; got K on {K.device} and b on {b.device}")
+    check_one_device("gram_solve", K=K, b=b)
     damping, rtol = _options.check_solver("gram_solve: ", damping, rtol)
     check_reverse_mode("gram_solve", K, b)
-    n, batch = K.shape[-1], K.shape[:-2]
-    columns = b[..., None] if vector else b
-    count = batch.numel()
-    systems = K.reshape(count, n, n), columns.reshape(count, n, columns.shape[-1])
-    x, *_ = call(gram_solve_op, *systems, damping, rtol)
+    n, systems = K.shape[-1], K.shape[:-2].numel()
+    columns = b.reshape(systems, n, 1 if b.ndim < K.ndim else b.shape[-1])
+    x, *_ = call(gram_solve_op, K.reshape(systems, n, n), columns, damping, rtol)
     return x.reshape(b.shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _options
 from . import linear_impl
-from .checks import check_dtype
+from .checks import check_dtype, check_one_device
 from .numerics import multiply_in_float64, product_dtype
 from .registration import call, check_reverse_mode, define_op
 
@@ -131,7 +131,7 @@ linear_moments_op = define_op("linear_moments", _moments_default, shapes=_moment
 # The public functions.
 
 
-def _tokens(op: str, a: Tensor, b: Tensor, x: str = "a", y: str = "b") -> tuple[Tensor, Tensor]:
+def _check_factors(op: str, a: Tensor, b: Tensor, x: str = "a", y: str = "b") -> tuple[Tensor, Tensor]:
     """Check a and b; return them as (n, t, i) and (n, t, o), with t = 1 where they have no t."""
     _options.check_tensors(op, **{x: a, y: b})
     if a.ndim not in (2, 3) or a.ndim != b.ndim or a.shape[:-1] != b.shape[:-1]:
@@ -141,8 +141,7 @@ def _tokens(op: str, a: Tensor, b: Tensor, x: str = "a", y: str = "b") -> tuple[
         )
     for name, z in ((x, a), (y, b)):
         check_dtype(op, name, z)
-    if a.device != b.device:
-        raise ValueError(f"{op}: {x} and {y} must be on one device; got {x} on {a.device} and {y} on {b.device}")
+    check_one_device(op, **{x: a, y: b})
     check_reverse_mode(op, a, b)
     return (a, b) if a.ndim == 3 else (a[:, None], b[:, None])
 
@@ -150,8 +149,7 @@ def _tokens(op: str, a: Tensor, b: Tensor, x: str = "a", y: str = "b") -> tuple[
 def _check_other(op: str, name: str, other: Tensor, a: Tensor) -> None:
     """Check `other`, which is u or c, beside the factors of a layer."""
     check_dtype(op, name, other)
-    if other.device != a.device:
-        raise ValueError(f"{op}: {name} and a must be on one device; got {name} on {other.device} and a on {a.device}")
+    check_one_device(op, **{name: other, "a": a})
     check_reverse_mode(op, other)
 
 
@@ -183,12 +181,12 @@ def linear_gram(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | Non
         >>> projgrad.linear_gram(a, b).tolist()
         [[5.0, 6.0], [6.0, 9.0]]
     """
-    a, b = _tokens("linear_gram", a, b)
+    a, b = _check_factors("linear_gram", a, b)
     if a2 is None and b2 is None:
         return call(linear_gram_op, a, b, None, None)
     if a2 is None or b2 is None:
         raise ValueError("linear_gram: a2 and b2 belong together; got only one of them")
-    a2, b2 = _tokens("linear_gram", a2, b2, "a2", "b2")
+    a2, b2 = _check_factors("linear_gram", a2, b2, "a2", "b2")
     if a2.shape[2] != a.shape[2] or b2.shape[2] != b.shape[2]:
         raise ValueError(
             "linear_gram: a2 (n2, t2, i) and b2 (n2, t2, o) must have the i of a and the o of b; "
@@ -226,7 +224,7 @@ def linear_dot(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
         >>> projgrad.linear_dot(a, b, torch.tensor([[1.0, 1.0]])).tolist()
         [3.0, 3.0]
     """
-    a, b = _tokens("linear_dot", a, b)
+    a, b = _check_factors("linear_dot", a, b)
     _options.check_tensors("linear_dot", u=u)
     if u.ndim not in (2, 3) or u.shape[-2:] != (b.shape[2], a.shape[2]):
         raise ValueError(
@@ -260,7 +258,7 @@ def linear_combine(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         >>> projgrad.linear_combine(a, b, torch.tensor([1.0, -1.0])).tolist()
         [[1.0, -1.0]]
     """
-    a, b = _tokens("linear_combine", a, b)
+    a, b = _check_factors("linear_combine", a, b)
     _options.check_tensors("linear_combine", c=c)
     if c.ndim not in (1, 2) or c.shape[-1] != a.shape[0]:
         raise ValueError(
@@ -292,4 +290,4 @@ def linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         >>> [x.tolist() for x in projgrad.linear_moments(a, b)]
         [[[1.0, 5.0]], [[1.0, 13.0]]]
     """
-    return call(linear_moments_op, *_tokens("linear_moments", a, b))
+    return call(linear_moments_op, *_check_factors("linear_moments", a, b))

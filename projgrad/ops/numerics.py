@@ -25,7 +25,7 @@ def in_range(K: Tensor, b: Tensor) -> Tensor:
 
 
 def exponents(x: Tensor) -> Tensor:
-    """Return the power of two that brings the largest element of each x_j near 1 [n], within what float32 holds.
+    """Return the e [n] for which 2⁻ᵉ brings the largest element of x_j near 1, within what float32 holds.
 
     Products of tiny gradients with tiny directions leave float32 where neither of them does.
     """

@@ -57,48 +57,37 @@ def gram_solve(K: Tensor, b: Tensor, damping: float, rtol: float | None) -> tupl
 
     A pivot of C = D⁻¹ K D⁻¹ + damping I is the squared sine of the angle between a row and the span of those before it,
     plus the damping. The smallest is 1 + damping where no pivot was used. The host never waits for the device: a row
-    that counts as dependent stays in the loop with zeros.
+    that counts as dependent stays in the loop with zeros. A row takes a dozen launches.
     """
-    n = K.shape[-1]
+    n, most = K.shape[-1], 1 + damping
     if rtol is None:
         rtol = default_rtol(n, K.dtype)
     dtype, K, b = b.dtype, K.double(), b.double()
-    finite = K.isfinite().flatten(1).all(1)  # [l]
     square = K.diagonal(dim1=-2, dim2=-1)  # ‖g_j‖² [l, n]
     scale = torch.where(square > 0, square, 1).rsqrt()
-    unexplained = (square > 0).double() * (1 + damping)  # by the pivots so far [l, n]
-    w = b * scale[..., None]  # right-hand side, reduced as the factor grows [l, n, m]
-    x = torch.zeros_like(w)
-    rank = torch.zeros(K.shape[0], dtype=torch.int64, device=K.device)
-    smallest = torch.full_like(rank, 1 + damping, dtype=torch.float64)
-    factor = torch.zeros_like(K)  # one row a step [l, n, n]
-    pivots, ys = [], []
+    C = K * scale[:, None] * scale[..., None]  # what the pivots so far leave unexplained
+    unexplained = C.diagonal(dim1=-2, dim2=-1).copy_((square > 0).double() * most)  # [l, n]
+    factor, values = torch.zeros_like(C), torch.zeros_like(square)  # one row, one pivot a step
+    order = torch.zeros_like(square, dtype=torch.int64)
     for step in range(n):
-        pivot = unexplained.argmax(1, keepdim=True)  # [l, 1]
-        value = unexplained.gather(1, pivot)
-        keep = value > rtol
-        root = torch.where(keep, value, 1).sqrt()
-        across = pivot[:, None]  # [l, 1, 1]
-        column = K.gather(1, across.expand(-1, -1, n))[:, 0] * scale * scale.gather(1, pivot)
-        column = column - (factor.gather(2, across.expand(-1, n, -1)).mT @ factor)[:, 0]
-        row = torch.where(keep & unexplained.isfinite(), column / root, 0)  # used rows carry -inf [l, n]
-        row = row.scatter(1, pivot, torch.where(keep, root, 0))
-        y = torch.where(keep, w.gather(1, across.expand(-1, -1, w.shape[2]))[:, 0] / root, 0)  # [l, m]
-        w = w - row[..., None] * y[:, None]
-        unexplained = (unexplained - row.square()).scatter(1, pivot, float("-inf"))
-        rank += keep[:, 0]
-        smallest = torch.where(keep[:, 0], torch.minimum(smallest, value[:, 0]), smallest)
-        factor[:, step] = row
-        pivots.append(pivot)
-        ys.append(y)
-    for step in reversed(range(n)):
-        row, pivot, y = factor[:, step], pivots[step], ys[step]
-        root = row.gather(1, pivot)  # [l, 1]
-        value = torch.where(root > 0, (y - (row[..., None] * x).sum(1)) / torch.where(root > 0, root, 1), 0)
-        x = x.scatter(1, pivot[..., None].expand(-1, -1, x.shape[2]), value[:, None])
-    rank, smallest = torch.where(finite, rank, 0), torch.where(finite, smallest, 1 + damping)
-    finite = finite[:, None, None] & b.isfinite().all(1, keepdim=True)  # [l, 1, m]
-    x = torch.where(finite, x * scale[..., None], torch.nan)
+        value, pivot = unexplained.max(1, keepdim=True)  # [l, 1]
+        row = C.gather(1, pivot[..., None].expand(-1, -1, n))[:, 0] / value.sqrt()
+        row = torch.where(unexplained > rtol, row, 0)  # neither pivots, which are -inf, nor dependent rows [l, n]
+        values[:, step : step + 1], order[:, step : step + 1], factor[:, step] = value, pivot, row
+        C.baddbmm_(row[..., None], row[:, None], alpha=-1)
+        unexplained.scatter_(1, pivot, float("-inf"))
+    used = values > rtol  # the first so many steps
+    R = factor.gather(2, order[:, None].expand(-1, n, -1))  # upper triangular
+    R.diagonal(dim1=-2, dim2=-1).masked_fill_(~used, 1)
+    columns = order[..., None].expand(b.shape)
+    y = torch.linalg.solve_triangular(R.mT, (b * scale[..., None]).gather(1, columns), upper=False)
+    x = torch.linalg.solve_triangular(R, torch.where(used[..., None], y, 0), upper=True)
+    x = torch.zeros_like(x).scatter(1, columns, x) * scale[..., None]
+    finite = K.isfinite().flatten(1).all(1)  # [l]
+    rank = torch.where(finite, used.sum(1), 0)
+    values = torch.where(used & finite[:, None], values, most)
+    smallest = values.amin(1) if n else values.new_full(rank.shape, most)
+    x = torch.where(finite[:, None, None] & b.isfinite().all(1, keepdim=True), x, torch.nan)
     return x.to(dtype), rank, smallest
 
 

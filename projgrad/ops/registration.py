@@ -104,16 +104,14 @@ def one_by_one(op: Any) -> Callable:
     """Return the vmap rule of an op that reads all of its input: call it once per element."""
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
-        def element(i: int) -> list:
-            return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+        def element(a: Any, d: int | None, i: int) -> Any:
+            if d is None:
+                return a
+            return a.select(d, i) if info.batch_size else a.new_zeros(a.shape[:d] + a.shape[d + 1 :])
 
-        def empty(a: Tensor, d: int) -> Tensor:
-            return a.new_zeros(a.shape[:d] + a.shape[d + 1 :])
-
-        if info.batch_size:
-            results = [call(op, *element(i)) for i in range(info.batch_size)]
-        else:  # for the shapes of the result
-            results = [call(op, *(a if d is None else empty(a, d) for a, d in zip(args, in_dims, strict=True)))]
+        results = []
+        for i in range(max(1, info.batch_size)):  # zeros in place of no element: for the shapes of the result
+            results.append(call(op, *(element(a, d, i) for a, d in zip(args, in_dims, strict=True))))
         if isinstance(results[0], Tensor):
             return torch.stack(results)[: info.batch_size], 0
         return tuple(torch.stack(r)[: info.batch_size] for r in zip(*results, strict=True)), (0,) * len(results[0])
