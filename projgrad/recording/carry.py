@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from torch.autograd.graph import Node
 
 from .._torch_private import saved
 from .sites import Site
-
-if TYPE_CHECKING:
-    from torch.autograd.graph import Node
 
 Shape = Sequence[int]
 
@@ -252,72 +251,57 @@ def _classified(op: Op) -> Where:
     return [_same(op, op.inputs[0], op.at.dim + (op.at.dim >= 1))]
 
 
-def _names(text: str) -> list[str]:
-    return text.split()
-
-
-CARRIED: dict[str, Rule] = {
-    **dict.fromkeys(
-        _names(
-            "Abs Acos Acosh Add Addcdiv Addcmul Alias Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy "
-            "BinaryCrossEntropyWithLogits Celu Ceil Clamp ClampMax ClampMin Clone Copysign Cos Cosh Digamma Div Elu "
-            "Erf Erfc Erfinv Exp Exp2 Expand Expm1 Floor Fmax Fmin Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish "
-            "Hardtanh HuberLoss Hypot I0 LeakyRelu Lerp Lgamma LiftFresh Log Log10 Log1P Log2 LogSigmoid Logaddexp "
-            "Logaddexp2 Logit MaskedFill Maximum Minimum Mish MseLoss Mul NanToNum NativeDropout Neg Polygamma Pow "
-            "PreluKernel Reciprocal Relu Remainder Round Rsqrt RreluWithNoise Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh "
-            "SmoothL1Loss SoftMarginLoss Softplus Softshrink Sqrt Sub Tan Tanh Threshold ToCopy Tril Triu Trunc Where "
-            "SpecialXlog1Py Xlogy"
-        ),
+_TABLE: list[tuple[Rule, str]] = [
+    (
         _aligned,
+        "Abs Acos Acosh Add Addcdiv Addcmul Alias Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy "
+        "BinaryCrossEntropyWithLogits Celu Ceil Clamp ClampMax ClampMin Clone Copysign Cos Cosh Digamma Div Elu "
+        "Erf Erfc Erfinv Exp Exp2 Expand Expm1 Floor Fmax Fmin Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish "
+        "Hardtanh HuberLoss Hypot I0 LeakyRelu Lerp Lgamma LiftFresh Log Log10 Log1P Log2 LogSigmoid Logaddexp "
+        "Logaddexp2 Logit MaskedFill Maximum Minimum Mish MseLoss Mul NanToNum NativeDropout Neg Polygamma Pow "
+        "PreluKernel Reciprocal Relu Remainder Round Rsqrt RreluWithNoise Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh "
+        "SmoothL1Loss SoftMarginLoss Softplus Softshrink SpecialXlog1Py Sqrt Sub Tan Tanh Threshold ToCopy Tril Triu "
+        "Trunc Where Xlogy",
     ),
-    **dict.fromkeys(_names("Flatten Reshape ReshapeAlias Squeeze Unsqueeze UnsafeView View"), _reshaped),
-    **dict.fromkeys(
-        _names("Cat Cumprod Cumsum Logcumsumexp LogSoftmax SafeSoftmax Softmax Sort Split SplitWithSizes Topk"),
+    (_reshaped, "Flatten Reshape ReshapeAlias Squeeze Unsqueeze UnsafeView View"),
+    (
         _along("_saved_dim"),
+        "Cat Cumprod Cumsum Logcumsumexp LogSoftmax SafeSoftmax Softmax Sort Split SplitWithSizes Topk",
     ),
-    "Slice": _first_alike,  # of the samples, only a slice that is all of them has their number
-    **dict.fromkeys(_names("Gather Glu IndexSelect"), _first_along("_saved_dim")),
-    **dict.fromkeys(_names("Flip Roll"), _rolled),
-    **dict.fromkeys(
-        _names("Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Nansum Norm Prod Std Sum Var"),
+    (_first_alike, "Slice"),  # of the samples, only a slice that is all of them has their number
+    (_first_along("_saved_dim"), "Gather Glu IndexSelect"),
+    (_rolled, "Flip Roll"),
+    (
         _reduced,
+        "Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Nansum Norm Prod Std Sum Var",
     ),
-    "Permute": _permuted,
-    "Transpose": _transposed,
-    "T": _matrix_transposed,
-    "Select": _inserted,
-    "Unbind": _inserted,
-    "Stack": _stacked,
-    "Unfold": _unfolded,
-    "Repeat": _repeated,
-    "ConstantPadNd": _padded,
-    "Mm": _of_matrices(0),
-    "Bmm": _of_matrices(0),
-    "Addmm": _of_matrices(1),
-    "Baddbmm": _of_matrices(1),
-    "Mv": lambda op: [op.at],
-    "Linear": _leading(1),
-    "NativeLayerNorm": _normalised,
-    "FusedRmsNorm": _normalised,
-    "NativeBatchNorm": _batch_normalised,
-    "CudnnBatchNorm": _batch_normalised,
-    **dict.fromkeys(
-        _names(
-            "AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D AvgPool2D AvgPool3D "
-            "Convolution CudnnConvolution MaxPool2DWithIndices MaxPool3DWithIndices NativeGroupNorm "
-            "PixelShuffle PixelUnshuffle ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D "
-            "ReplicationPad2D ReplicationPad3D UpsampleBicubic2D UpsampleBilinear2D UpsampleLinear1D UpsampleNearest1D "
-            "UpsampleNearest2D UpsampleNearest3D UpsampleTrilinear3D"
-        ),
+    (_permuted, "Permute"),
+    (_transposed, "Transpose"),
+    (_matrix_transposed, "T"),
+    (_inserted, "Select Unbind"),
+    (_stacked, "Stack"),
+    (_unfolded, "Unfold"),
+    (_repeated, "Repeat"),
+    (_padded, "ConstantPadNd"),
+    (_of_matrices(0), "Mm Bmm"),
+    (_of_matrices(1), "Addmm Baddbmm"),
+    (lambda op: [op.at], "Mv"),
+    (_leading(1), "Linear"),
+    (_normalised, "NativeLayerNorm FusedRmsNorm"),
+    (_batch_normalised, "NativeBatchNorm CudnnBatchNorm"),
+    (
         _batch,
+        "AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D AvgPool2D AvgPool3D Convolution "
+        "CudnnConvolution MaxPool2DWithIndices MaxPool3DWithIndices NativeGroupNorm PixelShuffle PixelUnshuffle "
+        "ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D "
+        "UpsampleBicubic2D UpsampleBilinear2D UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D "
+        "UpsampleTrilinear3D",
     ),
-    **dict.fromkeys(
-        _names(
-            "ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
-            "ScaledDotProductFlashAttentionForCpu ScaledDotProductFusedAttentionOverrideable"
-        ),
+    (
         _attended,
+        "ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
+        "ScaledDotProductFlashAttentionForCpu ScaledDotProductFusedAttentionOverrideable",
     ),
-    "NllLoss": _classified,
-    "NllLoss2D": _classified,
-}
+    (_classified, "NllLoss NllLoss2D"),
+]
+CARRIED = {name: rule for rule, names in _TABLE for name in names.split()}

@@ -17,9 +17,9 @@ class HostReads:
     """Numbers on the device and what to do with them; all of them are brought to the host at once."""
 
     def __init__(self) -> None:
-        self._deferred: list[tuple[Tensor, Callable[[list[float]], None]]] = []
+        self._deferred: list[tuple[Tensor, Callable[[list[float]], object]]] = []
 
-    def defer(self, numbers: Tensor, callback: Callable[[list[float]], None]) -> None:
+    def defer(self, numbers: Tensor, callback: Callable[[list[float]], object]) -> None:
         """Call back with these numbers at the next `flush`."""
         self._deferred.append((numbers.detach().flatten(), callback))
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .._torch_private import version
 from ..rules.layout import Layout, candidates, gather
@@ -17,9 +17,6 @@ from .codes import Codes, Signatures, axes_of, changed, leading, matches, owners
 from .recording import Recording
 from .refusals import NESTED
 from .sites import Site, Source
-
-if TYPE_CHECKING:
-    from torch.autograd.graph import Node
 
 
 class Search:

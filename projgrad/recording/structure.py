@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from ..rules.layout import Layout, candidates
 from .backward import recomputing
@@ -18,9 +17,6 @@ from .graph import audit, coarsest_of, fingerprint, nodes_of
 from .losses import check_shape, check_values
 from .recording import Recording
 from .search import Search
-
-if TYPE_CHECKING:
-    from torch.autograd.graph import Node
 
 KNOWN = 1024  # graphs remembered for each model
 
@@ -68,7 +64,7 @@ def structure_of(recording: Recording, losses: Tensor, known: dict[int, Structur
         ArithmeticError: a second backward pass is not what the first one was.
     """
     check_shape(losses)
-    recording.host_reads.defer(losses, lambda values: check_values(values) and None)
+    recording.host_reads.defer(losses, check_values)
     graph, taps = fingerprint(recording, losses)
     key = hash((len(losses), tuple(site.key for site in recording.sites), graph, recording.hooked))
     structure = known.get(key)
