@@ -31,25 +31,16 @@ from .torch_names import (
     tensors_in,
 )
 
-Handler = Callable[..., Any]
-
-
-HANDLERS: dict[str, Handler] = {
+HANDLERS: dict[str, Callable[..., Any]] = {
     **{name: getattr(pf, name) for name in pf.__all__},
-    **{name: pf.matmul for name in ("mm", "bmm", "mv", "__matmul__")},
-    **{name: pf.addmm for name in ("baddbmm",)},
+    **dict.fromkeys(("mm", "bmm", "mv", "__matmul__"), pf.matmul),
     "__rmatmul__": lambda a, b, *, tape: pf.matmul(b, a, tape=tape),
-    "__add__": pf.add,
-    "__radd__": pf.add,
-    "__sub__": pf.sub,
-    "subtract": pf.sub,
-    "__mul__": pf.mul,
-    "__rmul__": pf.mul,
-    "multiply": pf.mul,
-    "add_": add_,
-    "__iadd__": add_,
-    "sub_": sub_,
-    "__isub__": sub_,
+    "baddbmm": pf.addmm,
+    **dict.fromkeys(("__add__", "__radd__"), pf.add),
+    **dict.fromkeys(("__sub__", "subtract"), pf.sub),
+    **dict.fromkeys(("__mul__", "__rmul__", "multiply"), pf.mul),
+    **dict.fromkeys(("add_", "__iadd__"), add_),
+    **dict.fromkeys(("sub_", "__isub__"), sub_),
     **{name: functools.partial(recurrent, name) for name in CELLS},
     **{f"{name}_cell": functools.partial(recurrent_cell, f"{name}_cell") for name in CELLS},
 }
@@ -105,7 +96,7 @@ class Interception(TorchFunctionMode):
         if name == "__get__":  # a property: x.T, x.shape
             out = func(*args, **kwargs)
             return recording.derive(out, followed, "T") if isinstance(out, Tensor) and out.grad_fn is not None else out
-        if all(recording.source(t) is not None or self.recording.is_constant(t) for t in tensors):
+        if all(recording.source(t) is not None or recording.is_constant(t) for t in tensors):
             return self._derived(func, name, followed, args, kwargs)
         handler = HANDLERS.get(name)
         if isinstance(func, types.FunctionType) != (name in PYTHON):
@@ -121,7 +112,7 @@ class Interception(TorchFunctionMode):
             return vmap_broadcast(func, args, kwargs, tape=recording)
         if name in FIRST:
             return vmap_batch_first(func, args, kwargs, tape=recording)
-        if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype in (torch.int64, torch.int32):
+        if _picks_rows(name, args):
             return _index(func, *args, tape=recording)
         if name == "index_select":
             weight, dim, ids = _index_select(*args, **kwargs)
@@ -144,7 +135,7 @@ class Interception(TorchFunctionMode):
             out = pf.embedding(*args, **kwargs, tape=recording)
             ids = args[0] if kwargs.get("padding_idx") is None else None
             return recording.derive(out, followed, name, ids)
-        if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype in (torch.int64, torch.int32):
+        if _picks_rows(name, args):
             return recording.derive(_index(func, *args, tape=recording), followed, name, args[1])
         out = func(*args, **kwargs)
         if name == "__setitem__":
@@ -153,8 +144,12 @@ class Interception(TorchFunctionMode):
             if isinstance(result, Tensor) and result.grad_fn is not None:
                 recording.derive(result, followed, name)
             elif isinstance(result, Tensor) and not result.requires_grad:
-                self.recording.note_constant(result)
+                recording.note_constant(result)
         return None if name == "__setitem__" else out
+
+
+def _picks_rows(name: str, args: tuple) -> bool:
+    return name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype in (torch.int64, torch.int32)
 
 
 def _index_select(input: Tensor, dim: int, index: Tensor) -> tuple[Tensor, int, Tensor]:

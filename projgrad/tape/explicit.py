@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..ops.gram import gram
-from ..ops.numerics import product_dtype
 from ..ops.refinement import cosines
 from .consumers import CollectRules, Pieces, explicit
 from .passes import Passes
@@ -28,8 +27,7 @@ def rows(passes: Passes, losses: Tensor) -> dict[str, Tensor]:
         G[name] = explicit(parameters[name], pieces, n)
 
     passes.run(losses, CollectRules(complete))
-    zeros = {name: _zeros(p, n) for name, p in parameters.items() if name not in G}
-    return {name: G[name] if name in G else zeros[name] for name in parameters}
+    return {name: G[name] if name in G else explicit(p, [], n) for name, p in parameters.items()}
 
 
 def project_explicit(
@@ -62,7 +60,7 @@ def project_explicit(
             projection.project([name], [G.pop(name)])
 
     passes.run(losses, CollectRules(complete))
-    unused = {name: _zeros(p, n) for name, p in parameters.items() if p.grad is not None and name not in G}
+    unused = {name: explicit(p, [], n) for name, p in parameters.items() if p.grad is not None and name not in G}
     if per_tensor:
         for name in unused.keys() - projection.seen:
             projection.project([name], [unused[name]])
@@ -110,7 +108,3 @@ class _Projected:
         """Return what was done."""
         preserved = (self.after / self.before) ** 0.5 if self.before else 1.0
         return Projection(None, preserved, self.worst, 0, 0.0, (self.before, self.after))
-
-
-def _zeros(p: Tensor, n: int) -> Tensor:
-    return p.new_zeros((n, *p.shape), dtype=product_dtype(p.dtype))

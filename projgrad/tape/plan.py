@@ -52,17 +52,20 @@ class UsePlan:
 
     def key(self, source: Source) -> tuple:
         (name,) = source.names
-        return (name, "whole") if source.whole else (name, source.window or id(source))
+        return name, _part(source)
+
+
+def _part(source: Source) -> object:
+    """Return what identifies the part of its one parameter that a source is."""
+    return "whole" if source.whole else source.window or id(source)
 
 
 def _direct(recording: Recording, name: str, sources: list[Source]) -> bool:
     """Return whether the parameter is used only through disjoint parts of itself (or the same part again)."""
     if any(len(s.names) > 1 or not (s.whole or s.window or s.rows is not None) for s in sources):
         return False
-    parts = {}
-    for source in sources:
-        source = undo_transpose(recording, source, None)[0]
-        parts["whole" if source.whole else source.window or id(source)] = source
+    sources = [undo_transpose(recording, source, None)[0] for source in sources]
+    parts = {_part(source): source for source in sources}
     if len(parts) == 1:
         return True
     if any(s.window is None for s in parts.values()):

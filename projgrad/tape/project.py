@@ -14,11 +14,11 @@ from ..recording.host_reads import HostReads, lengths, to_host
 from .check import Checks, WeightStats, check_finite
 from .consumers import CollectRules, Pieces
 from .factors import ForgetFactors
-from .gradient_access import GradientAccess, KeptGradients, OneTensor, TwoPasses, next_watched
+from .gradient_access import FromRules, GradientAccess, KeptGradients, TwoPasses
 from .passes import Passes
 from .records import Projection
 from .systems import Solver, Steps, System
-from .verify import verify
+from .verify import next_watched, verify
 
 RESIDUAL = 1e-6  # max_j |cos(g_j, result)| that float32 promises; above it the result is projected again
 
@@ -58,7 +58,7 @@ def project_(
             if scope == "per_tensor":
                 return _per_tensor(passes, losses, solver, rtol, squares, checks, factors)
             if keep:
-                access = KeptGradients(passes, losses, checks, rates, factors)
+                access = KeptGradients(passes, losses, rates, factors, checks, next_watched(passes, losses))
             else:
                 access = TwoPasses(passes, losses, rates, factors)
             access.known = sum(access.rate(name) * square for name, square in squares.items())
@@ -221,11 +221,12 @@ def _per_tensor(
 ) -> Projection:
     """Project every tensor as soon as its last use has come by, in the one backward pass."""
     n, watch, parameters = len(losses), next_watched(passes, losses), passes.recording.parameters
-    watched: list[OneTensor] = []
+    watched: list[FromRules] = []
     row_squares = torch.zeros(n, dtype=torch.float64, device=losses.device)  # ‖g_j‖² over all tensors
 
     def complete(name: str, pieces: Pieces) -> None:
-        access = OneTensor(parameters[name], name, pieces, n, factors)
+        p, uses = {name: parameters[name]}, {name: pieces}
+        access = FromRules(p, uses, losses, factors=factors, cheap_in_float64=True)
         access.known = squares.get(name, 0.0)
         solver.start(name, _steps(access, n, solver, rtol, checks, name))
         row_squares.add_(access.K.diagonal())
@@ -236,9 +237,8 @@ def _per_tensor(
     grads = passes.run(losses, CollectRules(complete), retain_graph=False, watch=watch_tensors)
     solver.finish()
     for access in watched:
-        total = row_squares.clamp_min(0).sqrt().sum()
         coarsest = passes.structure(losses).coarsest
-        checks.check_watched(watch, access.K, grads[0], total, access.precision, coarsest)
+        access.check_watched(checks, watch, access.K, grads[0], row_squares, coarsest)
     checks.flush()
     tensors = solver.projections
     for name, projection in tensors.items():
