@@ -59,7 +59,7 @@ def coarsest_of(losses: Tensor, nodes: list[Node]) -> torch.dtype:
 
 
 def audit(recording: Recording, losses: Tensor) -> list[str]:
-    """Return the parameters that reach the losses other than through active sites.
+    """Return the parameters that reach the losses other than through sites with a layout.
 
     The graph is walked around the sites.
     """
@@ -71,7 +71,7 @@ def audit(recording: Recording, losses: Tensor) -> list[str]:
                 "call the original function"
             )
         site = own_site(recording, node)
-        if site is None or not site.active:
+        if site is None or site.layout is None:
             return node.next_functions
         # Sources that an earlier site accounts for, and those without a rule here, are inputs like any other.
         sources = [*(s for s in site.sources if s.settled), *site.unclaimed]

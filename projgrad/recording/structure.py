@@ -78,8 +78,9 @@ def structure_of(recording: Recording, losses: Tensor, known: dict[int, Structur
         known[key] = structure if structure.lasting else replace(structure, layouts=[])
         while len(known) > KNOWN:
             del known[next(iter(known))]
-    for site, layout in zip(recording.sites, structure.layouts, strict=True):
-        site.active = layout is not None
+    else:
+        for site, layout in zip(recording.sites, structure.layouts, strict=True):
+            site.layout = layout
     return structure
 
 
@@ -97,17 +98,14 @@ def inspect(recording: Recording, losses: Tensor) -> Structure:
     n, sites = len(losses), recording.sites
     nodes = nodes_of(losses)
     foreign = recording.hooked or not all(map(of_torch, nodes))
-    structure = Structure([None] * len(sites), coarsest=coarsest_of(losses, nodes), foreign=foreign)
-    if n == 1:
-        for site in sites:
-            one = candidates(site.shape, site.axes, 1)
-            structure.layouts[site.index] = one[0] if one else None
-    else:
+    structure = Structure([], coarsest=coarsest_of(losses, nodes), foreign=foreign)
+    for site in sites:
+        site.layout = next(iter(candidates(site.shape, site.axes, 1)), None) if n == 1 else None
+    if n > 1:
         search = Search(recording, losses, nodes, structure.coarsest, foreign)
         search.run()
-        structure.layouts, structure.loops, structure.anchors = search.layouts, search.loops, search.anchors
-    for site, layout in zip(sites, structure.layouts, strict=True):
-        site.active = layout is not None
+        structure.loops, structure.anchors = search.loops, search.anchors
+    structure.layouts = [site.layout for site in sites]
     for name in audit(recording, losses):
         reason = recording.unknown.get(name, "an operation that torch functions do not show")
         structure.loops.setdefault(name, f"no rule covers {reason}")

@@ -35,8 +35,8 @@ class Convolution(Rule):
         small: Tensor,
         kernel: Sequence[int],
         stride: Sequence[int],
-        padding: Sequence[tuple[int, int]],
         dilation: Sequence[int],
+        padding: Sequence[tuple[int, int]],
         groups: int,
     ) -> None:
         self.n, self.large, self.small, self.groups, self.device = len(large), large, small, groups, large.device

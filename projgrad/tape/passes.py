@@ -35,6 +35,7 @@ class Passes:
     def structure(self, losses: Tensor) -> Structure:
         """Return how to read the sites; see `structure_of`. It is found once for every forward pass."""
         if self._latest is None or self._latest[0]() is not losses:
+            self._latest = None  # the sites are about to change, also if this fails
             structure = structure_of(self.recording, losses, self._known)
             self._latest = weakref.ref(losses), structure
         return self._latest[1]
@@ -55,7 +56,7 @@ class Passes:
         structure = self.structure(losses)
         n = len(losses)
         weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
-        recording, plan = self.recording, UsePlan(self.recording, structure)
+        recording, plan = self.recording, UsePlan(self.recording, structure.loops)
         waiting: dict[tuple, list[tuple[Source, Rule]]] = defaultdict(list)
         dense: dict[int, Tensor] = {}
         arrived: set[str] = set()
@@ -70,10 +71,9 @@ class Passes:
                 consumer.parameter_done(key[0])
 
         def receive(site: Site, b: Tensor, saved: Sequence[Tensor]) -> None:
-            layout = structure.layouts[site.index]
-            if layout is None or not any(plan.wants(s) for s in site.sources):
+            if site.layout is None or not any(plan.wants(s) for s in site.sources):
                 return
-            for source, rule in zip(site.sources, site.make(b, saved, layout, n), strict=True):
+            for source, rule in zip(site.sources, site.make(b, saved, site.layout, n), strict=True):
                 if not plan.wants(source):
                     continue
                 if plan.mapped(source):
@@ -98,22 +98,16 @@ class Passes:
                 consumer.add(name, recording.whole(name), Rows(rows))
                 consumer.parameter_done(name)
             for name, rows in looped(recording, losses, structure.loops):
-                consumer.add(
-                    name, recording.whole(name), Rows(torch.einsum("n,n...->n...", weights.to(rows.dtype), rows))
-                )
+                weighted = torch.einsum("n,n...->n...", weights.to(rows.dtype), rows)
+                consumer.add(name, recording.whole(name), Rows(weighted))
                 consumer.parameter_done(name)
             consumer.finalize(n, losses.device)
         return watched
 
     def combine(self, losses: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """Return Σ_j w_j g_j of every parameter, from one ordinary backward pass."""
-        parameters = self.recording.parameters
+        parameters, weights = self.recording.parameters, weights.to(losses.dtype)
+        inputs = list(parameters.values())
         with recomputing(self.recording):
-            grads = torch.autograd.grad(
-                losses,
-                list(parameters.values()),
-                weights.to(losses.dtype),
-                retain_graph=True,
-                materialize_grads=True,
-            )
+            grads = torch.autograd.grad(losses, inputs, weights, retain_graph=True, materialize_grads=True)
         return dict(zip(parameters, grads, strict=True))

@@ -19,7 +19,7 @@ def _numbers(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
 
 
 def geometry(weight: Tensor, stride, padding, dilation) -> tuple[Sequence[int], Sequence[int], Sequence[int], list]:
-    """Return kernel, stride, dilation and (before, after) padding of a convolution, a number each for every dimension."""
+    """Return kernel, stride, dilation and (before, after) padding of a convolution, one for every dimension."""
     kernel, dims = weight.shape[2:], weight.ndim - 2
     gaps = _numbers(dilation, dims)
     if padding == "same":
@@ -30,11 +30,8 @@ def geometry(weight: Tensor, stride, padding, dilation) -> tuple[Sequence[int], 
     return kernel, _numbers(stride, dims), gaps, pad
 
 
-def _tap(
-    call, y: Tensor, input: Tensor, weight: Tensor, bias, steps, pad, gaps, groups: int, transposed: bool
-) -> Tensor:
-    """Tap the result of a convolution, plain or transposed."""
-    kernel, batched = weight.shape[2:], y.ndim == weight.ndim
+def _tap(call, y: Tensor, input: Tensor, weight: Tensor, bias, where: tuple, groups: int, transposed: bool) -> Tensor:
+    """Tap the result of a convolution, plain or transposed; where: its `geometry`."""
 
     def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
         g = layout.split(b, n)
@@ -42,21 +39,21 @@ def _tap(
         if call.follows(weight):
             x = layout.split(saved[0], n)
             large, small = (g, x) if transposed else (x, g)
-            rules.append(Convolution(large, small, kernel, steps, pad, gaps, groups))
+            rules.append(Convolution(large, small, *where, groups))
         if call.follows(bias):
             rules.append(Rows(g.flatten(3).sum((1, 3))))
         return rules
 
     saved = [input] if call.follows(weight) else []
-    return call.tap(y, make, [weight, bias] if batched else [], (0,), saved)
+    return call.tap(y, make, [weight, bias] if y.ndim == weight.ndim else [], (0,), saved)
 
 
 def _convolve(function):
     def conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, tape: Recorder) -> Tensor:
         call = tape.call(function.__name__, input, weight, bias)
         y = function(input, weight, bias, stride, padding, dilation, groups)
-        _, steps, gaps, pad = geometry(weight, stride, padding, dilation)
-        return _tap(call, y, input, weight, bias, steps, pad, gaps, groups, False)
+        where = geometry(weight, stride, padding, dilation)
+        return _tap(call, y, input, weight, bias, where, groups, transposed=False)
 
     conv.__name__ = function.__name__
     conv.__doc__ = f"`torch.nn.functional.{function.__name__}`, padding as numbers or a string."
@@ -69,8 +66,8 @@ def _convolve_transposed(function):
     ) -> Tensor:
         call = tape.call(function.__name__, input, weight, bias)
         y = function(input, weight, bias, stride, padding, output_padding, groups, dilation)
-        _, steps, gaps, pad = geometry(weight, stride, padding, dilation)
-        return _tap(call, y, input, weight, bias, steps, pad, gaps, groups, True)
+        where = geometry(weight, stride, padding, dilation)
+        return _tap(call, y, input, weight, bias, where, groups, transposed=True)
 
     conv_transpose.__name__ = function.__name__
     conv_transpose.__doc__ = f"`torch.nn.functional.{function.__name__}`."
