@@ -12,24 +12,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import functional as pf
+from . import torch_names as names
 from .functional.elementwise import add_, spread, sub_, vmap_batch_first, vmap_broadcast
 from .functional.lookups import lookup
 from .functional.recurrent import CELLS, recurrent, recurrent_cell
 from .recording import Recorder, Recording
 from .sites import Source
-from .torch_names import (
-    ALIGNED,
-    BACKWARD,
-    BROADCAST,
-    FACTORIES,
-    FIRST,
-    GRAD_FN,
-    PYTHON,
-    SPREAD,
-    is_in_place,
-    opened,
-    tensors_in,
-)
+from .torch_names import is_in_place, opened, tensors_in
 
 HANDLERS: dict[str, Callable[..., Any]] = {
     **{name: getattr(pf, name) for name in pf.__all__},
@@ -58,7 +47,7 @@ class Interception(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__" and self.recording.source(args[0]) is None:  # x.shape, x.dtype: most of the calls
             out = func(*args)
-            if func == GRAD_FN:  # whoever asks for a node may register a hook on it
+            if func == names.GRAD_FN:  # whoever asks for a node may register a hook on it
                 self.recording.hooked = True
             if isinstance(out, Tensor) and self.recording.is_constant(args[0]):
                 self.recording.note_constant(out)
@@ -84,13 +73,14 @@ class Interception(TorchFunctionMode):
     def _handle(self, func, name: str, args: tuple, kwargs: dict):
         recording = self.recording
         tensors = tensors_in(args, kwargs)
-        if func in BACKWARD:  # what checkpointing runs again in there is to be seen
+        if func in names.BACKWARD:  # what checkpointing runs again in there is to be seen
             with self:
                 return opened(func)(*args, **kwargs)
         followed = [s for t in tensors if (s := recording.source(t)) is not None]
         if not followed or not torch.is_grad_enabled():
             out = func(*args, **kwargs)
-            if isinstance(out, Tensor) and (tensors or name in FACTORIES) and all(map(recording.is_constant, tensors)):
+            made = tensors or name in names.FACTORIES
+            if isinstance(out, Tensor) and made and all(map(recording.is_constant, tensors)):
                 recording.note_constant(out)
             return out
         if name == "__get__":  # a property: x.T, x.shape
@@ -99,8 +89,9 @@ class Interception(TorchFunctionMode):
         if all(recording.source(t) is not None or recording.is_constant(t) for t in tensors):
             return self._derived(func, name, followed, args, kwargs)
         handler = HANDLERS.get(name)
-        if isinstance(func, types.FunctionType) != (name in PYTHON):
-            handler = None if name in PYTHON or name == "embedding_bag" else handler  # same name, other arguments
+        if isinstance(func, types.FunctionType) != (name in names.PYTHON):
+            if name in names.PYTHON or name == "embedding_bag":
+                handler = None  # of the same name, with other arguments
         try:
             if handler is not None:
                 return handler(*args, **kwargs, tape=recording)
@@ -108,9 +99,9 @@ class Interception(TorchFunctionMode):
             if "argument" not in str(error):
                 raise
             handler = None  # a call signature that the drop-in does not have
-        if name in ALIGNED:
+        if name in names.ALIGNED:
             return vmap_broadcast(func, args, kwargs, tape=recording)
-        if name in FIRST:
+        if name in names.FIRST:
             return vmap_batch_first(func, args, kwargs, tape=recording)
         if _picks_rows(name, args):
             return _index(func, *args, tape=recording)
@@ -127,9 +118,9 @@ class Interception(TorchFunctionMode):
     def _derived(self, func, name: str, followed: list[Source], args: tuple, kwargs: dict):
         """Handle a call that mixes parameters and constants only: its result is followed too."""
         recording = self.recording
-        if name in BROADCAST and len(followed) == 1 and _grows(followed[0].tensor, args):  # over the samples, perhaps
+        if name in names.BROADCAST and len(followed) == 1 and _grows(followed[0].tensor, args):  # perhaps over samples
             return recording.derive(HANDLERS[name](*args, **kwargs, tape=recording), followed, name)
-        if name in SPREAD:
+        if name in names.SPREAD:
             return recording.derive(spread(func, *args, **kwargs, tape=recording), followed, name)
         if name == "embedding" and kwargs.get("max_norm") is None:
             out = pf.embedding(*args, **kwargs, tape=recording)

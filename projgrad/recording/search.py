@@ -74,9 +74,7 @@ class Search:
         if mixed:
             self._explain(mixed, passes[0])
         for site in mixed:
-            for source in site.sources:
-                for name in sorted(source.names):
-                    self.loops[name] = self._mixture(site)
+            self.loops |= {name: self._mixture(site) for source in site.sources for name in sorted(source.names)}
         self.anchors = self._anchors()
 
     def _anchors(self) -> list[int] | None:

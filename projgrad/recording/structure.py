@@ -89,11 +89,6 @@ def inspect(recording: Recording, losses: Tensor) -> Structure:
 
     Where the operations of the graph prove where the samples are, the passes only confirm it. Elsewhere they decide:
     weighting sample j by w_j scales what belongs to sample j by w_j and nothing else.
-
-    Raises:
-        ValueError: the losses share terms between samples.
-        ArithmeticError: a second backward pass is not what the first one was.
-        FloatingPointError: NaN or Inf in a gradient.
     """
     n, sites = len(losses), recording.sites
     nodes = nodes_of(losses)

@@ -145,22 +145,22 @@ class TwoPasses(GradientAccess):
             self.factors.clear()
             self.known = None
         self.measured: dict[str, tuple[Tensor, Tensor]] = {}  # ‖g‖² and ⟨p.grad, g⟩, each times the rate
-        parameters = self.parameters.items()
-        missing = [p for _, p in parameters if p.grad is None] if discard else []
+        inputs = list(self.parameters.values())
+        missing = [p for p in inputs if p.grad is None] if discard else []
         # A gradient of 1e-38 may have a weight beyond float32: then all weights are scaled, by a power of two.
         max_abs /= torch.finfo(self.losses.dtype).max / 16
         scale = 2.0 ** math.ceil(math.log2(max_abs)) if max_abs > 1 else 1.0
-        hooks = [p.register_hook(self._measuring(name, p, discard, scale)) for name, p in parameters]
+        weights = (w / scale).to(self.losses.dtype)
+        hooks = [p.register_hook(self._measuring(name, p, discard, scale)) for name, p in self.parameters.items()]
         hooks += [p.register_post_accumulate_grad_hook(_drop_grad) for p in missing]
         try:
             with exact_convolutions(w.is_cuda), recomputing(self.passes.recording), torch.enable_grad():
-                weights, inputs = (w / scale).to(self.losses.dtype), list(self.parameters.values())
                 torch.autograd.backward(self.losses, weights, retain_graph=True, inputs=inputs)
         finally:
             for hook in hooks:
                 hook.remove()
-        pairs = list(self.measured.values())
-        return Outcome(*(Measured(_stacked([pair[k] for pair in pairs], w)) for k in (0, 1)))
+        columns = [[pair[k].to(w.device) for pair in self.measured.values()] for k in (0, 1)]
+        return Outcome(*(Measured(torch.stack(column) if column else w.new_zeros(0)) for column in columns))
 
     def _measuring(self, name: str, p: Tensor, discard: bool, scale: float) -> Callable[[Tensor], Tensor | None]:
         """Return a hook that measures the gradient of p and keeps it from p.grad if `discard`."""
@@ -258,15 +258,7 @@ class FromRules(GradientAccess):
 class KeptGradients(FromRules):
     """Everything from the rules of one backward pass, in which plain autograd checks the parameter `watch`."""
 
-    def __init__(
-        self,
-        passes: Passes,
-        losses: Tensor,
-        rates: Mapping[str, float],
-        factors: ForgetFactors,
-        checks: Checks,
-        watch: str,
-    ) -> None:
+    def __init__(self, passes: Passes, losses: Tensor, rates, factors, checks: Checks, watch: str) -> None:
         parameters, rules = passes.recording.parameters, CollectRules()
         watched = [parameters[watch]] if watch else []
         self.grads_of_watch = passes.run(losses, rules, retain_graph=False, watch=watched)
@@ -291,10 +283,6 @@ def _grad_of(p: Tensor) -> Tensor:
 
 def _drop_grad(p: Tensor) -> None:
     p.grad = None
-
-
-def _stacked(numbers: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack([t.to(like.device) for t in numbers]) if numbers else like.new_zeros(0)
 
 
 def _sum_of_squares(norms: list[float]) -> float:
