@@ -91,7 +91,7 @@ NUMBER = re.compile(r"Backward\d+$")  # of torch's own operations; those of othe
 
 
 def _aligned(op: Op) -> Where:
-    """Elementwise: dimensions correspond from the right; an input that is broadcast over the samples has none."""
+    """Carry to all inputs, whose dimensions correspond from the right; one broadcast over the samples has none."""
     return [None if shape is None else _align(op, shape) for shape in op.inputs]
 
 
@@ -136,12 +136,8 @@ def _transposed(op: Op) -> Where:
     return [Along({a: b, b: a}.get(op.at.dim, op.at.dim), op.at.inner)]
 
 
-def _matrix_transposed(op: Op) -> Where:
-    return [Along(len(op.out) - 1 - op.at.dim, op.at.inner)]
-
-
 def _along(attribute: str) -> Rule:
-    """Works along dimensions of its own, and treats what lies along all others alike."""
+    """Make the rule of an operation that works along the dimensions an attribute names, and treats all others alike."""
 
     def carry(op: Op) -> Where:
         dims = op.dims(attribute, len(op.out))
@@ -181,7 +177,7 @@ def _stacked(op: Op) -> Where:
 
 
 def _unfolded(op: Op) -> Where:
-    """Windows along one dimension, laid along a new last one."""
+    """Carry through windows along one dimension, laid along a new last one."""
     (dim,) = op.dims("_saved_dimension", len(op.out) - 1)
     return [None if op.at.dim in (dim, len(op.out) - 1) else _same(op, op.inputs[0])]
 
@@ -192,8 +188,7 @@ def _repeated(op: Op) -> Where:
 
 
 def _padded(op: Op) -> Where:
-    """Pads are listed in pairs, from the last dimension on."""
-    pads, first = saved(op.node, "pad"), 2 * (len(op.out) - 1 - op.at.dim)
+    pads, first = saved(op.node, "pad"), 2 * (len(op.out) - 1 - op.at.dim)  # in pairs, from the last dimension on
     return [None if any(pads[first : first + 2]) else _same(op, op.inputs[0])]
 
 
@@ -225,13 +220,13 @@ def _leading(last: int) -> Rule:
 
 
 def _batch(op: Op) -> Where:
-    """Layers with the samples along dimension 0."""
+    """Carry to the first input of layers with the samples along dimension 0."""
     shape = op.inputs[0]
     return [_same(op, shape) if op.at.dim == 0 and shape is not None and len(shape) == len(op.out) else None]
 
 
 def _normalised(op: Op) -> Where:
-    """Layer norms, over the last dimensions."""
+    """Carry through layer norms, over the last dimensions."""
     return _leading(len(saved(op.node, "normalized_shape")))(op)
 
 
@@ -242,13 +237,8 @@ def _batch_normalised(op: Op) -> Where:
 
 
 def _attended(op: Op) -> Where:
-    """Queries, keys and values [n, heads, t, d]: batch entries and heads are treated alike."""
+    """Carry to queries, keys and values [n, heads, t, d]: batch entries and heads are treated alike."""
     return [_same(op, shape) if op.at.dim < len(op.out) - 2 else None for shape in op.inputs[:3]]
-
-
-def _classified(op: Op) -> Where:
-    """Negative log likelihood: classes lie along dimension 1 of the input."""
-    return [_same(op, op.inputs[0], op.at.dim + (op.at.dim >= 1))]
 
 
 _TABLE: list[tuple[Rule, str]] = [
@@ -271,13 +261,10 @@ _TABLE: list[tuple[Rule, str]] = [
     (_first_alike, "Slice"),  # of the samples, only a slice that is all of them has their number
     (_first_along("_saved_dim"), "Gather Glu IndexSelect"),
     (_rolled, "Flip Roll"),
-    (
-        _reduced,
-        "Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Nansum Norm Prod Std Sum Var",
-    ),
+    (_reduced, "Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Nansum Norm Prod Std Sum Var"),
     (_permuted, "Permute"),
     (_transposed, "Transpose"),
-    (_matrix_transposed, "T"),
+    (lambda op: [Along(len(op.out) - 1 - op.at.dim, op.at.inner)], "T"),
     (_inserted, "Select Unbind"),
     (_stacked, "Stack"),
     (_unfolded, "Unfold"),
@@ -302,6 +289,7 @@ _TABLE: list[tuple[Rule, str]] = [
         "ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
         "ScaledDotProductFlashAttentionForCpu ScaledDotProductFusedAttentionOverrideable",
     ),
-    (_classified, "NllLoss NllLoss2D"),
+    # Classes lie along dimension 1 of the input.
+    (lambda op: [_same(op, op.inputs[0], op.at.dim + (op.at.dim >= 1))], "NllLoss NllLoss2D"),
 ]
 CARRIED = {name: rule for rule, names in _TABLE for name in names.split()}

@@ -6,6 +6,7 @@ On a GPU every wait empties the queue of work: a step may have a few, but not on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -28,11 +29,9 @@ class HostReads:
         deferred, self._deferred = self._deferred, []
         if not deferred:
             return
-        values = to_host(*(numbers for numbers, _ in deferred))
+        values = iter(to_host(*(numbers for numbers, _ in deferred)))
         for numbers, callback in deferred:
-            count = len(numbers)
-            callback(values[:count])
-            values = values[count:]
+            callback(list(islice(values, len(numbers))))
 
 
 class Reading:

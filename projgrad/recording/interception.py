@@ -89,9 +89,9 @@ class Interception(TorchFunctionMode):
         if all(recording.source(t) is not None or recording.is_constant(t) for t in tensors):
             return self._derived(func, name, followed, args, kwargs)
         handler = HANDLERS.get(name)
-        if isinstance(func, types.FunctionType) != (name in names.PYTHON):
-            if name in names.PYTHON or name == "embedding_bag":
-                handler = None  # of the same name, with other arguments
+        python = isinstance(func, types.FunctionType)
+        if python != (name in names.PYTHON) and name in (*names.PYTHON, "embedding_bag"):
+            handler = None  # of the same name, with other arguments
         try:
             if handler is not None:
                 return handler(*args, **kwargs, tape=recording)
@@ -109,7 +109,7 @@ class Interception(TorchFunctionMode):
             weight, dim, ids = _index_select(*args, **kwargs)
             if dim % weight.ndim == 0:
                 return _index(lambda w, ids: torch.index_select(w, 0, ids), weight, ids, tape=recording)
-        if isinstance(func, types.FunctionType):  # written in Python: look inside
+        if python:  # look inside
             with self:
                 return opened(func)(*args, **kwargs)
         call = recording.call(name, *tensors)
@@ -122,7 +122,7 @@ class Interception(TorchFunctionMode):
             return recording.derive(HANDLERS[name](*args, **kwargs, tape=recording), followed, name)
         if name in names.SPREAD:
             return recording.derive(spread(func, *args, **kwargs, tape=recording), followed, name)
-        if name == "embedding" and kwargs.get("max_norm") is None:
+        if name == "embedding" and isinstance(func, types.FunctionType) and kwargs.get("max_norm") is None:
             out = pf.embedding(*args, **kwargs, tape=recording)
             ids = args[0] if kwargs.get("padding_idx") is None else None
             return recording.derive(out, followed, name, ids)

@@ -37,12 +37,9 @@ class Search:
         self.codes = Codes(self.n, losses, coarsest)
         self.signatures = Signatures()
         self.possible = {s: candidates(s.shape, s.axes, self.n) for s in recording.sites}
-        self.proven: dict[Site, Layout] = {}
         located = {} if recording.hooked else ownership.locate(losses.grad_fn, self.n)[0]  # a hook may do anything
-        for site, at in located.items():
-            layout = ownership.layout(at, site.shape, self.n)
-            if layout in self.possible.get(site, []):
-                self.proven[site] = layout
+        proven = {site: ownership.layout(at, site.shape, self.n) for site, at in located.items()}
+        self.proven = {site: layout for site, layout in proven.items() if layout in self.possible.get(site, [])}
         # Along which dimensions entries are told apart.
         self.axes = {
             site: [self.proven[site].axis] if site in self.proven else axes_of(site, layouts)

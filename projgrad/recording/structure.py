@@ -142,8 +142,5 @@ def confirm(recording: Recording, losses: Tensor, structure: Structure, taps: di
 def announce(loops: dict[str, str]) -> None:
     """Warn of parameters that take a loop over the losses."""
     for name, reason in loops.items():
-        warnings.warn(
-            f"{reason} with parameter {name}: its per-sample gradients come from one backward pass per sample, exact "
-            "and slow",
-            stacklevel=5,
-        )
+        way = "its per-sample gradients come from one backward pass per sample, exact and slow"
+        warnings.warn(f"{reason} with parameter {name}: {way}", stacklevel=5)

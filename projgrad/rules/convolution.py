@@ -98,13 +98,10 @@ class Convolution(Rule):
 
     def gram(self, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Tensor]:
         K, v = 0.0, 0.0
-        for k, w in self._linear(u, float64) if self.groups == 1 else self._grouped(u, float64):
+        grouped = (gram(g, None if u is None else self._part(u, *at), float64) for *at, g in self._blocks(float64))
+        for k, w in self._linear(u, float64) if self.groups == 1 else grouped:
             K, v = K + k, v + w
         return K, v
-
-    def _grouped(self, u: Tensor | None, float64: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        for groups, channels, g in self._blocks(float64):
-            yield gram(g, None if u is None else self._part(u, groups, channels), float64)
 
     def _linear(self, u: Tensor | None, float64: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield K and v of every span: with one group, its windows are the inputs of a linear layer."""

@@ -82,14 +82,9 @@ class Checks(HostReads):
         name: str = "",
         blame: Callable[[], str] = str,
     ) -> None:
-        """Check u += Gᵀ w: the rules predict its effect, which was measured.
+        """Check the measured outcome of u += Gᵀ w against what the rules predict.
 
-        Args:
-            outcome: the effect.
-            weights: of w.
-            u2: ‖u‖² before.
-            name: of the parameter, "" for all.
-            blame: what to add to the message of a failure.
+        weights: of w. u2: ‖u‖² before. name: of the parameter, "" for all. blame: what to add to a refusal's message.
         """
         for quantity, measured in zip(Outcome._fields, outcome, strict=True):
             if measured is None:
@@ -108,11 +103,7 @@ class Checks(HostReads):
     ) -> None:
         """Check Σ_j w_j g_j of one parameter, from plain autograd, against its K.
 
-        Args:
-            w: [n].
-            K: of this parameter alone.
-            squared_norm: of Σ_j w_j g_j.
-            total: Σ_j |w_j| ‖g_j‖ over all parameters.
+        K: of this parameter alone. squared_norm: of Σ_j w_j g_j. total: Σ_j |w_j| ‖g_j‖ over all parameters.
         """
         limit = tolerance_of(precision.compared, K.is_cuda)
 
@@ -193,11 +184,7 @@ def check_relative_error(
 
 
 def check_finite(K: Tensor, v: Tensor) -> None:
-    """Check the products of all samples.
-
-    Raises:
-        FloatingPointError: NaN or Inf, with the samples that have it.
-    """
+    """Refuse NaN or Inf in the products of all samples; name those that have it."""
     if not (K.isfinite().all() and v.isfinite().all()):
         bad = (~K.diagonal().isfinite()).nonzero().flatten().tolist()
         raise FloatingPointError(f"NaN or Inf in the gradients of samples {bad[:8]}; nothing was changed")

@@ -114,8 +114,7 @@ class Moments(Consumer):
 class CollectRules(Consumer):
     """The rules themselves, by parameter, for as many products as are wanted.
 
-    Args:
-        complete: called with a parameter's name and its pieces when there are no more of them; they are then dropped.
+    complete: called with a parameter's name and its pieces when there are no more of them; they are then dropped.
     """
 
     def __init__(self, complete: Callable[[str, Pieces], None] | None = None) -> None:

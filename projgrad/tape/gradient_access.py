@@ -22,17 +22,14 @@ from .passes import Passes
 class GradientAccess:
     """Products with the per-sample gradients, and the correction of p.grad.
 
-    Args:
-        parameters: whose p.grad are meant, by name.
-        rates: weights of the parameters in all inner products, 1 by default.
-        factors: of p.grad, where known; dropped once p.grad changes.
-
-    Attributes:
-        dtype: of the products.
-        stored: type of p.grad, the coarsest of all.
-        known: ‖p.grad‖², until it changes.
-        has_16bit_factor: whether 16-bit numbers limit what autograd and the rules can agree on.
+    parameters: whose p.grad are meant. rates: their weights in all inner products, 1 by default. factors: of p.grad,
+    where known, until it changes. known: ‖p.grad‖², until it changes. dtype: of the products. stored: of p.grad, the
+    coarsest. has_16bit_factor: whether 16-bit numbers limit what autograd and the rules can agree on.
+    watch: a parameter whose K is also kept on its own, as `watched`. cheap_in_float64: see `Products`.
     """
+
+    watch = ""
+    cheap_in_float64 = False
 
     def __init__(
         self,
@@ -90,10 +87,22 @@ class GradientAccess:
 
     def products(self, float64: bool) -> tuple[Tensor, Tensor]:
         """Return K [n, n] and v = G u [n] for u = p.grad as it is now, multiplied in float64 if that is set."""
-        raise NotImplementedError
+        sums = self._sums(float64, gram=True)
+        self.has_16bit_factor = self.has_16bit_factor or sums.has_16bit_factor
+        self.K, self.watched = sums.K, sums.watched
+        return sums.K, sums.v
 
     def dot(self, float64: bool) -> Tensor:
         """Return v = G u [n] for u = p.grad as it is now."""
+        return self._sums(float64, gram=False).v
+
+    def _sums(self, float64: bool, gram: bool) -> Products:
+        sums = Products(self.grads(), gram, float64, self.rates, self.factors, self.watch, self.cheap_in_float64)
+        self.run(sums)
+        return sums
+
+    def run(self, consumer: Products) -> None:
+        """Hand all rules to a consumer."""
         raise NotImplementedError
 
     def apply(self, w: Tensor, max_abs: float, float64: bool = False) -> Outcome:
@@ -124,20 +133,9 @@ class TwoPasses(GradientAccess):
         products, compared = super().precision
         return Precision(products, coarser(compared, self.passes.structure(self.losses).coarsest))
 
-    def _run(self, consumer: Products) -> None:
+    def run(self, consumer: Products) -> None:
         with exact_convolutions(self.losses.is_cuda):  # the other pass must meet the same gradients at the outputs
             self.passes.run(self.losses, consumer)
-
-    def products(self, float64: bool) -> tuple[Tensor, Tensor]:
-        consumer = Products(self.grads(), float64=float64, rates=self.rates, factors=self.factors)
-        self._run(consumer)
-        self.has_16bit_factor = self.has_16bit_factor or consumer.has_16bit_factor
-        return consumer.K, consumer.v
-
-    def dot(self, float64: bool) -> Tensor:
-        consumer = Products(self.grads(), gram=False, float64=float64, rates=self.rates)
-        self._run(consumer)
-        return consumer.v
 
     def apply(self, w: Tensor, max_abs: float, float64: bool = False, discard: bool = False) -> Outcome:
         """Add Gᵀ w to p.grad, or only measure it if `discard`."""
@@ -193,12 +191,7 @@ class TwoPasses(GradientAccess):
 
 
 class FromRules(GradientAccess):
-    """Everything from rules at hand.
-
-    pieces: the rules, by parameter. cheap_in_float64: multiply in float64 where that costs nothing to speak of.
-    """
-
-    watch = ""  # the parameter whose K is also kept on its own, as `watched`
+    """Everything from rules at hand: `pieces`, by parameter."""
 
     def __init__(
         self,
@@ -214,20 +207,10 @@ class FromRules(GradientAccess):
         self.uses = [(name, source, rule) for name, uses in pieces.items() for source, rule in uses]
         self.has_16bit_factor = self.has_16bit_factor or any(rule.has_16bit_factor for *_, rule in self.uses)
 
-    def _sums(self, float64: bool, gram: bool) -> Products:
-        sums = Products(self.grads(), gram, float64, self.rates, self.factors, self.watch, self.cheap_in_float64)
+    def run(self, consumer: Products) -> None:
         for use in self.uses:
-            sums.add(*use)
-        sums.finalize(self.n, self.device)
-        return sums
-
-    def products(self, float64: bool) -> tuple[Tensor, Tensor]:
-        sums = self._sums(float64, gram=True)
-        self.K, self.watched = sums.K, sums.watched
-        return sums.K, sums.v
-
-    def dot(self, float64: bool) -> Tensor:
-        return self._sums(float64, gram=False).v
+            consumer.add(*use)
+        consumer.finalize(self.n, self.device)
 
     def apply(self, w: Tensor, max_abs: float, float64: bool = False) -> Outcome:
         for name in self.parameters:  # p.grad is about to change
@@ -243,11 +226,8 @@ class FromRules(GradientAccess):
     ) -> None:
         """Check Σ_j g_j of one parameter, from plain autograd, against its K.
 
-        Args:
-            K: of this parameter alone.
-            grad: Σ_j g_j, None for zero.
-            squares: ‖g_j‖² over all parameters [n].
-            coarsest: the type in which autograd may have summed over the samples.
+        K: of this parameter alone. grad: Σ_j g_j, None for zero. squares: ‖g_j‖² over all parameters [n].
+        coarsest: the type in which autograd may have summed over the samples.
         """
         total = squares.clamp_min(0).sqrt().sum()
         squared_norm = torch.zeros_like(total) if grad is None else length(grad).square()

@@ -23,9 +23,7 @@ from .plan import UsePlan, undo_transpose
 class Passes:
     """Backward passes through the graph of a recorded forward pass.
 
-    Args:
-        recording: of the forward pass.
-        known: structures found before, by a hash of their graphs; new ones are added.
+    known: structures found before, by a hash of their graphs; new ones are added.
     """
 
     def __init__(self, recording: Recording, known: dict[int, Structure]) -> None:

@@ -81,12 +81,8 @@ def _solved(x: Tensor, numbers: list[float]) -> Solved:
 class Solver:
     """Runs projections up to the system they need, solves some of them together, and lets them go on.
 
-    Args:
-        damping, rtol: see `projgrad.project_out`.
-        add: w [n] float64: every projection also adds Σ_j w_j g_j.
-
-    Attributes:
-        projections: what became of each, by name.
+    damping, rtol: see `projgrad.project_out`. add: w [n] float64: every projection also adds Σ_j w_j g_j.
+    projections: what became of each, by name.
     """
 
     def __init__(self, damping: float, rtol: float | None, add: Tensor) -> None:

@@ -12,12 +12,7 @@ from .passes import Passes
 
 
 def verify(passes: Passes, losses: Tensor) -> None:
-    """Compare the rules with plain autograd, unless that was done for the same graph.
-
-    Raises:
-        ArithmeticError: they disagree.
-        FloatingPointError: NaN or Inf in a gradient.
-    """
+    """Compare the rules with plain autograd, unless that was done for the same graph; refuse if they disagree."""
     compared = passes.structure(losses).compared
     if not compared.rules:
         _compare(passes, losses)
