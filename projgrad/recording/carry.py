@@ -126,11 +126,6 @@ def _reshaped(op: Op) -> Where:
     return [None]
 
 
-def _permuted(op: Op) -> Where:
-    dims = op.dims("_saved_dims", len(op.out))
-    return [Along(dims[op.at.dim], op.at.inner)]
-
-
 def _transposed(op: Op) -> Where:
     (a,), (b,) = (op.dims(f"_saved_dim{k}", len(op.out)) for k in (0, 1))
     return [Along({a: b, b: a}.get(op.at.dim, op.at.dim), op.at.inner)]
@@ -262,7 +257,7 @@ _TABLE: list[tuple[Rule, str]] = [
     (_first_along("_saved_dim"), "Gather Glu IndexSelect"),
     (_rolled, "Flip Roll"),
     (_reduced, "Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Nansum Norm Prod Std Sum Var"),
-    (_permuted, "Permute"),
+    (lambda op: [Along(op.dims("_saved_dims", len(op.out))[op.at.dim], op.at.inner)], "Permute"),
     (_transposed, "Transpose"),
     (lambda op: [Along(len(op.out) - 1 - op.at.dim, op.at.inner)], "T"),
     (_inserted, "Select Unbind"),

@@ -117,13 +117,7 @@ class GradientAccess:
 class TwoPasses(GradientAccess):
     """Products in a backward pass without weight gradients, the correction from plain autograd in another one."""
 
-    def __init__(
-        self,
-        passes: Passes,
-        losses: Tensor,
-        rates: Mapping[str, float] | None = None,
-        factors: ForgetFactors | None = None,
-    ) -> None:
+    def __init__(self, passes: Passes, losses: Tensor, rates=None, factors: ForgetFactors | None = None) -> None:
         super().__init__(passes.recording.parameters, rates, factors)
         self.passes, self.losses = passes, losses
 
