@@ -139,7 +139,7 @@ class Recording:
         self.hooked = self.recomputing = False
         self.host_reads = HostReads()
         self.receive: Callable[[Site, Tensor, Sequence[Tensor]], None] | None = None
-        self._fixed = {id(t) for t in fixed}
+        self._fixed = {id(t): t for t in fixed}  # held: a module may drop one, and its id be used again
         self._constants: dict[int, weakref.ref] = {}  # tensors that depend on neither parameters nor samples
 
     def call(self, name: str, *tensors: object) -> Call:

@@ -58,10 +58,11 @@ def accumulate_(recording: Recording, loss: Tensor, weight: float) -> ForgetFact
     """
     factors = ForgetFactors()
     uses = Counter(name for site in recording.sites for source in site.sources for name in source.names)
+    uses.update(recording.unknown.keys())
 
     def receive(site: Site, b: Tensor, saved: Sequence[Tensor]) -> None:
         first = site.sources[0]
-        if site.name != "linear" or not saved or not first.whole:
+        if site.name != "linear" or not saved or not first.whole or first.tensor.grad is not None:
             return
         p, q = b.detach().flatten(0, -2), saved[0].detach().flatten(0, -2)
         (name,) = first.names

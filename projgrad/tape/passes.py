@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._torch_private import version
 from ..recording.backward import backward, recomputing
 from ..recording.recording import Recording
 from ..recording.sites import Site, Source
@@ -28,15 +29,15 @@ class Passes:
 
     def __init__(self, recording: Recording, known: dict[int, Structure]) -> None:
         self.recording, self._known = recording, known
-        self._latest: tuple[weakref.ref, Structure] | None = None
+        self._latest: tuple[weakref.ref, int, Structure] | None = None  # of losses, and their version
 
     def structure(self, losses: Tensor) -> Structure:
         """Return how to read the sites; see `structure_of`. It is found once for every forward pass."""
-        if self._latest is None or self._latest[0]() is not losses:
-            self._latest = None  # the sites are about to change, also if this fails
-            structure = structure_of(self.recording, losses, self._known)
-            self._latest = weakref.ref(losses), structure
-        return self._latest[1]
+        latest, self._latest = self._latest, None  # should this fail: the sites are about to change
+        if latest is None or latest[0]() is not losses or latest[1] != version(losses):
+            latest = weakref.ref(losses), version(losses), structure_of(self.recording, losses, self._known)
+        self._latest = latest
+        return latest[2]
 
     def run(
         self,
