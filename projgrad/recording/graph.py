@@ -78,7 +78,8 @@ def audit(recording: Recording, losses: Tensor) -> list[str]:
         return [(below, 0) for below in (*site.stops, *(source.edge.node for source in sources))]
 
     outside = set(nodes_below([losses.grad_fn], edges=edges))
-    return [name for name, p in recording.parameters.items() if get_gradient_edge(p).node in outside]
+    accumulators = {get_gradient_edge(p).node: name for name, p in recording.parameters.items()}
+    return [name for node, name in accumulators.items() if node in outside]
 
 
 def fingerprint(recording: Recording, losses: Tensor) -> tuple[int, dict[int, Node]]:
