@@ -35,7 +35,8 @@ class Passes:
         """Return how to read the sites; see `structure_of`. It is found once for every forward pass."""
         latest, self._latest = self._latest, None  # should this fail: the sites are about to change
         if latest is None or latest[0]() is not losses or latest[1] != version(losses):
-            latest = weakref.ref(losses), version(losses), structure_of(self.recording, losses, self._known)
+            structure = structure_of(self.recording, losses, self._known)
+            latest = weakref.ref(losses), version(losses), structure
         self._latest = latest
         return latest[2]
 
