@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from torch.autograd.graph import Node
 
 from .._torch_private import saved
 from .sites import Site
-
-if TYPE_CHECKING:
-    from torch.autograd.graph import Node
 
 Shape = Sequence[int]
 
@@ -92,7 +91,7 @@ NUMBER = re.compile(r"Backward\d+$")  # of torch's own operations; those of othe
 
 
 def _aligned(op: Op) -> Where:
-    """Elementwise: dimensions correspond from the right; an input that is broadcast over the samples has none."""
+    """Carry to all inputs, whose dimensions correspond from the right; one broadcast over the samples has none."""
     return [None if shape is None else _align(op, shape) for shape in op.inputs]
 
 
@@ -127,22 +126,13 @@ def _reshaped(op: Op) -> Where:
     return [None]
 
 
-def _permuted(op: Op) -> Where:
-    dims = op.dims("_saved_dims", len(op.out))
-    return [Along(dims[op.at.dim], op.at.inner)]
-
-
 def _transposed(op: Op) -> Where:
     (a,), (b,) = (op.dims(f"_saved_dim{k}", len(op.out)) for k in (0, 1))
     return [Along({a: b, b: a}.get(op.at.dim, op.at.dim), op.at.inner)]
 
 
-def _matrix_transposed(op: Op) -> Where:
-    return [Along(len(op.out) - 1 - op.at.dim, op.at.inner)]
-
-
 def _along(attribute: str) -> Rule:
-    """Works along dimensions of its own, and treats what lies along all others alike."""
+    """Make the rule of an operation that works along the dimensions an attribute names, and treats all others alike."""
 
     def carry(op: Op) -> Where:
         dims = op.dims(attribute, len(op.out))
@@ -182,7 +172,7 @@ def _stacked(op: Op) -> Where:
 
 
 def _unfolded(op: Op) -> Where:
-    """Windows along one dimension, laid along a new last one."""
+    """Carry through windows along one dimension, laid along a new last one."""
     (dim,) = op.dims("_saved_dimension", len(op.out) - 1)
     return [None if op.at.dim in (dim, len(op.out) - 1) else _same(op, op.inputs[0])]
 
@@ -193,8 +183,7 @@ def _repeated(op: Op) -> Where:
 
 
 def _padded(op: Op) -> Where:
-    """Pads are listed in pairs, from the last dimension on."""
-    pads, first = saved(op.node, "pad"), 2 * (len(op.out) - 1 - op.at.dim)
+    pads, first = saved(op.node, "pad"), 2 * (len(op.out) - 1 - op.at.dim)  # in pairs, from the last dimension on
     return [None if any(pads[first : first + 2]) else _same(op, op.inputs[0])]
 
 
@@ -226,13 +215,13 @@ def _leading(last: int) -> Rule:
 
 
 def _batch(op: Op) -> Where:
-    """Layers with the samples along dimension 0."""
+    """Carry to the first input of layers with the samples along dimension 0."""
     shape = op.inputs[0]
     return [_same(op, shape) if op.at.dim == 0 and shape is not None and len(shape) == len(op.out) else None]
 
 
 def _normalised(op: Op) -> Where:
-    """Layer norms, over the last dimensions."""
+    """Carry through layer norms, over the last dimensions."""
     return _leading(len(saved(op.node, "normalized_shape")))(op)
 
 
@@ -243,81 +232,59 @@ def _batch_normalised(op: Op) -> Where:
 
 
 def _attended(op: Op) -> Where:
-    """Queries, keys and values [n, heads, t, d]: batch entries and heads are treated alike."""
+    """Carry to queries, keys and values [n, heads, t, d]: batch entries and heads are treated alike."""
     return [_same(op, shape) if op.at.dim < len(op.out) - 2 else None for shape in op.inputs[:3]]
 
 
-def _classified(op: Op) -> Where:
-    """Negative log likelihood: classes lie along dimension 1 of the input."""
-    return [_same(op, op.inputs[0], op.at.dim + (op.at.dim >= 1))]
-
-
-def _names(text: str) -> list[str]:
-    return text.split()
-
-
-CARRIED: dict[str, Rule] = {
-    **dict.fromkeys(
-        _names(
-            "Abs Acos Acosh Add Addcdiv Addcmul Alias Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy "
-            "BinaryCrossEntropyWithLogits Celu Ceil Clamp ClampMax ClampMin Clone Copysign Cos Cosh Digamma Div Elu "
-            "Erf Erfc Erfinv Exp Exp2 Expand Expm1 Floor Fmax Fmin Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish "
-            "Hardtanh HuberLoss Hypot I0 LeakyRelu Lerp Lgamma LiftFresh Log Log10 Log1P Log2 LogSigmoid Logaddexp "
-            "Logaddexp2 Logit MaskedFill Maximum Minimum Mish MseLoss Mul NanToNum NativeDropout Neg Polygamma Pow "
-            "PreluKernel Reciprocal Relu Remainder Round Rsqrt RreluWithNoise Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh "
-            "SmoothL1Loss SoftMarginLoss Softplus Softshrink Sqrt Sub Tan Tanh Threshold ToCopy Tril Triu Trunc Where "
-            "SpecialXlog1Py Xlogy"
-        ),
+_TABLE: list[tuple[Rule, str]] = [
+    (
         _aligned,
+        "Abs Acos Acosh Add Addcdiv Addcmul Alias Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy "
+        "BinaryCrossEntropyWithLogits Celu Ceil Clamp ClampMax ClampMin Clone Copysign Cos Cosh Digamma Div Elu "
+        "Erf Erfc Erfinv Exp Exp2 Expand Expm1 Floor Fmax Fmin Fmod Frac Gelu Hardshrink Hardsigmoid Hardswish "
+        "Hardtanh HuberLoss Hypot I0 LeakyRelu Lerp Lgamma LiftFresh Log Log10 Log1P Log2 LogSigmoid Logaddexp "
+        "Logaddexp2 Logit MaskedFill Maximum Minimum Mish MseLoss Mul NanToNum NativeDropout Neg Polygamma Pow "
+        "PreluKernel Reciprocal Relu Remainder Round Rsqrt RreluWithNoise Rsub Sgn Sigmoid Sign Silu Sin Sinc Sinh "
+        "SmoothL1Loss SoftMarginLoss Softplus Softshrink SpecialXlog1Py Sqrt Sub Tan Tanh Threshold ToCopy Tril Triu "
+        "Trunc Where Xlogy",
     ),
-    **dict.fromkeys(_names("Flatten Reshape ReshapeAlias Squeeze Unsqueeze UnsafeView View"), _reshaped),
-    **dict.fromkeys(
-        _names("Cat Cumprod Cumsum Logcumsumexp LogSoftmax SafeSoftmax Softmax Sort Split SplitWithSizes Topk"),
+    (_reshaped, "Flatten Reshape ReshapeAlias Squeeze Unsqueeze UnsafeView View"),
+    (
         _along("_saved_dim"),
+        "Cat Cumprod Cumsum Logcumsumexp LogSoftmax SafeSoftmax Softmax Sort Split SplitWithSizes Topk",
     ),
-    "Slice": _first_alike,  # of the samples, only a slice that is all of them has their number
-    **dict.fromkeys(_names("Gather Glu IndexSelect"), _first_along("_saved_dim")),
-    **dict.fromkeys(_names("Flip Roll"), _rolled),
-    **dict.fromkeys(
-        _names("Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Nansum Norm Prod Std Sum Var"),
-        _reduced,
-    ),
-    "Permute": _permuted,
-    "Transpose": _transposed,
-    "T": _matrix_transposed,
-    "Select": _inserted,
-    "Unbind": _inserted,
-    "Stack": _stacked,
-    "Unfold": _unfolded,
-    "Repeat": _repeated,
-    "ConstantPadNd": _padded,
-    "Mm": _of_matrices(0),
-    "Bmm": _of_matrices(0),
-    "Addmm": _of_matrices(1),
-    "Baddbmm": _of_matrices(1),
-    "Mv": lambda op: [op.at],
-    "Linear": _leading(1),
-    "NativeLayerNorm": _normalised,
-    "FusedRmsNorm": _normalised,
-    "NativeBatchNorm": _batch_normalised,
-    "CudnnBatchNorm": _batch_normalised,
-    **dict.fromkeys(
-        _names(
-            "AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D AvgPool2D AvgPool3D "
-            "Convolution CudnnConvolution MaxPool2DWithIndices MaxPool3DWithIndices NativeGroupNorm "
-            "PixelShuffle PixelUnshuffle ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D "
-            "ReplicationPad2D ReplicationPad3D UpsampleBicubic2D UpsampleBilinear2D UpsampleLinear1D UpsampleNearest1D "
-            "UpsampleNearest2D UpsampleNearest3D UpsampleTrilinear3D"
-        ),
+    (_first_alike, "Slice"),  # of the samples, only a slice that is all of them has their number
+    (_first_along("_saved_dim"), "Gather Glu IndexSelect"),
+    (_rolled, "Flip Roll"),
+    (_reduced, "Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Nansum Norm Prod Std Sum Var"),
+    (lambda op: [Along(op.dims("_saved_dims", len(op.out))[op.at.dim], op.at.inner)], "Permute"),
+    (_transposed, "Transpose"),
+    (lambda op: [Along(len(op.out) - 1 - op.at.dim, op.at.inner)], "T"),
+    (_inserted, "Select Unbind"),
+    (_stacked, "Stack"),
+    (_unfolded, "Unfold"),
+    (_repeated, "Repeat"),
+    (_padded, "ConstantPadNd"),
+    (_of_matrices(0), "Mm Bmm"),
+    (_of_matrices(1), "Addmm Baddbmm"),
+    (lambda op: [op.at], "Mv"),
+    (_leading(1), "Linear"),
+    (_normalised, "NativeLayerNorm FusedRmsNorm"),
+    (_batch_normalised, "NativeBatchNorm CudnnBatchNorm"),
+    (
         _batch,
+        "AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D AvgPool2D AvgPool3D Convolution "
+        "CudnnConvolution MaxPool2DWithIndices MaxPool3DWithIndices NativeGroupNorm PixelShuffle PixelUnshuffle "
+        "ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D "
+        "UpsampleBicubic2D UpsampleBilinear2D UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D "
+        "UpsampleTrilinear3D",
     ),
-    **dict.fromkeys(
-        _names(
-            "ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
-            "ScaledDotProductFlashAttentionForCpu ScaledDotProductFusedAttentionOverrideable"
-        ),
+    (
         _attended,
+        "ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention ScaledDotProductFlashAttention "
+        "ScaledDotProductFlashAttentionForCpu ScaledDotProductFusedAttentionOverrideable",
     ),
-    "NllLoss": _classified,
-    "NllLoss2D": _classified,
-}
+    # Classes lie along dimension 1 of the input.
+    (lambda op: [_same(op, op.inputs[0], op.at.dim + (op.at.dim >= 1))], "NllLoss NllLoss2D"),
+]
+CARRIED = {name: rule for rule, names in _TABLE for name in names.split()}

@@ -10,11 +10,7 @@ from .._torch_private import compiles_itself, is_compiled
 
 
 def fixed_tensors(model: nn.Module, followed: Iterable[Tensor]) -> list[Tensor]:
-    """Return buffers, frozen parameters and tables of a model.
-
-    Raises:
-        ValueError: the model or a part of it is compiled.
-    """
+    """Return buffers, frozen parameters and tables of a model; refuse one of which a part is compiled."""
     ids = {id(p) for p in followed}
     fixed: list[Tensor] = []
     for module in model.modules():

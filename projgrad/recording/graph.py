@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
 from .._torch_private import outputs_of
 from . import carry
 from .recording import Recording
 from .refusals import NESTED_TENSORS, REENTRANT
 from .sites import Site
-
-if TYPE_CHECKING:
-    from torch.autograd.graph import Node
 
 
 def own_site(recording: Recording, node: Node) -> Site | None:
@@ -31,12 +28,19 @@ def nodes_of(losses: Tensor) -> list[Node]:
     return nodes_below([losses.grad_fn])
 
 
-def nodes_below(starts: Iterable[Node | None], stop: Callable[[Node], bool] = lambda node: False) -> list[Node]:
-    """Return the nodes that are reached from these, with these, each once; those where `stop` holds are left out."""
+def nodes_below(
+    starts: Iterable[Node | None],
+    stop: Callable[[Node], bool] = lambda node: False,
+    edges: Callable[[Node], Iterable[tuple[Node | None, int]]] = operator.attrgetter("next_functions"),
+) -> list[Node]:
+    """Return the nodes that are reached from these, with these, each once.
+
+    stop: where it holds the node is left out. edges: where the walk goes on from a node.
+    """
     nodes = dict.fromkeys(node for node in starts if node is not None and not stop(node))
     waiting = list(nodes)
     while waiting:
-        for following, _ in waiting.pop().next_functions:
+        for following, _ in edges(waiting.pop()):
             if following is not None and following not in nodes and not stop(following):
                 nodes[following] = None
                 waiting.append(following)
@@ -55,33 +59,27 @@ def coarsest_of(losses: Tensor, nodes: list[Node]) -> torch.dtype:
 
 
 def audit(recording: Recording, losses: Tensor) -> list[str]:
-    """Return the parameters that reach the losses other than through active sites.
+    """Return the parameters that reach the losses other than through sites with a layout.
 
     The graph is walked around the sites.
     """
-    accumulators = {get_gradient_edge(p).node: name for name, p in recording.parameters.items()}
-    seen, nodes, outside = set(), [losses.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in accumulators:
-            outside.add(accumulators[node])
-            continue
+
+    def edges(node: Node) -> Iterable[tuple[Node | None, int]]:
         if "CompiledFunction" in node.name():
             raise ValueError(
                 "a function from torch.compile lies between the losses and the parameters and hides its operations: "
                 "call the original function"
             )
         site = own_site(recording, node)
-        if site is not None and site.active:
-            nodes += site.stops
-            # Sources that an earlier site accounts for, and those without a rule here, are inputs like any other.
-            nodes += [s.edge.node for s in (*site.sources, *site.unclaimed) if s in site.unclaimed or s.settled]
-            continue
-        nodes += [following for following, _ in node.next_functions]
-    return [name for name in recording.parameters if name in outside]  # sums over them have a fixed order
+        if site is None or site.layout is None:
+            return node.next_functions
+        # Sources that an earlier site accounts for, and those without a rule here, are inputs like any other.
+        sources = [*(s for s in site.sources if s.settled), *site.unclaimed]
+        return [(below, 0) for below in (*site.stops, *(source.edge.node for source in sources))]
+
+    outside = set(nodes_below([losses.grad_fn], edges=edges))
+    accumulators = {get_gradient_edge(p).node: name for name, p in recording.parameters.items()}
+    return [name for node, name in accumulators.items() if node in outside]
 
 
 def fingerprint(recording: Recording, losses: Tensor) -> tuple[int, dict[int, Node]]:

@@ -6,6 +6,7 @@ On a GPU every wait empties the queue of work: a step may have a few, but not on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ class HostReads:
     """Numbers on the device and what to do with them; all of them are brought to the host at once."""
 
     def __init__(self) -> None:
-        self._deferred: list[tuple[Tensor, Callable[[list[float]], None]]] = []
+        self._deferred: list[tuple[Tensor, Callable[[list[float]], object]]] = []
 
-    def defer(self, numbers: Tensor, callback: Callable[[list[float]], None]) -> None:
+    def defer(self, numbers: Tensor, callback: Callable[[list[float]], object]) -> None:
         """Call back with these numbers at the next `flush`."""
         self._deferred.append((numbers.detach().flatten(), callback))
 
@@ -28,11 +29,9 @@ class HostReads:
         deferred, self._deferred = self._deferred, []
         if not deferred:
             return
-        values = to_host(*(numbers for numbers, _ in deferred))
+        values = iter(to_host(*(numbers for numbers, _ in deferred)))
         for numbers, callback in deferred:
-            count = len(numbers)
-            callback(values[:count])
-            values = values[count:]
+            callback(list(islice(values, len(numbers))))
 
 
 class Reading:

@@ -12,44 +12,24 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import functional as pf
+from . import torch_names as names
 from .functional.elementwise import add_, spread, sub_, vmap_batch_first, vmap_broadcast
 from .functional.lookups import lookup
 from .functional.recurrent import CELLS, recurrent, recurrent_cell
 from .recording import Recorder, Recording
 from .sites import Source
-from .torch_names import (
-    ALIGNED,
-    BACKWARD,
-    BROADCAST,
-    FACTORIES,
-    FIRST,
-    GRAD_FN,
-    PYTHON,
-    SPREAD,
-    is_in_place,
-    opened,
-    tensors_in,
-)
+from .torch_names import is_in_place, opened, tensors_in
 
-Handler = Callable[..., Any]
-
-
-HANDLERS: dict[str, Handler] = {
+HANDLERS: dict[str, Callable[..., Any]] = {
     **{name: getattr(pf, name) for name in pf.__all__},
-    **{name: pf.matmul for name in ("mm", "bmm", "mv", "__matmul__")},
-    **{name: pf.addmm for name in ("baddbmm",)},
+    **dict.fromkeys(("mm", "bmm", "mv", "__matmul__"), pf.matmul),
     "__rmatmul__": lambda a, b, *, tape: pf.matmul(b, a, tape=tape),
-    "__add__": pf.add,
-    "__radd__": pf.add,
-    "__sub__": pf.sub,
-    "subtract": pf.sub,
-    "__mul__": pf.mul,
-    "__rmul__": pf.mul,
-    "multiply": pf.mul,
-    "add_": add_,
-    "__iadd__": add_,
-    "sub_": sub_,
-    "__isub__": sub_,
+    "baddbmm": pf.addmm,
+    **dict.fromkeys(("__add__", "__radd__"), pf.add),
+    **dict.fromkeys(("__sub__", "subtract"), pf.sub),
+    **dict.fromkeys(("__mul__", "__rmul__", "multiply"), pf.mul),
+    **dict.fromkeys(("add_", "__iadd__"), add_),
+    **dict.fromkeys(("sub_", "__isub__"), sub_),
     **{name: functools.partial(recurrent, name) for name in CELLS},
     **{f"{name}_cell": functools.partial(recurrent_cell, f"{name}_cell") for name in CELLS},
 }
@@ -67,7 +47,7 @@ class Interception(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__" and self.recording.source(args[0]) is None:  # x.shape, x.dtype: most of the calls
             out = func(*args)
-            if func == GRAD_FN:  # whoever asks for a node may register a hook on it
+            if func == names.GRAD_FN:  # whoever asks for a node may register a hook on it
                 self.recording.hooked = True
             if isinstance(out, Tensor) and self.recording.is_constant(args[0]):
                 self.recording.note_constant(out)
@@ -93,23 +73,25 @@ class Interception(TorchFunctionMode):
     def _handle(self, func, name: str, args: tuple, kwargs: dict):
         recording = self.recording
         tensors = tensors_in(args, kwargs)
-        if func in BACKWARD:  # what checkpointing runs again in there is to be seen
+        if func in names.BACKWARD:  # what checkpointing runs again in there is to be seen
             with self:
                 return opened(func)(*args, **kwargs)
         followed = [s for t in tensors if (s := recording.source(t)) is not None]
         if not followed or not torch.is_grad_enabled():
             out = func(*args, **kwargs)
-            if isinstance(out, Tensor) and (tensors or name in FACTORIES) and all(map(recording.is_constant, tensors)):
+            made = tensors or name in names.FACTORIES
+            if isinstance(out, Tensor) and made and all(map(recording.is_constant, tensors)):
                 recording.note_constant(out)
             return out
         if name == "__get__":  # a property: x.T, x.shape
             out = func(*args, **kwargs)
             return recording.derive(out, followed, "T") if isinstance(out, Tensor) and out.grad_fn is not None else out
-        if all(recording.source(t) is not None or self.recording.is_constant(t) for t in tensors):
+        if all(recording.source(t) is not None or recording.is_constant(t) for t in tensors):
             return self._derived(func, name, followed, args, kwargs)
         handler = HANDLERS.get(name)
-        if isinstance(func, types.FunctionType) != (name in PYTHON):
-            handler = None if name in PYTHON or name == "embedding_bag" else handler  # same name, other arguments
+        python = isinstance(func, types.FunctionType)
+        if python != (name in names.PYTHON) and name in (*names.PYTHON, "embedding_bag"):
+            handler = None  # of the same name, with other arguments
         try:
             if handler is not None:
                 return handler(*args, **kwargs, tape=recording)
@@ -117,17 +99,17 @@ class Interception(TorchFunctionMode):
             if "argument" not in str(error):
                 raise
             handler = None  # a call signature that the drop-in does not have
-        if name in ALIGNED:
+        if name in names.ALIGNED:
             return vmap_broadcast(func, args, kwargs, tape=recording)
-        if name in FIRST:
+        if name in names.FIRST:
             return vmap_batch_first(func, args, kwargs, tape=recording)
-        if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype in (torch.int64, torch.int32):
+        if _picks_rows(name, args):
             return _index(func, *args, tape=recording)
         if name == "index_select":
             weight, dim, ids = _index_select(*args, **kwargs)
             if dim % weight.ndim == 0:
                 return _index(lambda w, ids: torch.index_select(w, 0, ids), weight, ids, tape=recording)
-        if isinstance(func, types.FunctionType):  # written in Python: look inside
+        if python:  # look inside
             with self:
                 return opened(func)(*args, **kwargs)
         call = recording.call(name, *tensors)
@@ -136,15 +118,15 @@ class Interception(TorchFunctionMode):
     def _derived(self, func, name: str, followed: list[Source], args: tuple, kwargs: dict):
         """Handle a call that mixes parameters and constants only: its result is followed too."""
         recording = self.recording
-        if name in BROADCAST and len(followed) == 1 and _grows(followed[0].tensor, args):  # over the samples, perhaps
+        if name in names.BROADCAST and len(followed) == 1 and _grows(followed[0].tensor, args):  # perhaps over samples
             return recording.derive(HANDLERS[name](*args, **kwargs, tape=recording), followed, name)
-        if name in SPREAD:
+        if name in names.SPREAD:
             return recording.derive(spread(func, *args, **kwargs, tape=recording), followed, name)
-        if name == "embedding" and kwargs.get("max_norm") is None:
+        if name == "embedding" and isinstance(func, types.FunctionType) and kwargs.get("max_norm") is None:
             out = pf.embedding(*args, **kwargs, tape=recording)
             ids = args[0] if kwargs.get("padding_idx") is None else None
             return recording.derive(out, followed, name, ids)
-        if name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype in (torch.int64, torch.int32):
+        if _picks_rows(name, args):
             return recording.derive(_index(func, *args, tape=recording), followed, name, args[1])
         out = func(*args, **kwargs)
         if name == "__setitem__":
@@ -153,8 +135,12 @@ class Interception(TorchFunctionMode):
             if isinstance(result, Tensor) and result.grad_fn is not None:
                 recording.derive(result, followed, name)
             elif isinstance(result, Tensor) and not result.requires_grad:
-                self.recording.note_constant(result)
+                recording.note_constant(result)
         return None if name == "__setitem__" else out
+
+
+def _picks_rows(name: str, args: tuple) -> bool:
+    return name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype in (torch.int64, torch.int32)
 
 
 def _index_select(input: Tensor, dim: int, index: Tensor) -> tuple[Tensor, int, Tensor]:

@@ -8,16 +8,16 @@ broadcast over the samples, an index, an operation that is not in the table of `
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+
+from torch.autograd.graph import Node
 
 from .._torch_private import outputs_of
 from ..rules.layout import Layout
 from .carry import Along, Op, Shape, Where, carry, is_tap
+from .graph import nodes_below
 from .sites import Site
-
-if TYPE_CHECKING:
-    from torch.autograd.graph import Node
 
 
 def locate(
@@ -67,23 +67,14 @@ def along(layout: Layout, shape: Shape, n: int) -> Along:
 
 def _ordered(root: Node) -> list[Node]:
     """Return every node of the graph before those that it passes gradients to."""
-    waiting: dict[Node, int] = {root: 0}
-    nodes = [root]
-    for node in nodes:
-        for f, _ in node.next_functions:
-            if f is not None:
-                if f not in waiting:
-                    nodes.append(f)
-                waiting[f] = waiting.get(f, 0) + 1
+    waiting = Counter(f for node in nodes_below([root]) for f, _ in node.next_functions)  # for so many gradients
     ready, order = [root], []
     while ready:
-        node = ready.pop()
-        order.append(node)
+        order.append(node := ready.pop())
         for f, _ in node.next_functions:
-            if f is not None:
-                waiting[f] -= 1
-                if not waiting[f]:
-                    ready.append(f)
+            waiting[f] -= 1
+            if f is not None and not waiting[f]:
+                ready.append(f)
     return order
 
 

@@ -82,24 +82,21 @@ class Call:
         sources = [self.sources[id(t)] for t in claimed if id(t) in self.sources]
         rest = [s for s in self.sources.values() if s not in sources]
         recording = self.recording()
-        for source in rest:
-            recording.note_unknown(source.names, self.name)
+        recording.note_unknown(rest, self.name)
         if not sources or make is None or not y.requires_grad:
             return y
         if y.is_nested:
             raise ValueError(NESTED_TENSORS)
         if y.is_complex() or any(t.is_complex() for t in saved) or inside_transform():
             return self.unknown(y)
-        site = Site(
-            self.name, sources, make, y.shape, tuple(axes), self.stops, len(saved), rest, tuple(shared), guarded
-        )
+        count, name = len(saved), self.name
+        site = Site(name, sources, make, y.shape, tuple(axes), self.stops, count, rest, tuple(shared), guarded)
         recording.register(site)
         return Tap.apply(y, recording.anchor, recording, site, *saved)
 
     def unknown(self, out):
         """Return the result of a call that no rule knows."""
-        for source in self.sources.values():
-            self.recording().note_unknown(source.names, self.name)
+        self.recording().note_unknown(self.sources.values(), self.name)
         return out
 
 
@@ -142,7 +139,7 @@ class Recording:
         self.hooked = self.recomputing = False
         self.host_reads = HostReads()
         self.receive: Callable[[Site, Tensor, Sequence[Tensor]], None] | None = None
-        self._fixed = {id(t) for t in fixed}
+        self._fixed = {id(t): t for t in fixed}  # held: a module may drop one, and its id be used again
         self._constants: dict[int, weakref.ref] = {}  # tensors that depend on neither parameters nor samples
 
     def call(self, name: str, *tensors: object) -> Call:
@@ -155,10 +152,10 @@ class Recording:
             site.index = len(self.sites)
             self.sites.append(site)
 
-    def note_unknown(self, names: Iterable[str], operation: str) -> None:
-        """Note that no rule covers an operation on these parameters."""
-        for name in names:
-            self.unknown.setdefault(name, operation)
+    def note_unknown(self, sources: Iterable[Source], operation: str) -> None:
+        """Note that no rule covers an operation on these sources."""
+        for source in sources:
+            self.unknown |= dict.fromkeys(source.names - self.unknown.keys(), operation)
 
     def source(self, t: Tensor) -> Source | None:
         """Return the source that a tensor is, or None."""

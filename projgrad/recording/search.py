@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .._torch_private import version
 from ..rules.layout import Layout, candidates, gather
@@ -16,17 +16,13 @@ from .carry import of_torch
 from .codes import Codes, Signatures, axes_of, changed, leading, matches, owners_of
 from .recording import Recording
 from .refusals import NESTED
-from .sites import Site, Source
-
-if TYPE_CHECKING:
-    from torch.autograd.graph import Node
+from .sites import Site
 
 
 class Search:
     """The search for the samples at every site of one graph, by backward passes whose losses are weighted.
 
-    Attributes, once it has run:
-        layouts: by site; None: the site is not used.
+    Attributes, once it has run, besides `Site.layout`:
         loops: parameters that need a loop over the losses, and why.
         anchors: sites, by index, whose layouts prove all others; None: nothing is proven.
     """
@@ -36,18 +32,14 @@ class Search:
     ) -> None:
         self.recording, self.losses, self.nodes, self.n = recording, losses, nodes, len(losses)
         self.coarsest, self.foreign = coarsest, foreign
-        self.layouts: list[Layout | None] = [None] * len(recording.sites)
         self.loops: dict[str, str] = {}
         self.anchors: list[int] | None = []
         self.codes = Codes(self.n, losses, coarsest)
         self.signatures = Signatures()
         self.possible = {s: candidates(s.shape, s.axes, self.n) for s in recording.sites}
-        self.proven: dict[Site, Layout] = {}
         located = {} if recording.hooked else ownership.locate(losses.grad_fn, self.n)[0]  # a hook may do anything
-        for site, at in located.items():
-            layout = ownership.layout(at, site.shape, self.n)
-            if layout in self.possible.get(site, []):
-                self.proven[site] = layout
+        proven = {site: ownership.layout(at, site.shape, self.n) for site, at in located.items()}
+        self.proven = {site: layout for site, layout in proven.items() if layout in self.possible.get(site, [])}
         # Along which dimensions entries are told apart.
         self.axes = {
             site: [self.proven[site].axis] if site in self.proven else axes_of(site, layouts)
@@ -70,27 +62,22 @@ class Search:
             ) from error
         mixed: list[Site] = []
         for site in self.recording.sites:
-            made_before = [s for s in site.sources if s.site is not site and _settled(s, self.layouts)]
+            made_before = [s for s in site.sources if s.site is not site and s.settled]
             if len(made_before) == len(site.sources) or site not in passes[0]:
                 continue  # everything is accounted for where these sources were made, or no loss depends on it
-            layout = self._layout(site, [p[site] for p in passes], bool(made_before))
-            if layout is None:
-                if not site.derived:
-                    mixed.append(site)
-                continue
-            self.layouts[site.index] = layout
+            site.layout = self._layout(site, [p[site] for p in passes], bool(made_before))
+            if site.layout is None and not site.derived:
+                mixed.append(site)
         if mixed:
             self._explain(mixed, passes[0])
         for site in mixed:
-            for source in site.sources:
-                for name in sorted(source.names):
-                    self.loops[name] = self._mixture(site)
+            self.loops |= {name: self._mixture(site) for source in site.sources for name in sorted(source.names)}
         self.anchors = self._anchors()
 
     def _anchors(self) -> list[int] | None:
         if self.recording.hooked:
             return None
-        used = {s: layout for s in self.recording.sites if (layout := self.layouts[s.index]) is not None}
+        used = {s: s.layout for s in self.recording.sites if s.layout is not None}
         if all(self.proven.get(site) == layout for site, layout in used.items()):
             return []
         given = {site: layout for site, layout in used.items() if layout.rows is None}
@@ -107,7 +94,7 @@ class Search:
         return reason
 
     def _pass(self, w: Tensor, axes: dict[Site, Sequence[int]]) -> dict[Site, Tensor]:
-        """Signatures of the gradient at every site, for losses weighted by w."""
+        """Return the signatures of the gradient at every site, for losses weighted by w."""
         signatures: dict[Site, Tensor] = {}
         before = [(p.grad, _version(p.grad)) for p in self.recording.parameters.values()]
 
@@ -144,7 +131,7 @@ class Search:
         return None if site.derived else self._anywhere(site, owner.view([site.shape[d] for d in axes]))
 
     def _anywhere(self, site: Site, owner: Tensor) -> Layout | None:
-        """Rows in no regular order (experts that pick tokens, sequences packed into one row)."""
+        """Return the layout of rows in no regular order (experts that pick tokens, sequences packed into one row)."""
         lead = len(leading(site))
         if not lead or set(range(lead)) & set(site.shared):
             return None
@@ -186,9 +173,3 @@ class Search:
 
 def _version(grad: Tensor | None) -> int:
     return 0 if grad is None else version(grad)
-
-
-def _settled(source: Source, layouts: Sequence[Layout | None]) -> bool:
-    if source.site is not None and layouts[source.site.index] is not None:
-        return True
-    return bool(source.parents) and all(_settled(p, layouts) for p in source.parents)

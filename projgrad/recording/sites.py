@@ -39,7 +39,7 @@ class Source:
     @property
     def settled(self) -> bool:
         """Return whether an earlier site delivers this tensor's gradient already, so that later uses are skipped."""
-        if self.site is not None and self.site.active:
+        if self.site is not None and self.site.layout is not None:
             return True
         return bool(self.parents) and all(p.settled for p in self.parents)
 
@@ -73,6 +73,7 @@ class Site:
     shared: axes that hold samples only if the sources were spread over them before.
     guarded: the call keeps its output for the backward pass: nothing may change it in place.
     derived: the inputs do not depend on the samples; whether the output does shows in the backward pass.
+    layout: where the samples are, for the losses whose structure was wanted last; None: the site is not used.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Site:
     guarded: bool = False
     derived: bool = False
     index: int = -1
-    active: bool = True
+    layout: Layout | None = None
 
     @property
     def key(self) -> tuple:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from ..rules.layout import Layout, candidates
 from .backward import recomputing
@@ -18,9 +17,6 @@ from .graph import audit, coarsest_of, fingerprint, nodes_of
 from .losses import check_shape, check_values
 from .recording import Recording
 from .search import Search
-
-if TYPE_CHECKING:
-    from torch.autograd.graph import Node
 
 KNOWN = 1024  # graphs remembered for each model
 
@@ -68,7 +64,7 @@ def structure_of(recording: Recording, losses: Tensor, known: dict[int, Structur
         ArithmeticError: a second backward pass is not what the first one was.
     """
     check_shape(losses)
-    recording.host_reads.defer(losses, lambda values: check_values(values) and None)
+    recording.host_reads.defer(losses, check_values)
     graph, taps = fingerprint(recording, losses)
     key = hash((len(losses), tuple(site.key for site in recording.sites), graph, recording.hooked))
     structure = known.get(key)
@@ -82,8 +78,9 @@ def structure_of(recording: Recording, losses: Tensor, known: dict[int, Structur
         known[key] = structure if structure.lasting else replace(structure, layouts=[])
         while len(known) > KNOWN:
             del known[next(iter(known))]
-    for site, layout in zip(recording.sites, structure.layouts, strict=True):
-        site.active = layout is not None
+    else:
+        for site, layout in zip(recording.sites, structure.layouts, strict=True):
+            site.layout = layout
     return structure
 
 
@@ -92,26 +89,18 @@ def inspect(recording: Recording, losses: Tensor) -> Structure:
 
     Where the operations of the graph prove where the samples are, the passes only confirm it. Elsewhere they decide:
     weighting sample j by w_j scales what belongs to sample j by w_j and nothing else.
-
-    Raises:
-        ValueError: the losses share terms between samples.
-        ArithmeticError: a second backward pass is not what the first one was.
-        FloatingPointError: NaN or Inf in a gradient.
     """
     n, sites = len(losses), recording.sites
     nodes = nodes_of(losses)
     foreign = recording.hooked or not all(map(of_torch, nodes))
-    structure = Structure([None] * len(sites), coarsest=coarsest_of(losses, nodes), foreign=foreign)
-    if n == 1:
-        for site in sites:
-            one = candidates(site.shape, site.axes, 1)
-            structure.layouts[site.index] = one[0] if one else None
-    else:
+    structure = Structure([], coarsest=coarsest_of(losses, nodes), foreign=foreign)
+    for site in sites:
+        site.layout = next(iter(candidates(site.shape, site.axes, 1)), None) if n == 1 else None
+    if n > 1:
         search = Search(recording, losses, nodes, structure.coarsest, foreign)
         search.run()
-        structure.layouts, structure.loops, structure.anchors = search.layouts, search.loops, search.anchors
-    for site, layout in zip(sites, structure.layouts, strict=True):
-        site.active = layout is not None
+        structure.loops, structure.anchors = search.loops, search.anchors
+    structure.layouts = [site.layout for site in sites]
     for name in audit(recording, losses):
         reason = recording.unknown.get(name, "an operation that torch functions do not show")
         structure.loops.setdefault(name, f"no rule covers {reason}")
@@ -153,8 +142,5 @@ def confirm(recording: Recording, losses: Tensor, structure: Structure, taps: di
 def announce(loops: dict[str, str]) -> None:
     """Warn of parameters that take a loop over the losses."""
     for name, reason in loops.items():
-        warnings.warn(
-            f"{reason} with parameter {name}: its per-sample gradients come from one backward pass per sample, exact "
-            "and slow",
-            stacklevel=5,
-        )
+        way = "its per-sample gradients come from one backward pass per sample, exact and slow"
+        warnings.warn(f"{reason} with parameter {name}: {way}", stacklevel=5)

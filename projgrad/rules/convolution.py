@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops.cost import GramRoute, chunk_bytes
 from ..ops.linear_impl import linear_gram
 from ..ops.numerics import product_dtype
-from .rule import Rule, gram
+from .rule import Rule, add_, gram
 
 
 class Convolution(Rule):
@@ -35,8 +35,8 @@ class Convolution(Rule):
         small: Tensor,
         kernel: Sequence[int],
         stride: Sequence[int],
-        padding: Sequence[tuple[int, int]],
         dilation: Sequence[int],
+        padding: Sequence[tuple[int, int]],
         groups: int,
     ) -> None:
         self.n, self.large, self.small, self.groups, self.device = len(large), large, small, groups, large.device
@@ -54,11 +54,8 @@ class Convolution(Rule):
         positions = self.small.shape[3:]
         steps = [s * d for s, d in zip(large.stride()[4:], self.dilation, strict=True)]
         moves = [s * d for s, d in zip(large.stride()[4:], self.stride, strict=True)]
-        windows = large.as_strided(
-            (*large.shape[:4], *self.kernel, *positions),
-            (*large.stride()[:4], *steps, *moves),
-            large.storage_offset(),
-        )  # [n, t, groups, channels, *kernel, *positions]
+        size, stride = (*large.shape[:4], *self.kernel, *positions), (*large.stride()[:4], *steps, *moves)
+        windows = large.as_strided(size, stride, large.storage_offset())
         windows = windows.movedim(1, 3 + len(self.kernel))
         return windows.reshape(self.n, large.shape[2], large.shape[3] * math.prod(self.kernel), -1)
 
@@ -68,7 +65,7 @@ class Convolution(Rule):
         return small.movedim(1, 3).reshape(self.n, small.shape[2], small.shape[3], -1)
 
     def _spans(self, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
-        """Groups and channels that are treated at once: as many as have windows of two chunks."""
+        """Yield groups and channels that are treated at once: as many as have windows of two chunks."""
         one = self.n * math.prod(self.kernel) * self.small[0, :, 0].numel() * dtype.itemsize
         step = max(1, 2 * chunk_bytes(self.device.type) // max(1, one))
         if self.groups == 1:
@@ -80,7 +77,7 @@ class Convolution(Rule):
                 yield slice(start, min(start + step, self.groups)), slice(0, self.channels)
 
     def _blocks(self, float64: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Per-sample gradients [n, groups * r, channels, kernel] of every span."""
+        """Yield per-sample gradients [n, groups * r, channels, kernel] of every span."""
         dtype = torch.float64 if float64 else self.dtype
         for groups, channels in self._spans(dtype):
             p, q = self._small(groups, dtype), self._windows(groups, channels, dtype)
@@ -101,16 +98,13 @@ class Convolution(Rule):
 
     def gram(self, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Tensor]:
         K, v = 0.0, 0.0
-        for k, w in self._linear(u, float64) if self.groups == 1 else self._grouped(u, float64):
+        grouped = (gram(g, None if u is None else self._part(u, *at), float64) for *at, g in self._blocks(float64))
+        for k, w in self._linear(u, float64) if self.groups == 1 else grouped:
             K, v = K + k, v + w
         return K, v
 
-    def _grouped(self, u: Tensor | None, float64: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        for groups, channels, g in self._blocks(float64):
-            yield gram(g, None if u is None else self._part(u, groups, channels), float64)
-
     def _linear(self, u: Tensor | None, float64: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """With one group, the windows of some channels are the inputs of a linear layer."""
+        """Yield K and v of every span: with one group, its windows are the inputs of a linear layer."""
         dtype = torch.float64 if float64 else self.dtype
         small = self._small(slice(0, 1), dtype)[:, 0]  # [n, r, t * positions]
         for groups, channels in self._spans(dtype):
@@ -149,31 +143,18 @@ class Convolution(Rule):
             large, before = F.pad(large, self.padding), [0] * dims
             for d, span in enumerate(spans):  # a transposed convolution may write behind its last window
                 large = large.narrow(2 + d, 0, span)
-        weight = large.new_empty(()).expand(self.shape)
-        grad = torch.ops.aten.convolution_backward(
-            small.to(large.dtype),
-            large,
-            weight,
-            None,
-            self.stride,
-            before,
-            self.dilation,
-            False,
-            [0] * dims,
-            self.groups,
-            [False, True, False],
-        )[1]
+        factors = small.to(large.dtype), large, large.new_empty(()).expand(self.shape), None
+        geometry = self.stride, before, self.dilation, False, [0] * dims, self.groups
+        _, grad, _ = torch.ops.aten.convolution_backward(*factors, *geometry, [False, True, False])
         out.add_(grad)
 
     def _combine_windows_(self, out: Tensor, c: Tensor) -> None:
         for groups, channels in self._spans(self.dtype):
             p = self._small(groups, self.dtype) * c.to(self.dtype).view(-1, 1, 1, 1)
             g = torch.einsum("nhrl,nhcl->hrc", p, self._windows(groups, channels, self.dtype))
-            target = self._part(out, groups, channels)
-            target.add_(g.reshape(target.shape))
+            add_(self._part(out, groups, channels), g)
 
     def moments_(self, first: Tensor, second: Tensor) -> None:
         for groups, channels, g in self._blocks(False):
             for out, part in ((first, g.sum(0)), (second, g.square().sum(0))):
-                target = self._part(out, groups, channels)
-                target.add_(part.reshape(target.shape))
+                add_(self._part(out, groups, channels), part)

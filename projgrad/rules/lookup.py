@@ -11,12 +11,8 @@ from .rule import Rule, gram
 class Lookup(Rule):
     """Position t of sample j read row ids[j, t] of a table and got b[j, t] back; ids < 0 read nothing.
 
-    Which rows occur decides how much there is to do: the ids come to the host, once.
-
-    Args:
-        ids: [n, t].
-        b: [n, t, *cols].
-        shape: of the table.
+    ids [n, t], b [n, t, *cols]; shape: of the table. Which rows occur decides how much there is to do: the ids come to
+    the host, once.
     """
 
     name = "lookup"

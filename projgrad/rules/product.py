@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops import linear_impl
 from ..ops.cost import GramRoute, linear_route
 from ..ops.numerics import product_dtype
-from .rule import Rule, Sum
+from .rule import Rule, Sum, add_
 
 
 class Product(Rule):
@@ -79,18 +79,16 @@ class Product(Rule):
         else:
             part = torch.zeros(p.shape[2], q.shape[2], dtype=self.dtype, device=p.device)
             linear_impl.linear_combine_(part, q, p, c)
-            target.add_(part.view(target.shape))
+            add_(target, part)
 
     def moments_(self, first: Tensor, second: Tensor) -> None:
         sums = linear_impl.linear_moments(self.q.flatten(2), self.p.flatten(2))
         for out, part in zip((first, second), sums, strict=True):
-            target = out.permute(self.order)
-            target.add_(part.view(target.shape))
+            add_(out.permute(self.order), part)
 
     def transposed(self) -> Product:
         """Return the rule of the transposed parameter."""
-        flip = [d for d in range(len(self.order))][::-1]
-        return Product(self.p, self.q, self.left, self.right, [flip[d] for d in self.order])
+        return Product(self.p, self.q, self.left, self.right, [len(self.order) - 1 - d for d in self.order])
 
 
 class Grouped(Rule):
@@ -103,7 +101,7 @@ class Grouped(Rule):
         self.sizes = [*groups, *left, *right]
         self.inverse = [order.index(d) for d in range(len(order))]
         self.shape = torch.Size(self.sizes[d] for d in self.inverse)
-        first = Product(p[:, :, 0], q[:, :, 0], p.shape[3:], q.shape[3:], (0, 1))
+        first = self._group(0)
         self.dtype, self.has_16bit_factor = first.dtype, first.has_16bit_factor
 
     def _group(self, h: int) -> Product:

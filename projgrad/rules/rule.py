@@ -60,25 +60,20 @@ class Rule:
     def combine_(self, out: Tensor, c: Tensor, float64: bool = False) -> None:
         """Add Σ_j c_j g_j to out, of shape `shape`; c [n] float64."""
         for rows, g in self._chunks(float64):
-            self._add(out, rows, torch.einsum("n,nrc->rc", c.to(g.dtype), g))
+            add_(out[rows] if out.ndim else out, torch.einsum("n,nrc->rc", c.to(g.dtype), g))
 
     def moments_(self, first: Tensor, second: Tensor) -> None:
         """Add Σ_j g_j to first and Σ_j g_j² to second, each of shape `shape`."""
         for rows, g in self._chunks():
-            self._add(first, rows, g.sum(0))
-            self._add(second, rows, g.square().sum(0))
-
-    def _add(self, out: Tensor, rows: slice, part: Tensor) -> None:
-        target = out[rows] if out.ndim else out
-        target.add_(part.reshape(target.shape))
+            for out, part in ((first, g.sum(0)), (second, g.square().sum(0))):
+                add_(out[rows] if out.ndim else out, part)
 
     def cost(self) -> GramRoute:
         """Return how `gram` goes about it: route, flops, bytes besides the factors."""
         step = self.chunk_rows(False)
         flops = self.n * (self.n + 1) * self.rows * self.cols
-        return GramRoute(
-            "chunks", step, self.cols, flops, self.n * min(step, self.rows) * self.cols * self.dtype.itemsize
-        )
+        bytes = self.n * min(step, self.rows) * self.cols * self.dtype.itemsize
+        return GramRoute("chunks", step, self.cols, flops, bytes)
 
     def dense(self) -> Tensor:
         """Return G [n, *shape]."""
@@ -94,6 +89,11 @@ class Rule:
         """Return how many rows of the parameter make one chunk."""
         one = self.n * self.cols * (8 if float64 else self.dtype.itemsize)
         return max(1, chunk_bytes(self.device.type) // max(1, one))
+
+
+def add_(out: Tensor, part: Tensor) -> None:
+    """Add a part with as many elements, in another shape perhaps."""
+    out.add_(part.reshape(out.shape))
 
 
 def gram(g: Tensor, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Tensor]:

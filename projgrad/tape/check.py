@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..recording.graph import coarser
-from ..recording.host_reads import HostReads, length
+from ..recording.host_reads import HostReads
 
 
 class WeightStats(NamedTuple):
@@ -83,14 +82,9 @@ class Checks(HostReads):
         name: str = "",
         blame: Callable[[], str] = str,
     ) -> None:
-        """Check u += Gᵀ w: the rules predict its effect, which was measured.
+        """Check the measured outcome of u += Gᵀ w against what the rules predict.
 
-        Args:
-            outcome: the effect.
-            weights: of w.
-            u2: ‖u‖² before.
-            name: of the parameter, "" for all.
-            blame: what to add to the message of a failure.
+        weights: of w. u2: ‖u‖² before. name: of the parameter, "" for all. blame: what to add to a refusal's message.
         """
         for quantity, measured in zip(Outcome._fields, outcome, strict=True):
             if measured is None:
@@ -104,31 +98,25 @@ class Checks(HostReads):
 
             self.defer(measured.numbers, compare)
 
-    def check_watched(
-        self, name: str, K: Tensor, grad: Tensor | None, total: Tensor, precision: Precision, coarsest: torch.dtype
+    def check_parameter(
+        self, name: str, w: Tensor, K: Tensor, squared_norm: Tensor, total: Tensor, precision: Precision
     ) -> None:
-        """Check Σ_j g_j of one parameter, from plain autograd, against its K.
+        """Check Σ_j w_j g_j of one parameter, from plain autograd, against its K.
 
-        Args:
-            K: of this parameter alone.
-            grad: Σ_j g_j, None for zero.
-            total: Σ_j ‖g_j‖ over all parameters.
-            coarsest: the type in which autograd may have summed over the samples.
+        K: of this parameter alone. squared_norm: of Σ_j w_j g_j. total: Σ_j |w_j| ‖g_j‖ over all parameters.
         """
-        weights = weight_stats_of(torch.ones_like(K[0]), K)
-        square = torch.zeros_like(total) if grad is None else length(grad).square()
-        limit = tolerance_of(coarser(precision.compared, coarsest), K.is_cuda)
+        limit = tolerance_of(precision.compared, K.is_cuda)
 
         def compare(values: list[float]) -> None:
-            *stats, square, total = values
+            *stats, squared_norm, total = values
             floor = 100 * torch.finfo(precision.products).eps * total
             blame = lambda: f", in {name}"  # noqa: E731
             error = check_relative_error(
-                "squared_norm", square, WeightStats(*stats), 0.0, limit, precision.products, blame, floor
+                "squared_norm", squared_norm, WeightStats(*stats), 0.0, limit, precision.products, blame, floor
             )
             self.worst[""] = max(self.worst[""], error)
 
-        self.defer(torch.cat([weights, torch.stack([square, total])]), compare)
+        self.defer(torch.cat([weight_stats_of(w, K), torch.stack([squared_norm, total])]), compare)
 
 
 def tolerance_of(dtype: torch.dtype, cuda: bool) -> float:
@@ -196,11 +184,7 @@ def check_relative_error(
 
 
 def check_finite(K: Tensor, v: Tensor) -> None:
-    """Check the products of all samples.
-
-    Raises:
-        FloatingPointError: NaN or Inf, with the samples that have it.
-    """
+    """Refuse NaN or Inf in the products of all samples; name those that have it."""
     if not (K.isfinite().all() and v.isfinite().all()):
         bad = (~K.diagonal().isfinite()).nonzero().flatten().tolist()
         raise FloatingPointError(f"NaN or Inf in the gradients of samples {bad[:8]}; nothing was changed")

@@ -10,28 +10,9 @@ from torch import Tensor
 from ..ops.numerics import product_dtype
 from ..recording.sites import Source
 from ..rules.rule import Rule
-from .factors import ForgetFactors, few_positions, products
+from .factors import ForgetFactors, few_positions
 
 Pieces = list[tuple[Source, Rule]]  # of one parameter
-
-
-def part(source: Source, t: Tensor) -> Tensor:
-    """Return what of a tensor in the shape of the parameter belongs to a source; a view unless the source is rows."""
-    return source.view(t[None] if source.whole else t.contiguous()[None])[0]
-
-
-def combine_(source: Source, rule: Rule, out: Tensor, c: Tensor, float64: bool = False) -> None:
-    """Add Σ_j c_j g_j to `out`, contiguous and of the parameter's shape."""
-    if source.rows is None:
-        rule.combine_(part(source, out), c, float64)
-        return
-    rows = out.new_zeros(source.tensor.shape)
-    rule.combine_(rows, c, float64)
-    _add_rows_(source, out, rows)
-
-
-def _add_rows_(source: Source, out: Tensor, rows: Tensor) -> None:
-    out.index_add_(0, source.rows.flatten(), rows.flatten(0, source.rows.ndim - 1))
 
 
 class Consumer:
@@ -58,6 +39,7 @@ class Products(Consumer):
         rates: weights of the parameters in the sums, 1 by default.
         factors: of u, where known.
         watch: a parameter whose K is also kept on its own, in `watched`.
+        cheap_in_float64: multiply in float64 where that costs nothing to speak of.
     """
 
     def __init__(
@@ -68,8 +50,10 @@ class Products(Consumer):
         rates: Mapping[str, float] | None = None,
         factors: ForgetFactors | None = None,
         watch: str = "",
+        cheap_in_float64: bool = False,
     ) -> None:
-        self.u, self.gram, self.float64, self.rates, self.watch = u or {}, gram, float64, rates or {}, watch
+        self.u, self.gram, self.rates, self.watch = u or {}, gram, rates or {}, watch
+        self.float64, self.cheap_in_float64 = float64, cheap_in_float64
         self.factors = ForgetFactors() if factors is None else factors
         self.has_16bit_factor = False
         self.K: Tensor | float = 0.0
@@ -79,16 +63,19 @@ class Products(Consumer):
     def add(self, name: str, source: Source, rule: Rule) -> None:
         self.has_16bit_factor = self.has_16bit_factor or rule.has_16bit_factor
         u = self.u.get(name)
-        u = None if u is None else part(source, u)[None]
+        u = None if u is None else _part(source, u)[None]
         rate = self.rates.get(name, 1.0)
+        float64 = self.float64 or (self.cheap_in_float64 and rule.cheap)
         if self.gram:
-            K, v = products(rule, u, self.factors.get(name) if source.whole else None, self.float64)
+            factored = self.factors.get(name) if source.whole and few_positions(rule) else None
+            K, v = rule.gram(u if factored is None else None, float64)
+            v = v if factored is None else factored.dot(rule, float64)
             self.factors.useful = self.factors.useful or few_positions(rule)
             self.K = self.K + (K if rate == 1 else rate * K)
             if name == self.watch:
                 self.watched = self.watched + K
         elif u is not None:
-            v = rule.dot(u, self.float64)
+            v = rule.dot(u, float64)
         if u is not None:
             self.v = self.v + (v[:, 0] if rate == 1 else rate * v[:, 0])
 
@@ -121,21 +108,13 @@ class Moments(Consumer):
         )
 
     def add(self, name: str, source: Source, rule: Rule) -> None:
-        targets = self.first[name], self.second[name]
-        if source.rows is None:
-            rule.moments_(*(part(source, t) for t in targets))
-            return
-        sums = [t.new_zeros(source.tensor.shape) for t in targets]
-        rule.moments_(*sums)
-        for target, rows in zip(targets, sums, strict=True):
-            _add_rows_(source, target, rows)
+        add_(source, rule.moments_, self.first[name], self.second[name])
 
 
 class CollectRules(Consumer):
     """The rules themselves, by parameter, for as many products as are wanted.
 
-    Args:
-        complete: called with a parameter's name and its pieces when there are no more of them; they are then dropped.
+    complete: called with a parameter's name and its pieces when there are no more of them; they are then dropped.
     """
 
     def __init__(self, complete: Callable[[str, Pieces], None] | None = None) -> None:
@@ -150,8 +129,24 @@ class CollectRules(Consumer):
             self.complete(name, self.pieces.pop(name))
 
 
+def _part(source: Source, t: Tensor) -> Tensor:
+    """Return what of a tensor in the shape of the parameter belongs to a source; a view unless the source is rows."""
+    return source.view(t[None] if source.whole else t.contiguous()[None])[0]
+
+
+def add_(source: Source, rule_adds: Callable[..., None], *outs: Tensor) -> None:
+    """Call `rule_adds` with what of `outs`, contiguous and in the shape of the parameter, belongs to a source."""
+    if source.rows is None:
+        rule_adds(*(_part(source, out) for out in outs))
+        return
+    sums = [out.new_zeros(source.tensor.shape) for out in outs]
+    rule_adds(*sums)
+    for out, rows in zip(outs, sums, strict=True):
+        out.index_add_(0, source.rows.flatten(), rows.flatten(0, source.rows.ndim - 1))
+
+
 def explicit(p: Tensor, pieces: Sequence[tuple[Source, Rule]], n: int) -> Tensor:
-    """Return the per-sample gradients of one parameter in full, [n, *p.shape], float32 or better."""
+    """Return the per-sample gradients of one parameter in full, [n, *p.shape], float32 or better; no pieces: zeros."""
     if len(pieces) == 1 and pieces[0][0].whole:
         return pieces[0][1].dense()
     G = p.new_zeros((n, *p.shape), dtype=product_dtype(p.dtype))

@@ -39,9 +39,8 @@ class Explanation(list[Line]):
         numbers = [(f"{s.bytes / 1e6:.2f}", f"{s.flops / 1e6:.1f}", f"{s.actual / 1e6:.2f}") for s in self]
         rows = [(*line[:4], *cells) for line, cells in zip(self, numbers, strict=True)]
         widths = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]
-        align = "<<<<>>>"
         return "\n".join(
-            "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, align, widths, strict=True)).rstrip()
+            "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, "<<<<>>>", widths, strict=True)).rstrip()
             for row in [head, *rows]
         )
 

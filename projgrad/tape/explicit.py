@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..ops.gram import gram
-from ..ops.numerics import product_dtype
 from ..ops.refinement import cosines
 from .consumers import CollectRules, Pieces, explicit
 from .passes import Passes
@@ -28,89 +27,65 @@ def rows(passes: Passes, losses: Tensor) -> dict[str, Tensor]:
         G[name] = explicit(parameters[name], pieces, n)
 
     passes.run(losses, CollectRules(complete))
-    zeros = {name: _zeros(p, n) for name, p in parameters.items() if name not in G}
-    return {name: G[name] if name in G else zeros[name] for name in parameters}
+    return {name: G[name] if name in G else explicit(p, [], n) for name, p in parameters.items()}
 
 
 def project_explicit(
-    passes: Passes,
-    losses: Tensor,
-    projector: Projector,
-    scope: str,
-    add: Tensor | None,
-    rates: Mapping[str, float],
+    passes: Passes, losses: Tensor, projector: Projector, scope: str, add: Tensor | None, rates: Mapping[str, float]
 ) -> Projection:
     """Set p.grad to projector(p.grad, G) + Σ_j add_j g_j; the rank stays unknown.
 
-    Args:
-        projector: called with u [p] and G [n, p], for all tensors together or, with scope="per_tensor", one at a time.
-        add: [n], None for zero.
-        rates: see `Tape.project_`; a projector then gets both multiplied by their roots.
-
-    Raises:
-        FloatingPointError: NaN or Inf in a gradient.
+    projector: called with u [p] and G [n, p], for all tensors together or, with scope="per_tensor", one at a time; with
+    `rates` both are multiplied by their roots, see `Tape.project_`.
     """
     verify(passes, losses)
     parameters, n, per_tensor = passes.recording.parameters, len(losses), scope == "per_tensor"
     add = losses.new_zeros(n) if add is None else add
-    projection = _Projected(projector, parameters, add, {} if per_tensor else rates)
     G: dict[str, Tensor] = {}
+    projected: list[tuple[float, float, float]] = []  # what `_project` returns, of every vector
+    unused = {name for name, p in parameters.items() if p.grad is not None}
+
+    def project(names: Sequence[str]) -> None:
+        """Project p.grad of these parameters as one vector."""
+        rows = torch.cat([G.pop(name).flatten(1) for name in names], 1)
+        params = {name: parameters[name] for name in names}
+        projected.append(_project(projector, params, rows, add, {} if per_tensor else rates))
 
     def complete(name: str, pieces: Pieces) -> None:
         G[name] = explicit(parameters[name], pieces, n)
+        unused.discard(name)
         if per_tensor:
-            projection.project([name], [G.pop(name)])
+            project([name])
 
     passes.run(losses, CollectRules(complete))
-    unused = {name: _zeros(p, n) for name, p in parameters.items() if p.grad is not None and name not in G}
-    if per_tensor:
-        for name in unused.keys() - projection.seen:
-            projection.project([name], [unused[name]])
-    else:
-        G |= unused
-        projection.project(names := [name for name in parameters if name in G], [G[name] for name in names])
-    return projection.record()
+    for name in [name for name in parameters if name in unused]:
+        complete(name, [])
+    if not per_tensor:
+        project([name for name in parameters if name in G])
+    before, after = (sum(numbers[k] for numbers in projected) for k in (0, 1))
+    worst = max([0.0, *(cosine for *_, cosine in projected)])
+    return Projection(None, (after / before) ** 0.5 if before else 1.0, worst, 0, 0.0, (before, after))
 
 
-class _Projected:
-    """What a projector made of p.grad, group of tensors by group."""
-
-    def __init__(
-        self, projector: Projector, parameters: Mapping[str, Tensor], add: Tensor, rates: Mapping[str, float]
-    ) -> None:
-        self.projector, self.parameters, self.add, self.rates = projector, parameters, add, rates
-        self.before = self.after = self.worst = 0.0
-        self.seen: set[str] = set()
-
-    def project(self, names: Sequence[str], rows: Sequence[Tensor]) -> None:
-        """Project p.grad of these parameters, whose per-sample gradients are `rows`, as one vector."""
-        params = [self.parameters[name] for name in names]
-        G = torch.cat([g.flatten(1) for g in rows], 1)
-        u = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params]).to(G.dtype)
-        mean = self.add.to(G.dtype) @ G
-        roots, given = None, u
-        if self.rates:
-            sizes = zip(names, params, strict=True)
-            roots = torch.cat([u.new_full((p.numel(),), self.rates.get(name, 1.0) ** 0.5) for name, p in sizes])
-            u, G = u * roots, G.mul_(roots)
-        out = self.projector(u, G)
-        K, r = gram(G, out[None])
-        squares = torch.stack([u.double().square().sum(), out.double().square().sum()])[:, None]
-        if not (squares.isfinite().all() and K.isfinite().all()):
-            raise FloatingPointError(f"NaN or Inf in the gradients of {', '.join(names)[:80]}; nothing was changed")
-        self.worst = max(self.worst, float(cosines(K, r, squares, torch.zeros_like(r)).max()))
-        self.before, self.after = self.before + float(squares[0]), self.after + float(squares[1])
-        if roots is not None:  # what a rate of zero keeps in place is not projected
-            out = torch.where(roots > 0, out / roots, given)
-        for p, grad in zip(params, (out + mean).split([p.numel() for p in params]), strict=True):
-            p.grad = grad.view_as(p).to(p.dtype)
-        self.seen.update(names)
-
-    def record(self) -> Projection:
-        """Return what was done."""
-        preserved = (self.after / self.before) ** 0.5 if self.before else 1.0
-        return Projection(None, preserved, self.worst, 0, 0.0, (self.before, self.after))
-
-
-def _zeros(p: Tensor, n: int) -> Tensor:
-    return p.new_zeros((n, *p.shape), dtype=product_dtype(p.dtype))
+def _project(
+    projector: Projector, params: Mapping[str, Tensor], G: Tensor, add: Tensor, rates: Mapping[str, float]
+) -> tuple[float, float, float]:
+    """Project p.grad of some parameters as one vector; return ‖u‖² and ‖result‖², and the largest cosine with a g_j."""
+    u = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params.values()]).to(G.dtype)
+    mean, sizes = add.to(G.dtype) @ G, [p.numel() for p in params.values()]
+    given, roots = u, None
+    if rates:
+        weights = [rates.get(name, 1.0) ** 0.5 for name in params]
+        roots = torch.cat([u.new_full((size,), root) for size, root in zip(sizes, weights, strict=True)])
+        u, G = u * roots, G.mul_(roots)
+    out = projector(u, G)
+    K, r = gram(G, out[None])
+    squares = torch.stack([u.double().square().sum(), out.double().square().sum()])[:, None]
+    if not (squares.isfinite().all() and K.isfinite().all()):
+        raise FloatingPointError(f"NaN or Inf in the gradients of {', '.join(params)[:80]}; nothing was changed")
+    cosine = cosines(K, r, squares, torch.zeros_like(r)).max()
+    if roots is not None:  # what a rate of zero keeps in place is not projected
+        out = torch.where(roots > 0, out / roots, given)
+    for p, grad in zip(params.values(), (out + mean).split(sizes), strict=True):
+        p.grad = grad.view_as(p).to(p.dtype)
+    return float(squares[0]), float(squares[1]), float(cosine)

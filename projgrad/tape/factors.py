@@ -50,13 +50,6 @@ def few_positions(rule: Rule) -> bool:
     return 4 * tokens * (i + o) < i * o
 
 
-def products(rule: Rule, u: Tensor | None, factored: FactoredGradient | None, float64: bool) -> tuple[Tensor, Tensor]:
-    """Return K and v of one rule; factored: the factors of u, if they are known."""
-    if factored is None or not few_positions(rule):
-        return rule.gram(u, float64)
-    return rule.gram(None, float64)[0], factored.dot(rule, float64)
-
-
 def accumulate_(recording: Recording, loss: Tensor, weight: float) -> ForgetFactors:
     """Add weight * ∂loss/∂p to every p.grad by plain autograd; loss () of the recorded forward pass.
 
@@ -65,10 +58,11 @@ def accumulate_(recording: Recording, loss: Tensor, weight: float) -> ForgetFact
     """
     factors = ForgetFactors()
     uses = Counter(name for site in recording.sites for source in site.sources for name in source.names)
+    uses.update(recording.unknown.keys())
 
     def receive(site: Site, b: Tensor, saved: Sequence[Tensor]) -> None:
         first = site.sources[0]
-        if site.name != "linear" or not saved or not first.whole:
+        if site.name != "linear" or not saved or not first.whole or first.tensor.grad is not None:
             return
         p, q = b.detach().flatten(0, -2), saved[0].detach().flatten(0, -2)
         (name,) = first.names

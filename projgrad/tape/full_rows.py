@@ -31,9 +31,8 @@ def mapped(recording: Recording, plan: UsePlan, dense: dict[int, Tensor]) -> Ite
         for name, g in zip(names, grads, strict=True):
             if g is not None:
                 rows[name] = rows[name] + g if name in rows else g
-    for name in sorted(plan.maps):
-        if name in rows:
-            yield name, rows[name]
+    for name in sorted(rows):
+        yield name, rows[name]
 
 
 def looped(recording: Recording, losses: Tensor, loops: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from ..ops.numerics import product_dtype
 from ..recording.backward import recomputing
 from ..recording.graph import coarser
 from ..recording.host_reads import inner, length, lengths, to_host
-from ..recording.sites import Source
-from ..rules.rule import Rule
 from .check import Checks, Measured, Outcome, Precision, exact_convolutions
-from .consumers import CollectRules, Pieces, Products, combine_, part
-from .factors import ForgetFactors, few_positions, products
+from .consumers import CollectRules, Pieces, Products, add_
+from .factors import ForgetFactors
 from .passes import Passes
 
 
 class GradientAccess:
     """Products with the per-sample gradients, and the correction of p.grad.
 
-    dtype: of the products. stored: of p.grad. known: ‖p.grad‖², until it changes.
-    has_16bit_factor: whether 16-bit numbers limit what autograd and the rules can agree on.
+    parameters: whose p.grad are meant. rates: their weights in all inner products, 1 by default. factors: of p.grad,
+    where known, until it changes. known: ‖p.grad‖², until it changes. dtype: of the products. stored: of p.grad, the
+    coarsest. has_16bit_factor: whether 16-bit numbers limit what autograd and the rules can agree on.
+    watch: a parameter whose K is also kept on its own, as `watched`. cheap_in_float64: see `Products`.
     """
 
-    dtype: torch.dtype
-    stored: torch.dtype
-    known: float | None = None
-    has_16bit_factor = False
+    watch = ""
+    cheap_in_float64 = False
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        rates: Mapping[str, float] | None = None,
+        factors: ForgetFactors | None = None,
+    ) -> None:
+        self.parameters, self.rates = parameters, rates or {}
+        self.factors = ForgetFactors() if factors is None else factors
+        self.stored = coarser(*(p.dtype for p in parameters.values()))
+        self.has_16bit_factor = self.stored.itemsize == 2
+        self.dtype = product_dtype(self.stored)
+        self.known: float | None = None
 
     @property
     def precision(self) -> Precision:
@@ -38,15 +51,15 @@ class GradientAccess:
 
     def grads(self) -> dict[str, Tensor]:
         """Return p.grad by name, where there is one."""
-        raise NotImplementedError
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     def rate(self, name: str) -> float:
         """Return the weight of a parameter in all inner products."""
-        return 1.0
+        return self.rates.get(name, 1.0)
 
     def numel(self) -> int:
         """Return the dimension of the space in which the per-sample gradients lie."""
-        raise NotImplementedError
+        return sum(p.numel() for p in self.parameters.values())
 
     def squares(self) -> float:
         """Return ‖p.grad‖² as it is now."""
@@ -74,10 +87,22 @@ class GradientAccess:
 
     def products(self, float64: bool) -> tuple[Tensor, Tensor]:
         """Return K [n, n] and v = G u [n] for u = p.grad as it is now, multiplied in float64 if that is set."""
-        raise NotImplementedError
+        sums = self._sums(float64, gram=True)
+        self.has_16bit_factor = self.has_16bit_factor or sums.has_16bit_factor
+        self.K, self.watched = sums.K, sums.watched
+        return sums.K, sums.v
 
     def dot(self, float64: bool) -> Tensor:
         """Return v = G u [n] for u = p.grad as it is now."""
+        return self._sums(float64, gram=False).v
+
+    def _sums(self, float64: bool, gram: bool) -> Products:
+        sums = Products(self.grads(), gram, float64, self.rates, self.factors, self.watch, self.cheap_in_float64)
+        self.run(sums)
+        return sums
+
+    def run(self, consumer: Products) -> None:
+        """Hand all rules to a consumer."""
         raise NotImplementedError
 
     def apply(self, w: Tensor, max_abs: float, float64: bool = False) -> Outcome:
@@ -92,19 +117,9 @@ class GradientAccess:
 class TwoPasses(GradientAccess):
     """Products in a backward pass without weight gradients, the correction from plain autograd in another one."""
 
-    def __init__(
-        self,
-        passes: Passes,
-        losses: Tensor,
-        rates: Mapping[str, float] | None = None,
-        factors: ForgetFactors | None = None,
-    ) -> None:
-        self.passes, self.losses, self.rates = passes, losses, rates or {}
-        self.factors = ForgetFactors() if factors is None else factors
-        self.parameters = passes.recording.parameters
-        self.stored = coarser(*(p.dtype for p in self.parameters.values()))
-        self.has_16bit_factor = self.stored.itemsize == 2
-        self.dtype = torch.float32 if self.has_16bit_factor else self.stored
+    def __init__(self, passes: Passes, losses: Tensor, rates=None, factors: ForgetFactors | None = None) -> None:
+        super().__init__(passes.recording.parameters, rates, factors)
+        self.passes, self.losses = passes, losses
 
     @property
     def precision(self) -> Precision:
@@ -112,29 +127,9 @@ class TwoPasses(GradientAccess):
         products, compared = super().precision
         return Precision(products, coarser(compared, self.passes.structure(self.losses).coarsest))
 
-    def numel(self) -> int:
-        return sum(p.numel() for p in self.parameters.values())
-
-    def rate(self, name: str) -> float:
-        return self.rates.get(name, 1.0)
-
-    def grads(self) -> dict[str, Tensor]:
-        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-
-    def _run(self, consumer: Products) -> None:
+    def run(self, consumer: Products) -> None:
         with exact_convolutions(self.losses.is_cuda):  # the other pass must meet the same gradients at the outputs
             self.passes.run(self.losses, consumer)
-
-    def products(self, float64: bool) -> tuple[Tensor, Tensor]:
-        consumer = Products(self.grads(), float64=float64, rates=self.rates, factors=self.factors)
-        self._run(consumer)
-        self.has_16bit_factor = self.has_16bit_factor or consumer.has_16bit_factor
-        return consumer.K, consumer.v
-
-    def dot(self, float64: bool) -> Tensor:
-        consumer = Products(self.grads(), gram=False, float64=float64, rates=self.rates)
-        self._run(consumer)
-        return consumer.v
 
     def apply(self, w: Tensor, max_abs: float, float64: bool = False, discard: bool = False) -> Outcome:
         """Add Gᵀ w to p.grad, or only measure it if `discard`."""
@@ -142,26 +137,22 @@ class TwoPasses(GradientAccess):
             self.factors.clear()
             self.known = None
         self.measured: dict[str, tuple[Tensor, Tensor]] = {}  # ‖g‖² and ⟨p.grad, g⟩, each times the rate
-        parameters = self.parameters.items()
-        missing = [p for _, p in parameters if p.grad is None] if discard else []
+        inputs = list(self.parameters.values())
+        missing = [p for p in inputs if p.grad is None] if discard else []
         # A gradient of 1e-38 may have a weight beyond float32: then all weights are scaled, by a power of two.
         max_abs /= torch.finfo(self.losses.dtype).max / 16
         scale = 2.0 ** math.ceil(math.log2(max_abs)) if max_abs > 1 else 1.0
-        hooks = [p.register_hook(self._measuring(name, p, discard, scale)) for name, p in parameters]
+        weights = (w / scale).to(self.losses.dtype)
+        hooks = [p.register_hook(self._measuring(name, p, discard, scale)) for name, p in self.parameters.items()]
         hooks += [p.register_post_accumulate_grad_hook(_drop_grad) for p in missing]
         try:
             with exact_convolutions(w.is_cuda), recomputing(self.passes.recording), torch.enable_grad():
-                torch.autograd.backward(
-                    self.losses,
-                    (w / scale).to(self.losses.dtype),
-                    retain_graph=True,
-                    inputs=list(self.parameters.values()),
-                )
+                torch.autograd.backward(self.losses, weights, retain_graph=True, inputs=inputs)
         finally:
             for hook in hooks:
                 hook.remove()
-        pairs = list(self.measured.values())
-        return Outcome(*(Measured(_stacked([pair[k] for pair in pairs], w)) for k in (0, 1)))
+        columns = [[pair[k].to(w.device) for pair in self.measured.values()] for k in (0, 1)]
+        return Outcome(*(Measured(torch.stack(column) if column else w.new_zeros(0)) for column in columns))
 
     def _measuring(self, name: str, p: Tensor, discard: bool, scale: float) -> Callable[[Tensor], Tensor | None]:
         """Return a hook that measures the gradient of p and keeps it from p.grad if `discard`."""
@@ -193,97 +184,68 @@ class TwoPasses(GradientAccess):
         return worst
 
 
-class KeptGradients(TwoPasses):
-    """Everything from the rules of one backward pass; plain autograd checks all of it once, then a tensor a step."""
-
-    precision = GradientAccess.precision  # there is no second pass
+class FromRules(GradientAccess):
+    """Everything from rules at hand: `pieces`, by parameter."""
 
     def __init__(
-        self, passes: Passes, losses: Tensor, checks: Checks, rates: Mapping[str, float], factors: ForgetFactors
+        self,
+        parameters: Mapping[str, Tensor],
+        pieces: Mapping[str, Pieces],
+        losses: Tensor,
+        rates: Mapping[str, float] | None = None,
+        factors: ForgetFactors | None = None,
+        cheap_in_float64: bool = False,
     ) -> None:
-        super().__init__(passes, losses, rates, factors)
-        self.checks, self.n, self.device = checks, len(losses), losses.device
-        consumer, self.watch = CollectRules(), next_watched(passes, losses)
-        watch = [self.parameters[self.watch]] if self.watch else []
-        self.grads_of_watch = passes.run(losses, consumer, retain_graph=False, watch=watch)
-        self.pieces: list[tuple[str, Source, Rule]] = [
-            (name, source, rule) for name, pieces in consumer.pieces.items() for source, rule in pieces
-        ]
-        self.has_16bit_factor = self.has_16bit_factor or any(rule.has_16bit_factor for *_, rule in self.pieces)
+        super().__init__(parameters, rates, factors)
+        self.n, self.device, self.cheap_in_float64 = len(losses), losses.device, cheap_in_float64
+        self.uses = [(name, source, rule) for name, uses in pieces.items() for source, rule in uses]
+        self.has_16bit_factor = self.has_16bit_factor or any(rule.has_16bit_factor for *_, rule in self.uses)
 
-    def _run(self, consumer: Products) -> None:
-        for name, source, rule in self.pieces:
-            consumer.add(name, source, rule)
+    def run(self, consumer: Products) -> None:
+        for use in self.uses:
+            consumer.add(*use)
         consumer.finalize(self.n, self.device)
 
+    def apply(self, w: Tensor, max_abs: float, float64: bool = False) -> Outcome:
+        for name in self.parameters:  # p.grad is about to change
+            self.factors.pop(name, None)
+        before = self.squares()
+        for name, source, rule in self.uses:
+            add_(source, functools.partial(rule.combine_, c=w, float64=float64), _grad_of(self.parameters[name]))
+        self.known = None
+        return Outcome(growth=self.growth(before))
+
+    def check_watched(
+        self, checks: Checks, name: str, K: Tensor, grad: Tensor | None, squares: Tensor, coarsest: torch.dtype
+    ) -> None:
+        """Check Σ_j g_j of one parameter, from plain autograd, against its K.
+
+        K: of this parameter alone. grad: Σ_j g_j, None for zero. squares: ‖g_j‖² over all parameters [n].
+        coarsest: the type in which autograd may have summed over the samples.
+        """
+        total = squares.clamp_min(0).sqrt().sum()
+        squared_norm = torch.zeros_like(total) if grad is None else length(grad).square()
+        precision = self.precision._replace(compared=coarser(self.precision.compared, coarsest))
+        checks.check_parameter(name, torch.ones_like(K[0]), K, squared_norm, total, precision)
+
+
+class KeptGradients(FromRules):
+    """Everything from the rules of one backward pass, in which plain autograd checks the parameter `watch`."""
+
+    def __init__(self, passes: Passes, losses: Tensor, rates, factors, checks: Checks, watch: str) -> None:
+        parameters, rules = passes.recording.parameters, CollectRules()
+        watched = [parameters[watch]] if watch else []
+        self.grads_of_watch = passes.run(losses, rules, retain_graph=False, watch=watched)
+        super().__init__(parameters, rules.pieces, losses, rates, factors)
+        self.checks, self.watch, self.coarsest = checks, watch, passes.structure(losses).coarsest
+
     def products(self, float64: bool) -> tuple[Tensor, Tensor]:
-        consumer = Products(self.grads(), float64=float64, rates=self.rates, factors=self.factors, watch=self.watch)
-        self._run(consumer)
+        K, v = super().products(float64)
         for grad in self.grads_of_watch:
-            K = consumer.watched if isinstance(consumer.watched, Tensor) else torch.zeros_like(consumer.K)
-            total = consumer.K.diagonal().clamp_min(0).sqrt().sum()
-            coarsest = self.passes.structure(self.losses).coarsest
-            self.checks.check_watched(self.watch, K, grad, total, self.precision, coarsest)
+            watched = self.watched if isinstance(self.watched, Tensor) else torch.zeros_like(K)
+            self.check_watched(self.checks, self.watch, watched, grad, K.diagonal(), self.coarsest)
         self.grads_of_watch = ()
-        return consumer.K, consumer.v
-
-    def apply(self, w: Tensor, max_abs: float, float64: bool = False) -> Outcome:
-        self.factors.clear()
-        before = self.squares()
-        for name, source, rule in self.pieces:
-            combine_(source, rule, _grad_of(self.parameters[name]), w, float64)
-        self.known = None
-        return Outcome(growth=self.growth(before))
-
-    def blame(self, w: Tensor) -> Callable[[], str]:
-        return str
-
-
-class OneTensor(GradientAccess):
-    """One parameter, with all its pieces at hand."""
-
-    def __init__(self, p: Tensor, name: str, pieces: Pieces, n: int, factors: ForgetFactors) -> None:
-        self.p, self.pieces, self.n, self.factors = p, pieces, n, factors
-        self.factored = factors.pop(name, None)
-        self.has_16bit_factor = p.dtype.itemsize == 2 or any(rule.has_16bit_factor for _, rule in pieces)
-        self.stored, self.dtype = p.dtype, torch.float32 if p.dtype.itemsize == 2 else p.dtype
-
-    def numel(self) -> int:
-        return self.p.numel()
-
-    def grads(self) -> dict[str, Tensor]:
-        return {} if self.p.grad is None else {"": self.p.grad}
-
-    def products(self, float64: bool) -> tuple[Tensor, Tensor]:
-        u, pairs = self.p.grad, []
-        for source, rule in self.pieces:
-            self.factors.useful = self.factors.useful or few_positions(rule)
-            factored = self.factored if source.whole else None
-            mine = None if u is None else part(source, u)[None]
-            pairs.append(products(rule, mine, factored, float64 or rule.cheap))
-        K, v = zip(*pairs, strict=True)
-        self.K, v = sum(K), sum(v)
-        return self.K, v[:, 0] if v.shape[1] else self.K.new_zeros(self.n)
-
-    def dot(self, float64: bool) -> Tensor:
-        dots = [rule.dot(part(source, self.p.grad)[None], float64 or rule.cheap) for source, rule in self.pieces]
-        return sum(dots)[:, 0]
-
-    def apply(self, w: Tensor, max_abs: float, float64: bool = False) -> Outcome:
-        self.factored = None  # p.grad is about to change
-        before = self.squares()
-        for source, rule in self.pieces:
-            combine_(source, rule, _grad_of(self.p), w, float64)
-        self.known = None
-        return Outcome(growth=self.growth(before))
-
-
-def next_watched(passes: Passes, losses: Tensor) -> str:
-    """Return the parameter whose turn it is: with one backward pass, plain autograd checks one tensor a step."""
-    structure = passes.structure(losses)
-    names = [name for name in passes.recording.parameters if name not in structure.loops]
-    structure.compared.turns += 1
-    return names[structure.compared.turns % len(names)] if names else ""
+        return K, v
 
 
 def _grad_of(p: Tensor) -> Tensor:
@@ -295,10 +257,6 @@ def _grad_of(p: Tensor) -> Tensor:
 
 def _drop_grad(p: Tensor) -> None:
     p.grad = None
-
-
-def _stacked(numbers: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack([t.to(like.device) for t in numbers]) if numbers else like.new_zeros(0)
 
 
 def _sum_of_squares(norms: list[float]) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._torch_private import version
 from ..recording.backward import backward, recomputing
 from ..recording.recording import Recording
 from ..recording.sites import Site, Source
@@ -23,21 +24,21 @@ from .plan import UsePlan, undo_transpose
 class Passes:
     """Backward passes through the graph of a recorded forward pass.
 
-    Args:
-        recording: of the forward pass.
-        known: structures found before, by a hash of their graphs; new ones are added.
+    known: structures found before, by a hash of their graphs; new ones are added.
     """
 
     def __init__(self, recording: Recording, known: dict[int, Structure]) -> None:
         self.recording, self._known = recording, known
-        self._latest: tuple[weakref.ref, Structure] | None = None
+        self._latest: tuple[weakref.ref, int, Structure] | None = None  # of losses, and their version
 
     def structure(self, losses: Tensor) -> Structure:
         """Return how to read the sites; see `structure_of`. It is found once for every forward pass."""
-        if self._latest is None or self._latest[0]() is not losses:
+        latest, self._latest = self._latest, None  # should this fail: the sites are about to change
+        if latest is None or latest[0]() is not losses or latest[1] != version(losses):
             structure = structure_of(self.recording, losses, self._known)
-            self._latest = weakref.ref(losses), structure
-        return self._latest[1]
+            latest = weakref.ref(losses), version(losses), structure
+        self._latest = latest
+        return latest[2]
 
     def run(
         self,
@@ -55,7 +56,7 @@ class Passes:
         structure = self.structure(losses)
         n = len(losses)
         weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
-        recording, plan = self.recording, UsePlan(self.recording, structure)
+        recording, plan = self.recording, UsePlan(self.recording, structure.loops)
         waiting: dict[tuple, list[tuple[Source, Rule]]] = defaultdict(list)
         dense: dict[int, Tensor] = {}
         arrived: set[str] = set()
@@ -70,10 +71,9 @@ class Passes:
                 consumer.parameter_done(key[0])
 
         def receive(site: Site, b: Tensor, saved: Sequence[Tensor]) -> None:
-            layout = structure.layouts[site.index]
-            if layout is None or not any(plan.wants(s) for s in site.sources):
+            if site.layout is None or not any(plan.wants(s) for s in site.sources):
                 return
-            for source, rule in zip(site.sources, site.make(b, saved, layout, n), strict=True):
+            for source, rule in zip(site.sources, site.make(b, saved, site.layout, n), strict=True):
                 if not plan.wants(source):
                     continue
                 if plan.mapped(source):
@@ -98,22 +98,16 @@ class Passes:
                 consumer.add(name, recording.whole(name), Rows(rows))
                 consumer.parameter_done(name)
             for name, rows in looped(recording, losses, structure.loops):
-                consumer.add(
-                    name, recording.whole(name), Rows(torch.einsum("n,n...->n...", weights.to(rows.dtype), rows))
-                )
+                weighted = torch.einsum("n,n...->n...", weights.to(rows.dtype), rows)
+                consumer.add(name, recording.whole(name), Rows(weighted))
                 consumer.parameter_done(name)
             consumer.finalize(n, losses.device)
         return watched
 
     def combine(self, losses: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """Return Σ_j w_j g_j of every parameter, from one ordinary backward pass."""
-        parameters = self.recording.parameters
+        parameters, weights = self.recording.parameters, weights.to(losses.dtype)
+        inputs = list(parameters.values())
         with recomputing(self.recording):
-            grads = torch.autograd.grad(
-                losses,
-                list(parameters.values()),
-                weights.to(losses.dtype),
-                retain_graph=True,
-                materialize_grads=True,
-            )
+            grads = torch.autograd.grad(losses, inputs, weights, retain_graph=True, materialize_grads=True)
         return dict(zip(parameters, grads, strict=True))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 
 from ..recording.recording import Recording
 from ..recording.sites import Source
-from ..recording.structure import Structure
 from ..rules.rule import Rule
 
 
@@ -20,23 +20,23 @@ class UsePlan:
     that are still to come. maps: parameters used through something computed from them, to be mapped back.
     """
 
-    def __init__(self, recording: Recording, structure: Structure) -> None:
-        self.loops = structure.loops
+    def __init__(self, recording: Recording, loops: Mapping[str, str]) -> None:
+        self.loops = loops
         self.uses: dict[tuple, int] = defaultdict(int)
         self.missing: dict[str, int] = defaultdict(int)
         used: dict[str, dict[int, Source]] = defaultdict(dict)
-        sites = [s for s, layout in zip(recording.sites, structure.layouts, strict=True) if layout is not None]
+        sites = [site for site in recording.sites if site.layout is not None]
         for site in sites:
             for source in site.sources:
                 if not source.settled or source.site is site:
-                    for name in source.names - self.loops.keys():
+                    for name in source.names - loops.keys():
                         used[name][id(source)] = source
         self.maps = {name for name, sources in used.items() if not _direct(recording, name, list(sources.values()))}
         while True:  # a source of several parameters makes all of them mapped
             more = {n for sources in used.values() for s in sources.values() if s.names & self.maps for n in s.names}
-            if more - self.loops.keys() <= self.maps:
+            if more - loops.keys() <= self.maps:
                 break
-            self.maps |= more - self.loops.keys()
+            self.maps |= more - loops.keys()
         for site in sites:
             for source in site.sources:
                 if self.wants(source) and not self.mapped(source):
@@ -52,17 +52,20 @@ class UsePlan:
 
     def key(self, source: Source) -> tuple:
         (name,) = source.names
-        return (name, "whole") if source.whole else (name, source.window or id(source))
+        return name, _part(source)
+
+
+def _part(source: Source) -> object:
+    """Return what identifies the part of its one parameter that a source is."""
+    return "whole" if source.whole else source.window or id(source)
 
 
 def _direct(recording: Recording, name: str, sources: list[Source]) -> bool:
     """Return whether the parameter is used only through disjoint parts of itself (or the same part again)."""
     if any(len(s.names) > 1 or not (s.whole or s.window or s.rows is not None) for s in sources):
         return False
-    parts = {}
-    for source in sources:
-        source = undo_transpose(recording, source, None)[0]
-        parts["whole" if source.whole else source.window or id(source)] = source
+    sources = [undo_transpose(recording, source, None)[0] for source in sources]
+    parts = {_part(source): source for source in sources}
     if len(parts) == 1:
         return True
     if any(s.window is None for s in parts.values()):

@@ -14,11 +14,11 @@ from ..recording.host_reads import HostReads, lengths, to_host
 from .check import Checks, WeightStats, check_finite
 from .consumers import CollectRules, Pieces
 from .factors import ForgetFactors
-from .gradient_access import GradientAccess, KeptGradients, OneTensor, TwoPasses, next_watched
+from .gradient_access import FromRules, GradientAccess, KeptGradients, TwoPasses
 from .passes import Passes
 from .records import Projection
 from .systems import Solver, Steps, System
-from .verify import verify
+from .verify import next_watched, verify
 
 RESIDUAL = 1e-6  # max_j |cos(g_j, result)| that float32 promises; above it the result is projected again
 
@@ -46,9 +46,8 @@ def project_(
     reads.flush()  # if the structure was known already
     # A second pass with other weights would round too differently in 16 bits.
     keep = keep_output_gradients or structure.coarsest.itemsize == 2
-    n = len(losses)
-    add = torch.zeros(n, dtype=torch.float64, device=losses.device) if add is None else add.double()
-    checks, solver = Checks(), Solver(damping, add)
+    add = torch.zeros(len(losses), dtype=torch.float64, device=losses.device) if add is None else add.double()
+    checks, solver = Checks(), Solver(damping, rtol, add)
     with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
         try:
             if not all(map(math.isfinite, squares.values())):  # also of tensors that the losses do not use
@@ -56,13 +55,13 @@ def project_(
             if keep or scope == "per_tensor":
                 verify(passes, losses)
             if scope == "per_tensor":
-                return _per_tensor(passes, losses, solver, rtol, squares, checks, factors)
+                return _per_tensor(passes, losses, solver, squares, checks, factors)
             if keep:
-                access = KeptGradients(passes, losses, checks, rates, factors)
+                access = KeptGradients(passes, losses, rates, factors, checks, next_watched(passes, losses))
             else:
                 access = TwoPasses(passes, losses, rates, factors)
             access.known = sum(access.rate(name) * square for name, square in squares.items())
-            solver.start("", _steps(access, n, solver, rtol, checks))
+            solver.start("", _steps(access, solver, checks))
             solver.finish()
             checks.flush()
             projection = solver.projections[""]
@@ -75,11 +74,7 @@ def project_(
 
 
 def _check_gradients(parameters: Mapping[str, Tensor]) -> None:
-    """Make every p.grad contiguous.
-
-    Raises:
-        ValueError: one is sparse.
-    """
+    """Make every p.grad contiguous; refuse sparse ones."""
     for name, p in parameters.items():
         if p.grad is None:
             continue
@@ -122,9 +117,10 @@ def _defer_squares(parameters: Mapping[str, Tensor], factors: ForgetFactors, rea
     return squares
 
 
-def _steps(access: GradientAccess, n: int, solver: Solver, rtol: float | None, checks: Checks, name: str = "") -> Steps:
+def _steps(access: GradientAccess, solver: Solver, checks: Checks, name: str = "") -> Steps:
     """Project p.grad, repeat while the residual exceeds rounding, then add Gᵀ add. Yield each system to be solved."""
-    add, plain = solver.add, not solver.damping and rtol is None
+    add, rtol, n = solver.add, solver.rtol, len(solver.add)
+    plain = not solver.damping and rtol is None
     float64 = starts_in_float64(n, access.dtype, rtol)
     u2 = access.squares()
     if not math.isfinite(u2):
@@ -211,23 +207,18 @@ def _without_underflow(K: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 
 def _per_tensor(
-    passes: Passes,
-    losses: Tensor,
-    solver: Solver,
-    rtol: float | None,
-    squares: dict[str, float],
-    checks: Checks,
-    factors: ForgetFactors,
+    passes: Passes, losses: Tensor, solver: Solver, squares: dict[str, float], checks: Checks, factors: ForgetFactors
 ) -> Projection:
     """Project every tensor as soon as its last use has come by, in the one backward pass."""
     n, watch, parameters = len(losses), next_watched(passes, losses), passes.recording.parameters
-    watched: list[OneTensor] = []
+    watched: list[FromRules] = []
     row_squares = torch.zeros(n, dtype=torch.float64, device=losses.device)  # ‖g_j‖² over all tensors
 
     def complete(name: str, pieces: Pieces) -> None:
-        access = OneTensor(parameters[name], name, pieces, n, factors)
+        p, uses = {name: parameters[name]}, {name: pieces}
+        access = FromRules(p, uses, losses, factors=factors, cheap_in_float64=True)
         access.known = squares.get(name, 0.0)
-        solver.start(name, _steps(access, n, solver, rtol, checks, name))
+        solver.start(name, _steps(access, solver, checks, name))
         row_squares.add_(access.K.diagonal())
         if name == watch:
             watched.append(access)
@@ -236,9 +227,8 @@ def _per_tensor(
     grads = passes.run(losses, CollectRules(complete), retain_graph=False, watch=watch_tensors)
     solver.finish()
     for access in watched:
-        total = row_squares.clamp_min(0).sqrt().sum()
         coarsest = passes.structure(losses).coarsest
-        checks.check_watched(watch, access.K, grads[0], total, access.precision, coarsest)
+        access.check_watched(checks, watch, access.K, grads[0], row_squares, coarsest)
     checks.flush()
     tensors = solver.projections
     for name, projection in tensors.items():

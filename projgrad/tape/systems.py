@@ -81,16 +81,12 @@ def _solved(x: Tensor, numbers: list[float]) -> Solved:
 class Solver:
     """Runs projections up to the system they need, solves some of them together, and lets them go on.
 
-    Args:
-        damping: see `projgrad.project_out`.
-        add: w [n] float64: every projection also adds Σ_j w_j g_j.
-
-    Attributes:
-        projections: what became of each, by name.
+    damping, rtol: see `projgrad.project_out`. add: w [n] float64: every projection also adds Σ_j w_j g_j.
+    projections: what became of each, by name.
     """
 
-    def __init__(self, damping: float, add: Tensor) -> None:
-        self.damping, self.add = damping, add
+    def __init__(self, damping: float, rtol: float | None, add: Tensor) -> None:
+        self.damping, self.rtol, self.add = damping, rtol, add
         zero, one = torch.zeros_like(add), add.new_ones(())
         self.shifts = torch.stack([zero, add, add]), torch.stack([one, one, one - 1])[:, None]
         self.group, self.pipelined = (GROUP, True) if add.is_cuda else (1, False)

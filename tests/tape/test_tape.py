@@ -277,3 +277,33 @@ def test_autocast_around_the_projection_changes_nothing(mode):
         _, found, _ = project(model, closure, u, **MODES[mode])
     for name in u:
         assert torch.equal(found[name], expected[name]), name
+
+
+def test_losses_that_were_changed_in_place_are_looked_at_anew():
+    model = nn.Linear(5, 3)
+    with projgrad.per_sample(model) as tape:
+        losses = model(torch.randn(4, 5)).square().sum(1)
+    tape.gram(losses)
+    losses -= losses.mean()
+    with pytest.raises(ValueError, match="mixes samples"):
+        tape.gram(losses)
+
+
+def test_a_gradient_has_no_factors_where_another_operation_uses_the_weight_too():
+    model = nn.Linear(64, 64, bias=False)
+    x, lengths = torch.randn(2, 64), {}
+    for used_twice in (False, True):
+        with projgrad.per_sample(model) as tape:
+            terms = [model(x).square().mean()] + [model.weight.square().mean()] * used_twice
+            loss = torch.stack(terms).sum()
+        model.weight.grad = None
+        lengths[used_twice] = len(tape.accumulate_(loss, -1.0))
+    assert lengths == {False: 1, True: 0}
+
+
+def test_rows_of_a_table_picked_by_the_builtin_function():
+    model, x = nn.Linear(4, 4), torch.randn(3, 4)
+    with projgrad.per_sample(model) as tape:
+        losses = (x @ torch.embedding(model.weight, torch.arange(4))).square().sum(1)  # of ids known to be constant
+    expected = [torch.autograd.grad(one, model.weight, retain_graph=True)[0] for one in losses]
+    torch.testing.assert_close(tape.rows(losses)["weight"], torch.stack(expected))

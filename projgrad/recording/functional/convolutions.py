@@ -19,7 +19,7 @@ def _numbers(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
 
 
 def geometry(weight: Tensor, stride, padding, dilation) -> tuple[Sequence[int], Sequence[int], Sequence[int], list]:
-    """Kernel, stride, dilation and (before, after) padding of a convolution, a number each for every dimension."""
+    """Return kernel, stride, dilation and (before, after) padding of a convolution, one for every dimension."""
     kernel, dims = weight.shape[2:], weight.ndim - 2
     gaps = _numbers(dilation, dims)
     if padding == "same":
@@ -30,58 +30,51 @@ def geometry(weight: Tensor, stride, padding, dilation) -> tuple[Sequence[int], 
     return kernel, _numbers(stride, dims), gaps, pad
 
 
-def _convolve(function, dims: int):
+def _tap(call, y: Tensor, input: Tensor, weight: Tensor, bias, where: tuple, groups: int, transposed: bool) -> Tensor:
+    """Tap the result of a convolution, plain or transposed; where: its `geometry`."""
+
+    def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
+        g = layout.split(b, n)
+        rules: list[Rule] = []
+        if call.follows(weight):
+            x = layout.split(saved[0], n)
+            large, small = (g, x) if transposed else (x, g)
+            rules.append(Convolution(large, small, *where, groups))
+        if call.follows(bias):
+            rules.append(Rows(g.flatten(3).sum((1, 3))))
+        return rules
+
+    saved = [input] if call.follows(weight) else []
+    return call.tap(y, make, [weight, bias] if y.ndim == weight.ndim else [], (0,), saved)
+
+
+def _convolve(function):
     def conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, tape: Recorder) -> Tensor:
         call = tape.call(function.__name__, input, weight, bias)
         y = function(input, weight, bias, stride, padding, dilation, groups)
-        kernel, steps, gaps, pad = geometry(weight, stride, padding, dilation)
-        batched = y.ndim == dims + 2
-
-        def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
-            small = layout.split(b, n)
-            rules: list[Rule] = []
-            if call.follows(weight):
-                large = layout.split(saved[0], n)
-                rules.append(Convolution(large, small, kernel, steps, pad, gaps, groups))
-            if call.follows(bias):
-                rules.append(Rows(small.flatten(3).sum((1, 3))))
-            return rules
-
-        saved = [input] if call.follows(weight) else []
-        return call.tap(y, make, [weight, bias] if batched else [], (0,), saved)
+        where = geometry(weight, stride, padding, dilation)
+        return _tap(call, y, input, weight, bias, where, groups, transposed=False)
 
     conv.__name__ = function.__name__
     conv.__doc__ = f"`torch.nn.functional.{function.__name__}`, padding as numbers or a string."
     return conv
 
 
-def _convolve_transposed(function, dims: int):
+def _convolve_transposed(function):
     def conv_transpose(
         input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, *, tape: Recorder
     ) -> Tensor:
         call = tape.call(function.__name__, input, weight, bias)
         y = function(input, weight, bias, stride, padding, output_padding, groups, dilation)
-        kernel, steps, gaps = weight.shape[2:], _numbers(stride, dims), _numbers(dilation, dims)
-        pad = [(p, p) for p in _numbers(padding, dims)]
-
-        def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
-            large = layout.split(b, n)
-            rules: list[Rule] = []
-            if call.follows(weight):
-                rules.append(Convolution(large, layout.split(saved[0], n), kernel, steps, pad, gaps, groups))
-            if call.follows(bias):
-                rules.append(Rows(large.flatten(3).sum((1, 3))))
-            return rules
-
-        saved = [input] if call.follows(weight) else []
-        return call.tap(y, make, [weight, bias] if y.ndim == dims + 2 else [], (0,), saved)
+        where = geometry(weight, stride, padding, dilation)
+        return _tap(call, y, input, weight, bias, where, groups, transposed=True)
 
     conv_transpose.__name__ = function.__name__
     conv_transpose.__doc__ = f"`torch.nn.functional.{function.__name__}`."
     return conv_transpose
 
 
-conv1d, conv2d, conv3d = (_convolve(f, d) for d, f in enumerate((F.conv1d, F.conv2d, F.conv3d), 1))
-conv_transpose1d, conv_transpose2d, conv_transpose3d = (
-    _convolve_transposed(f, d) for d, f in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1)
+conv1d, conv2d, conv3d = map(_convolve, (F.conv1d, F.conv2d, F.conv3d))
+conv_transpose1d, conv_transpose2d, conv_transpose3d = map(
+    _convolve_transposed, (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 )

@@ -43,7 +43,7 @@ def blocks(g: Tensor, x: Tensor, layout: Layout, n: int) -> Iterator[tuple[slice
 
 
 def _free(y: Tensor, *parameters: Tensor) -> list[int]:
-    """Axes of y along which the parameters are only broadcast: the samples must lie along one of these."""
+    """Return the axes of y along which the parameters are only broadcast: the samples must lie along one of these."""
     return [
         axis
         for axis in range(y.ndim)
@@ -137,14 +137,8 @@ def local(function: Callable, args: tuple, kwargs: dict, aligned: bool, tape: Re
 
     def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
         given = dict(zip(tensors, saved, strict=True))
-        batched, fixed = [], {}
-        for i, t in given.items():
-            if i in followed:
-                continue
-            if (aligned or t.ndim == b.ndim) and layout.reaches(t, b):
-                batched.append(i)
-            else:
-                fixed[i] = t
+        fixed = {i: t for i, t in given.items() if i not in followed}
+        batched = [i for i, t in fixed.items() if (aligned or t.ndim == b.ndim) and layout.reaches(t, b)]
 
         def one(cotangent: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
             def run(*parameters: Tensor) -> Tensor:

@@ -14,8 +14,13 @@ from ..recording import Recorder
 from .elementwise import blocks, fold
 
 
-def _tap(x: Tensor, weight, bias, y: Tensor, normalise, axes, where, call) -> Tensor:
-    """Tap y = normalise(x) * weight + bias; `where`: the output's dimensions that weight and bias span."""
+def _normalise(tape: Recorder, name: str, function, x: Tensor, weight, bias, axes, where, again=None) -> Tensor:
+    """Tap y = function(x, weight, bias), x normalised times weight plus bias.
+
+    where: the output's dimensions that weight and bias span. again: the function that makes x normalised once more.
+    """
+    call = tape.call(name, x, weight, bias)
+    y = function(x, weight, bias)
 
     def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
         spanned = [b.shape[d] for d in where]
@@ -25,7 +30,7 @@ def _tap(x: Tensor, weight, bias, y: Tensor, normalise, axes, where, call) -> Te
         if call.follows(weight):
             parts = []
             for block, x in blocks(g, saved[0], layout, n):
-                xhat = layout.split(normalise(x), block.stop - block.start)
+                xhat = layout.split((again or function)(x, None, None), block.stop - block.start)
                 parts.append(fold(g[block] * xhat, shape))
             rules.append(Rows(torch.cat(parts).reshape(n, *spanned)))
         if call.follows(bias):
@@ -37,28 +42,22 @@ def _tap(x: Tensor, weight, bias, y: Tensor, normalise, axes, where, call) -> Te
 
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, tape: Recorder) -> Tensor:
     """`torch.nn.functional.layer_norm`."""
-    call = tape.call("layer_norm", input, weight, bias)
-    y = F.layer_norm(input, normalized_shape, weight, bias, eps)
-    last = y.ndim - len(normalized_shape)
-    plain = lambda x: F.layer_norm(x, normalized_shape, None, None, eps)  # noqa: E731
-    return _tap(input, weight, bias, y, plain, range(last), range(last, y.ndim), call)
+    function = lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps)  # noqa: E731
+    last = input.ndim - len(normalized_shape)
+    return _normalise(tape, "layer_norm", function, input, weight, bias, range(last), range(last, input.ndim))
 
 
 def rms_norm(input, normalized_shape, weight=None, eps=None, *, tape: Recorder) -> Tensor:
     """`torch.nn.functional.rms_norm`."""
-    call = tape.call("rms_norm", input, weight)
-    y = F.rms_norm(input, normalized_shape, weight, eps)
-    last = y.ndim - len(normalized_shape)
-    plain = lambda x: F.rms_norm(x, normalized_shape, None, eps)  # noqa: E731
-    return _tap(input, weight, None, y, plain, range(last), range(last, y.ndim), call)
+    function = lambda x, w, _: F.rms_norm(x, normalized_shape, w, eps)  # noqa: E731
+    last = input.ndim - len(normalized_shape)
+    return _normalise(tape, "rms_norm", function, input, weight, None, range(last), range(last, input.ndim))
 
 
 def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, tape: Recorder) -> Tensor:
     """`torch.nn.functional.group_norm`."""
-    call = tape.call("group_norm", input, weight, bias)
-    y = F.group_norm(input, num_groups, weight, bias, eps)
-    plain = lambda x: F.group_norm(x, num_groups, None, None, eps)  # noqa: E731
-    return _tap(input, weight, bias, y, plain, (0,), (1,), call)
+    function = lambda x, w, b: F.group_norm(x, num_groups, w, b, eps)  # noqa: E731
+    return _normalise(tape, "group_norm", function, input, weight, bias, (0,), (1,))
 
 
 def instance_norm(
@@ -66,11 +65,11 @@ def instance_norm(
     *, tape: Recorder,
 ) -> Tensor:  # fmt: skip
     """`torch.nn.functional.instance_norm`."""
-    call = tape.call("instance_norm", input, weight, bias)
-    y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    mean, var = (None, None) if use_input_stats else (running_mean, running_var)
-    plain = lambda x: F.instance_norm(x, mean, var, None, None, use_input_stats, 0.0, eps)  # noqa: E731
-    return _tap(input, weight, bias, y, plain, (0,), (1,), call)
+    running = running_mean, running_var
+    kept = (None, None) if use_input_stats else running  # they are updated once
+    function = lambda x, w, b: F.instance_norm(x, *running, w, b, use_input_stats, momentum, eps)  # noqa: E731
+    again = lambda x, w, b: F.instance_norm(x, *kept, w, b, use_input_stats, 0.0, eps)  # noqa: E731
+    return _normalise(tape, "instance_norm", function, input, weight, bias, (0,), (1,), again)
 
 
 def batch_norm(
@@ -86,7 +85,5 @@ def batch_norm(
             "batch norm with batch statistics: the gradient of one sample then depends on the others, so there is "
             "nothing to project. Call model.eval() first"
         )
-    call = tape.call("batch_norm", input, weight, bias)
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    plain = lambda x: F.batch_norm(x, running_mean, running_var, None, None, False, 0.0, eps)  # noqa: E731
-    return _tap(input, weight, bias, y, plain, (0,), (1,), call)
+    function = lambda x, w, b: F.batch_norm(x, running_mean, running_var, w, b, False, momentum, eps)  # noqa: E731
+    return _normalise(tape, "batch_norm", function, input, weight, bias, (0,), (1,))
