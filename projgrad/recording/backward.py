@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .interception import Interception
 from .recording import Recording
-from .refusals import CHECKPOINTING
+from .refusals import CHECKPOINTING, FREED
 from .sites import Site
 
 Receive = Callable[[Site, Tensor, Sequence[Tensor]], None]
@@ -22,6 +22,7 @@ def recomputing(recording: Recording) -> Iterator[None]:
 
     Raises:
         ValueError: checkpointing of a kind that cannot be followed.
+        RuntimeError: the graph was freed.
     """
     before, recording.recomputing = recording.recomputing, True
     try:
@@ -31,6 +32,8 @@ def recomputing(recording: Recording) -> Iterator[None]:
         for words, meaning in CHECKPOINTING.items():
             if words in str(error):
                 raise ValueError(meaning) from error
+        if "backward through the graph a second time" in str(error):
+            raise RuntimeError(FREED) from error
         raise
     finally:
         recording.recomputing = before

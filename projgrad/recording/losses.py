@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +20,8 @@ def check_shape(losses: Tensor) -> None:
         raise ValueError("there are no losses: without samples there is nothing to be orthogonal to")
     if losses.is_complex():
         raise ValueError(f"losses must be real; got {losses.dtype}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("per-sample gradients need a graph: call the tape outside torch.inference_mode()")
     if not losses.requires_grad:
         raise ValueError("the losses do not depend on any parameter that the tape follows")
 
@@ -30,15 +33,20 @@ def check_values(losses: list[float]) -> list[float]:
     return losses
 
 
-def check_weights(weights: Tensor | None, losses: Tensor) -> None:
+def check_weights(name: str, weights: Tensor | None, losses: Tensor) -> None:
     """Check that there is one weight per loss, or None."""
-    if weights is not None and weights.shape != losses.shape:
-        raise ValueError(f"weights must be (n,) = {tuple(losses.shape)}, one per loss; got {tuple(weights.shape)}")
+    if weights is not None and not (isinstance(weights, Tensor) and weights.shape == losses.shape):
+        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"{name} must be a tensor (n,) = {tuple(losses.shape)}, one per loss; got {got}")
 
 
 def named(direction: Mapping[str, Tensor] | Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a direction by name, one tensor like each parameter; without names they come in order."""
     if not isinstance(direction, Mapping):
+        if len(direction) != len(parameters):
+            raise ValueError(
+                f"direction must have one tensor for each of the {len(parameters)} parameters; got {len(direction)}"
+            )
         direction = dict(zip(parameters, direction, strict=True))
     for name, u in direction.items():
         if name not in parameters:

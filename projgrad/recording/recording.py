@@ -123,10 +123,13 @@ class Recording:
         recomputing: whether a backward pass runs parts of the forward pass again.
 
     Raises:
+        TypeError: parameters without names.
         ValueError: a complex parameter, or one with gradient hooks.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], fixed: Iterable[Tensor] = ()) -> None:
+        if not isinstance(parameters, Mapping):
+            raise TypeError(f"parameters must be a dictionary of tensors by name; got {type(parameters).__name__}")
         self.parameters = dict(parameters)
         self.sources: dict[int, Source] = {}
         for name, p in self.parameters.items():

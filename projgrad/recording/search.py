@@ -89,7 +89,7 @@ class Search:
 
     def _mixture(self, site: Site) -> str:
         reason = f"the {self.n} losses are mixed in the output {tuple(site.shape)} of {site.name}"
-        if site.shape and site.shape[0] and self.n > site.shape[0] and self.n % site.shape[0] == 0:
+        if site.shape and 1 < site.shape[0] < self.n and self.n % site.shape[0] == 0:
             reason += f" (if that is {site.shape[0]} samples, reduce the losses to one a sample)"
         return reason
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.gram import gram
-from ..ops.refinement import cosines
+from ..recording.losses import check_shape, check_weights
 from .consumers import CollectRules, Pieces, explicit
 from .passes import Passes
 from .records import Projection
@@ -38,6 +38,8 @@ def project_explicit(
     projector: called with u [p] and G [n, p], for all tensors together or, with scope="per_tensor", one at a time; with
     `rates` both are multiplied by their roots, see `Tape.project_`.
     """
+    check_shape(losses)
+    check_weights("add", add, losses)
     verify(passes, losses)
     parameters, n, per_tensor = passes.recording.parameters, len(losses), scope == "per_tensor"
     add = losses.new_zeros(n) if add is None else add
@@ -83,7 +85,11 @@ def _project(
     squares = torch.stack([u.double().square().sum(), out.double().square().sum()])[:, None]
     if not (squares.isfinite().all() and K.isfinite().all()):
         raise FloatingPointError(f"NaN or Inf in the gradients of {', '.join(params)[:80]}; nothing was changed")
-    cosine = cosines(K, r, squares, torch.zeros_like(r)).max()
+    before, after = squares[:, 0].sqrt()
+    # A result this short has no direction: what it has in common with a row is measured against ‖u‖.
+    norm = torch.where(after > 16 * len(G) * torch.finfo(G.dtype).eps * before, after, before)
+    lengths = K.diagonal().clamp_min(0).sqrt()
+    cosine = (r[:, 0].abs() / lengths.where(lengths > 0, 1)).max() / norm.where(norm > 0, 1)
     if roots is not None:  # what a rate of zero keeps in place is not projected
         out = torch.where(roots > 0, out / roots, given)
     for p, grad in zip(params.values(), (out + mean).split(sizes), strict=True):

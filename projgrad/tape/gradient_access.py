@@ -260,4 +260,4 @@ def _drop_grad(p: Tensor) -> None:
 
 
 def _sum_of_squares(norms: list[float]) -> float:
-    return sum(norm**2 for norm in norms)
+    return sum(norm * norm for norm in norms)  # inf where norm**2 is an OverflowError

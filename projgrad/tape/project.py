@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _options
 from ..ops.refinement import TAPE_PASSES, rank_tolerance, starts_in_float64
 from ..recording.host_reads import HostReads, lengths, to_host
+from ..recording.losses import check_shape, check_weights
 from .check import Checks, WeightStats, check_finite
 from .consumers import CollectRules, Pieces
 from .factors import ForgetFactors
@@ -37,6 +38,8 @@ def project_(
     """Project every p.grad in place; see `Tape.project_`. factors: of p.grad, where known."""
     _options.check_choice("scope", scope, ("global", "per_tensor"))
     damping, rtol = _options.check_solver("", damping, rtol)
+    check_shape(losses)
+    check_weights("add", add, losses)
     parameters, reads = passes.recording.parameters, passes.recording.host_reads
     factors = ForgetFactors() if factors is None else factors
     _check_gradients(parameters)
@@ -104,7 +107,7 @@ def _defer_squares(parameters: Mapping[str, Tensor], factors: ForgetFactors, rea
     if grads:
         reads.defer(
             lengths(list(grads.values())),
-            lambda norms: squares.update((name, norm**2) for name, norm in zip(grads, norms, strict=True)),
+            lambda norms: squares.update((name, norm * norm) for name, norm in zip(grads, norms, strict=True)),
         )
 
     def compare(products: list[float]) -> None:
@@ -173,7 +176,7 @@ def _steps(access: GradientAccess, solver: Solver, checks: Checks, name: str = "
         r = access.dot(float64).masked_fill(norms == 0, 0.0)
         cosine = (r.abs() / norms.where(norms > 0, 1)).max()
         *tensor_norms, largest, product = to_host(access.norms(), cosine, add @ r)
-        access.known = sum(norm**2 for norm in tensor_norms)
+        access.known = sum(norm * norm for norm in tensor_norms)
         after = access.known**0.5
         residual = largest / (max(after, noise) or 1.0)
         # Whatever is this small beside p.grad has no direction left; more passes only shuffle rounding.

@@ -73,13 +73,13 @@ class Tape:
     def combine(self, losses: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """Return Σ_j w_j g_j by name, from one ordinary backward pass; weights (n,)."""
         check_losses(losses)
-        check_weights(weights, losses)
+        check_weights("weights", weights, losses)
         return self.passes.combine(losses, weights)
 
     def moments(self, losses: Tensor, weights: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return Σ_j w_j g_j and Σ_j (w_j g_j)² by name, float32 or better; weights (n,), 1 if None."""
         verify(self.passes, losses)
-        check_weights(weights, losses)
+        check_weights("weights", weights, losses)
         moments = Moments(self.recording.parameters)
         self.passes.run(losses, moments, weights=weights)
         return moments.first, moments.second

@@ -337,7 +337,7 @@ REFUSED = {
     "accumulate_hook": (_hooked_after, "parameter 0.weight has gradient hooks"),
     "nothing_to_follow": (lambda m, x: projgrad.per_sample(m.requires_grad_(False)), "no parameter.*nothing to follow"),
     "unknown_scope": (_scope, "scope must be 'global' or 'per_tensor'; got 'layer'"),
-    "weights": (_weights, r"weights must be \(n,\) = \(5,\), one per loss; got \(4,\)"),
+    "weights": (_weights, r"weights must be a tensor \(n,\) = \(5,\), one per loss; got \(4,\)"),
     "direction": (_direction, r"direction\['0.bias'\] must be \(6,\) like the parameter; got \(5,\)"),
     "unknown_direction": (_unknown_direction, "direction has 'bias', which the tape does not follow"),
 }
