@@ -31,8 +31,8 @@ class Rates(NamedTuple):
     chunk: int
 
 
-# Measured on two Zen 4 cores in float32 (`python -m bench.routes`); a chunk stays in a common L3. Of 704 sizes timed on
-# two days the route is within 15 % of the faster one at 686; constants fitted to all these times reach 683.
+# Measured on two Zen 4 cores in float32 (`python -m bench.routes`); a chunk stays in a common L3. Of 352 sizes timed
+# twice the route is within 15 % of the faster one in 686 of 704 cases; constants fitted to all these times reach 683.
 CPU = Rates(30_000.0, 1 / 190, 1 / 190, 1 / 60, 0.09, 0.25, 2.0, 8 << 20)
 # Predicted, not measured, for a GPU with 4.3 TB/s and 790 TFLOP/s in 16 bits, of which a kernel reaches 60 to 70 %:
 # float32 in six of those products or by its own units. A chunk written and read costs 8 bytes of bandwidth an element;
