@@ -2,8 +2,7 @@
 
     python examples/orthograd_by_hand.py
 
-`step` below and `projgrad.OrthoGrad.step` apply the same update. This one holds G, n times the memory of the model;
-projgrad's never forms G. `tests/test_examples.py` checks that both agree to rounding.
+`step` applies the update of `projgrad.OrthoGrad.step`, to rounding, but holds G: n times the memory of the model.
 """
 
 import torch
@@ -29,13 +28,9 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, forget: Batch, reta
     # One gradient for every retain sample, flattened: row j of G is the gradient of the loss of sample j.
     per_sample = vmap(grad(loss_of_one), in_dims=(None, 0, 0))(params, *retain)  # {name: [n, *shape]}
     G = torch.cat([g.flatten(1) for g in per_sample.values()], dim=1)  # [n, p]
-
-    # One ordinary gradient for the whole forget batch.
-    u = torch.cat([g.flatten() for g in grad(loss)(params, *forget).values()])  # [p]
-
+    u = torch.cat([g.flatten() for g in grad(loss)(params, *forget).values()])  # [p], of the whole forget batch
     u_perp = projgrad.project_out(u, G)  # u - Gᵀ (G Gᵀ)⁺ G u: no row of G has an inner product with it
     update = alpha * G.mean(0) - (1 - alpha) * u_perp  # the minus makes it ascent on the forget loss
-
     for p, part in zip(model.parameters(), update.split([p.numel() for p in model.parameters()]), strict=True):
         p.grad = part.view_as(p)
     optimizer.step()  # SGD without momentum: θ ← θ - lr · update
@@ -53,7 +48,6 @@ def main() -> None:
         adam.zero_grad()
         cross_entropy(model(x), y).backward()
         adam.step()
-
     forget, retain = (x[y == 2], y[y == 2]), (x[y != 2], y[y != 2])
     sgd = torch.optim.SGD(model.parameters(), lr=0.5)
     for i in range(50):
@@ -61,8 +55,8 @@ def main() -> None:
         preserved = step(model, sgd, forget, (retain[0][rows], retain[1][rows]))
         right = [float((model(x).argmax(1) == y).double().mean()) for x, y in (forget, retain)]
         print(f"step {i:2}: forget {right[0]:.0%} right, retain {right[1]:.0%} right, preserved norm {preserved:.2f}")
-        if right[0] < 0.05:  # stop: ascent grows without bound
-            break
+        if right[0] < 0.05:
+            break  # ascent grows without bound
 
 
 if __name__ == "__main__":
