@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -25,11 +25,6 @@ def version(t: Tensor) -> int:
     return t._version
 
 
-def is_view(t: Tensor) -> bool:
-    """Return whether autograd knows a tensor as a view of another one."""
-    return t._is_view()
-
-
 def storage_id(t: Tensor) -> int:
     """Return the address of a tensor's storage object, 0 if it has none."""
     return t.untyped_storage()._cdata
@@ -43,6 +38,11 @@ def has_gradient_hooks(t: Tensor) -> bool:
 def foreach_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Return the Euclidean norm of every tensor, in few launches."""
     return torch._foreach_norm(tensors, 2, dtype=dtype)
+
+
+def saved_tensors_hooks() -> tuple[Callable, Callable] | None:
+    """Return the functions that pack and unpack what autograd saves now, None where it saves the tensors themselves."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def keeping_versions(tensors: Sequence[Tensor]) -> AbstractContextManager:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from .._torch_private import without_torch_function
 from .interception import Interception
 from .recording import Recording
 from .refusals import CHECKPOINTING, FREED
@@ -25,8 +26,9 @@ def recomputing(recording: Recording) -> Iterator[None]:
         RuntimeError: the graph was freed.
     """
     before, recording.recomputing = recording.recomputing, True
+    repeats = any(site.saved.unpacks for site in recording.sites)
     try:
-        with Interception(recording):
+        with Interception(recording) if repeats else nullcontext():
             yield
     except RuntimeError as error:
         for words, meaning in CHECKPOINTING.items():
@@ -39,26 +41,66 @@ def recomputing(recording: Recording) -> Iterator[None]:
         recording.recomputing = before
 
 
-@contextmanager
-def receiving(recording: Recording, receive: Receive) -> Iterator[None]:
-    """Hand the gradient at every site that a backward pass in here reaches to `receive(site, gradient, saved)`."""
-    recording.receive = receive
-    try:
-        with recomputing(recording):
-            yield
-    finally:
-        recording.receive = None
-
-
 def backward(
     recording: Recording,
     losses: Tensor,
     weights: Tensor,
     receive: Receive,
+    ends: Sequence[int],
     retain_graph: bool = True,
     watch: Sequence[Tensor] = (),
+    collect: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Visit the sites in one backward pass of Σ_j w_j ℓ_j; return the gradients of `watch`, and make no others."""
-    inputs = [recording.anchor, *watch]
-    with receiving(recording, receive):
-        return torch.autograd.grad(losses, inputs, weights, retain_graph=retain_graph, allow_unused=True)[1:]
+    """Hand the gradient at every site to `receive(site, gradient, saved)`, in one backward pass of Σ_j w_j ℓ_j.
+
+    Autograd makes no gradient of a weight. It goes down to the `ends`, from `ends_of`, and returns theirs; at the sites
+    above them a hook hands over what passes.
+
+    collect: get the gradients at sites that keep them anyway without hooks, all at the end.
+    watch: parameters whose gradients are returned.
+    """
+
+    def hand_over(site: Site, b: Tensor) -> None:
+        saved = site.saved.take(retain_graph)  # unpacking may run a part of the forward pass, which is intercepted
+        mixed = torch.is_autocast_enabled(b.device.type)
+        exact = torch.autocast(b.device.type, enabled=False) if mixed else nullcontext()
+        with without_torch_function(), torch.no_grad(), exact:
+            receive(site, b, saved)
+
+    def hook(site: Site) -> Callable[[Sequence[Tensor | None]], None]:
+        def called(gradients: Sequence[Tensor | None]) -> None:
+            b = gradients[site.edge.output_nr]
+            if b is not None:
+                hand_over(site, b)
+
+        return called
+
+    # What is unpacked inside the pass is recomputed once, and hooks of others on a node change what comes to ours.
+    hooked = [recording.hooked or site.saved.unpacks for site in recording.sites]
+    returned = [
+        site
+        for site in recording.sites
+        if not hooked[site.index] and (site.index in ends or (collect and site.factored))
+    ]
+    edges = [site.edge for site in returned]
+    beyond = [source.edge for k in ends if hooked[k] for source in recording.sites[k].sources]
+    if not watch and not edges and not beyond:
+        return ()
+    rest = set(recording.sites).difference(returned)
+    hooks = [site.edge.node.register_prehook(hook(site)) for site in recording.sites if site in rest]
+    try:
+        with recomputing(recording):
+            grads = torch.autograd.grad(
+                losses, [*watch, *edges, *beyond], weights, retain_graph=retain_graph, allow_unused=True
+            )
+    finally:
+        for handle in hooks:
+            handle.remove()
+    for k in reversed(range(len(returned))):  # in the order of a backward pass
+        b = grads[len(watch) + k]
+        if b is not None:
+            hand_over(returned[k], b)
+    if not retain_graph:
+        for site in recording.sites:
+            site.saved.tensors = None
+    return grads[: len(watch)]

@@ -14,7 +14,6 @@ from typing import NamedTuple
 from torch.autograd.graph import Node
 
 from .._torch_private import saved
-from .sites import Site
 
 Shape = Sequence[int]
 
@@ -59,7 +58,7 @@ Rule = Callable[[Op], Where]
 
 def carry(op: Op) -> Where:
     """Return where the samples lie in every input, None where that is not proven."""
-    rule = _first_alike if is_tap(op.node) else CARRIED.get(_name(op.node))
+    rule = CARRIED.get(_name(op.node))
     if rule is None:
         return [None] * len(op.inputs)
     where = rule(op)
@@ -75,12 +74,8 @@ def _fits(op: Op, there: Along | None, shape: Shape | None) -> bool:
 
 
 def of_torch(node: Node) -> bool:
-    """Return whether a node is one of torch's own operations, or a tap."""
-    return bool(NUMBER.search(node.name())) or node.name().startswith("torch::autograd") or is_tap(node)
-
-
-def is_tap(node: Node) -> bool:
-    return isinstance(getattr(node, "site", None), Site)
+    """Return whether a node is one of torch's own operations."""
+    return bool(NUMBER.search(node.name())) or node.name().startswith("torch::autograd")
 
 
 def _name(node: Node) -> str:

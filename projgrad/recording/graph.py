@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,13 +15,6 @@ from .._torch_private import outputs_of
 from . import carry
 from .recording import Recording
 from .refusals import NESTED_TENSORS, REENTRANT
-from .sites import Site
-
-
-def own_site(recording: Recording, node: Node) -> Site | None:
-    """Return the site whose tap a node is, if it belongs to this recording."""
-    site, sites = getattr(node, "site", None), recording.sites
-    return site if isinstance(site, Site) and site.index < len(sites) and sites[site.index] is site else None
 
 
 def nodes_of(losses: Tensor) -> list[Node]:
@@ -70,7 +64,7 @@ def audit(recording: Recording, losses: Tensor) -> list[str]:
                 "a function from torch.compile lies between the losses and the parameters and hides its operations: "
                 "call the original function"
             )
-        site = own_site(recording, node)
+        site = recording.site_of.get(node)
         if site is None or site.layout is None:
             return node.next_functions
         # Sources that an earlier site accounts for, and those without a rule here, are inputs like any other.
@@ -82,17 +76,41 @@ def audit(recording: Recording, losses: Tensor) -> list[str]:
     return [name for node, name in accumulators.items() if node in outside]
 
 
-def fingerprint(recording: Recording, losses: Tensor) -> tuple[int, dict[int, Node]]:
-    """Return a hash of the whole graph, and the taps of the sites by their indices.
+def ordered(root: Node) -> list[Node]:
+    """Return every node of the graph before those that it passes gradients to."""
+    waiting = Counter(f for node in nodes_below([root]) for f, _ in node.next_functions)  # for so many gradients
+    ready, order = [root], []
+    while ready:
+        order.append(node := ready.pop())
+        for f, _ in node.next_functions:
+            waiting[f] -= 1
+            if f is not None and not waiting[f]:
+                ready.append(f)
+    return order
 
-    The hash is of operations, shapes and axes, how they are connected, and which parameters and sites they use.
+
+def ends_of(recording: Recording, losses: Tensor) -> list[int]:
+    """Return the sites, by index, below which the graph has no other: a pass that goes down to them meets all."""
+    reaches: dict[Node | None, bool] = {None: False}  # whether there is a site at a node or below it
+    ends = []
+    for node in reversed(ordered(losses.grad_fn)):
+        below, site = any(reaches[f] for f, _ in node.next_functions), recording.site_of.get(node)
+        if site is not None and not below:
+            ends.append(site.index)
+        reaches[node] = below or site is not None
+    return ends
+
+
+def fingerprint(recording: Recording, losses: Tensor) -> int:
+    """Return a hash of the whole graph.
+
+    It is of operations, shapes and axes, how they are connected, and which parameters and sites they use.
 
     Raises:
         ValueError: no parameter that the tape follows is in it, or reentrant checkpointing.
     """
     accumulators = {get_gradient_edge(p).node: name for name, p in recording.parameters.items()}
     numbers: dict[object, int] = {}
-    taps: dict[int, Node] = {}
     nodes, parts = [losses.grad_fn], []
     while nodes:
         node = nodes.pop()
@@ -102,9 +120,7 @@ def fingerprint(recording: Recording, losses: Tensor) -> tuple[int, dict[int, No
         if "CheckpointFunctionBackward" in node.name():
             raise ValueError(REENTRANT)
         numbers[node] = len(numbers)
-        site = own_site(recording, node)
-        if site is not None:
-            taps[site.index] = node
+        site = recording.site_of.get(node)
         parts.append(
             (
                 accumulators.get(node) or node.name(),
@@ -116,7 +132,7 @@ def fingerprint(recording: Recording, losses: Tensor) -> tuple[int, dict[int, No
         nodes += [following for following, _ in node.next_functions]
     if not any(part[0] in recording.parameters for part in parts if isinstance(part, tuple)):
         raise ValueError("the losses do not depend on any parameter that the tape follows")
-    return hash(tuple(parts)), taps
+    return hash(tuple(parts))
 
 
 def _form(output) -> tuple:

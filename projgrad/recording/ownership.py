@@ -8,41 +8,39 @@ broadcast over the samples, an index, an operation that is not in the table of `
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 from torch.autograd.graph import Node
 
 from .._torch_private import outputs_of
 from ..rules.layout import Layout
-from .carry import Along, Op, Shape, Where, carry, is_tap
-from .graph import nodes_below
+from .carry import Along, Op, Shape, Where, carry
+from .graph import ordered
 from .sites import Site
 
 
 def locate(
-    losses_node: Node, n: int, given: Mapping[Site, Layout] | None = None
+    losses_node: Node, n: int, sites: Mapping[Node, Site], given: Mapping[Site, Layout] | None = None
 ) -> tuple[dict[Site, Along], set[Site]]:
     """Return where the samples lie in the outputs of sites, if that is proven, and which of `given` the proof took.
 
-    given: layouts of some sites, taken for true.
+    sites: by the nodes that make their outputs. given: layouts of some sites, taken for true.
     """
-    known, needed = carried(losses_node, n, given)
-    return {node.site: at for node, at in known.items() if at is not None and is_tap(node)}, needed
+    known, needed = carried(losses_node, n, sites, given)
+    return {sites[node]: at for node, at in known.items() if at is not None and node in sites}, needed
 
 
 def carried(
-    losses_node: Node, n: int, given: Mapping[Site, Layout] | None = None
+    losses_node: Node, n: int, sites: Mapping[Node, Site], given: Mapping[Site, Layout] | None = None
 ) -> tuple[dict[Node, Along | None], set[Site]]:
     """Return the same for every node of the graph; None: nothing is proven."""
     needed: set[Site] = set()
     known: dict[Node, Along | None] = {losses_node: Along(0)}
-    for node in _ordered(losses_node):
-        at = known.get(node)  # saved for a tap alone: no gradient comes
-        if at is None and given and is_tap(node) and node.site in given:
-            at = known[node] = along(given[node.site], node.site.shape, n)
-            needed.add(node.site)
-        following = node.next_functions[:1] if is_tap(node) else node.next_functions  # the others get no gradient
+    for node in ordered(losses_node):
+        at, site, following = known.get(node), sites.get(node), node.next_functions
+        if at is None and given and site in given:
+            at = known[node] = along(given[site], site.shape, n)
+            needed.add(site)
         where: Where = [None] * len(following)
         if at is not None:
             shapes = [None if f is None else _shape(f, nr) for f, nr in following]
@@ -63,19 +61,6 @@ def layout(at: Along, shape: Shape, n: int) -> Layout | None:
 def along(layout: Layout, shape: Shape, n: int) -> Along:
     """Return the reverse, for a layout without rows."""
     return Along(layout.axis, 1 if layout.inner else shape[layout.axis] // n)
-
-
-def _ordered(root: Node) -> list[Node]:
-    """Return every node of the graph before those that it passes gradients to."""
-    waiting = Counter(f for node in nodes_below([root]) for f, _ in node.next_functions)  # for so many gradients
-    ready, order = [root], []
-    while ready:
-        order.append(node := ready.pop())
-        for f, _ in node.next_functions:
-            waiting[f] -= 1
-            if f is not None and not waiting[f]:
-                ready.append(f)
-    return order
 
 
 def _shape(node: Node, output: int = 0) -> tuple[int, ...]:

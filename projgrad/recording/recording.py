@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
 
-from .._torch_private import has_gradient_hooks, inside_transform, is_view, storage_id, without_torch_function
+from .._torch_private import has_gradient_hooks, inside_transform, saved_tensors_hooks, storage_id
 from .host_reads import HostReads
 from .refusals import NESTED_TENSORS
-from .sites import Make, Site, Source
+from .sites import Make, Packed, Saved, Site, Source
 from .torch_names import COPIES, VIEWS, is_in_place
-
-
-class Tap(torch.autograd.Function):
-    """Identity, in place on the output of a call; its backward pass hands the gradient to the recording.
-
-    `anchor` is a leaf whose only use is to be what a backward pass asks for: autograd then visits every tap, and skips
-    everything that only weight gradients need.
-    """
-
-    @staticmethod
-    def forward(ctx, y: Tensor, anchor: Tensor, recording: Recording, site: Site, *saved: Tensor) -> Tensor:
-        ctx.recording, ctx.site = weakref.ref(recording), site
-        ctx.save_for_backward(*saved)
-        if site.guarded:
-            return y.view_as(y)
-        if is_view(y):  # in place on a view would copy its base
-            return y.data
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, b: Tensor):
-        recording = ctx.recording()
-        if recording is not None and recording.receive is not None:
-            saved, mixed = ctx.saved_tensors, torch.is_autocast_enabled(b.device.type)
-            exact = torch.autocast(b.device.type, enabled=False) if mixed else nullcontext()
-            with without_torch_function(), torch.no_grad(), exact:
-                recording.receive(ctx.site, b, saved)
-        return b, None, None, None, *[None] * ctx.site.saved
 
 
 class Call:
@@ -70,14 +41,14 @@ class Call:
         claimed: Sequence[object],
         axes: Sequence[int],
         saved: Sequence[Tensor],
-        guarded: bool = False,
+        factored: bool = False,
         shared: Sequence[int] = (),
     ) -> Tensor:
-        """Return y, watched: `make` gives rules for those of `claimed` that are followed.
+        """Return y, and note the call as a site: `make` gives rules for those of `claimed` that are followed.
 
         axes: dimensions of y that may hold the samples.
         saved: what `make` needs in the backward pass.
-        guarded, shared: see `Site`.
+        factored, shared: see `Site`.
         """
         sources = [self.sources[id(t)] for t in claimed if id(t) in self.sources]
         rest = [s for s in self.sources.values() if s not in sources]
@@ -89,10 +60,19 @@ class Call:
             raise ValueError(NESTED_TENSORS)
         if y.is_complex() or any(t.is_complex() for t in saved) or inside_transform():
             return self.unknown(y)
-        count, name = len(saved), self.name
-        site = Site(name, sources, make, y.shape, tuple(axes), self.stops, count, rest, tuple(shared), guarded)
-        recording.register(site)
-        return Tap.apply(y, recording.anchor, recording, site, *saved)
+        hooks = saved_tensors_hooks()
+        if hooks is not None:  # of checkpointing or offloading: they keep what is saved, as for autograd
+            saved = [hooks[0](t) for t in saved]
+        if recording.recomputing:  # checkpointing repeats a forward pass for what it saves alone
+            return y
+        if y.grad_fn in recording.site_of:
+            y = y.view_as(y)
+        kept = Saved(saved) if hooks is None else Packed(saved, hooks[1])
+        edge = GradientEdge(y.grad_fn, y.output_nr)
+        recording.register(
+            Site(self.name, sources, make, y.shape, tuple(axes), edge, kept, self.stops, rest, tuple(shared), factored)
+        )
+        return y
 
     def unknown(self, out):
         """Return the result of a call that no rule knows."""
@@ -116,10 +96,9 @@ class Recording:
     Attributes:
         sources, sites: see there.
         unknown: by parameter, the first operation without a rule that used it.
-        anchor: a leaf that every tap depends on.
         hooked: whether a hook on a tensor of the forward pass may change its gradient.
         host_reads: numbers of the forward pass, brought to the host once the structure is wanted.
-        receive: called with (site, gradient, saved) by every tap that a backward pass reaches; None: nothing is wanted.
+        site_of: the site whose output a node of the graph makes.
         recomputing: whether a backward pass runs parts of the forward pass again.
 
     Raises:
@@ -137,11 +116,10 @@ class Recording:
             window = (tuple(p.shape), p.stride(), 0) if p.is_contiguous() else None
             self.sources[id(p)] = Source(p, frozenset([name]), whole=True, window=window)
         self.sites: list[Site] = []
+        self.site_of: dict[Node, Site] = {}
         self.unknown: dict[str, str] = {}
-        self.anchor = torch.zeros((), requires_grad=True, device=next(iter(self.parameters.values())).device)
         self.hooked = self.recomputing = False
         self.host_reads = HostReads()
-        self.receive: Callable[[Site, Tensor, Sequence[Tensor]], None] | None = None
         self._fixed = {id(t): t for t in fixed}  # held: a module may drop one, and its id be used again
         self._constants: dict[int, weakref.ref] = {}  # tensors that depend on neither parameters nor samples
 
@@ -150,10 +128,10 @@ class Recording:
         return Call(self, name, tensors)
 
     def register(self, site: Site) -> None:
-        """Add a site, unless it belongs to a forward pass that checkpointing repeats for its inputs alone."""
-        if not self.recomputing:
-            site.index = len(self.sites)
-            self.sites.append(site)
+        """Add a site."""
+        site.index = len(self.sites)
+        self.sites.append(site)
+        self.site_of[site.edge.node] = site
 
     def note_unknown(self, sources: Iterable[Source], operation: str) -> None:
         """Note that no rule covers an operation on these sources."""
@@ -202,8 +180,8 @@ class Recording:
                 source.window = parent.window
         if ids is not None and ids.ndim and ids.numel() and parent.whole:
             self._read_rows(source, ids.to(out.device))
-        site = getattr(out.grad_fn, "site", None)
-        if isinstance(site, Site):
+        site = self.site_of.get(out.grad_fn)
+        if site is not None:
             site.derived, source.site = True, site
         self.sources[id(out)] = source
         return out

@@ -14,6 +14,11 @@ FREED = (
     "retain_graph=True, or keep_output_gradients=False (torch: Trying to backward through the graph a second time)"
 )
 
+CHANGED = (
+    "a tensor that the per-sample gradients need has been modified by an inplace operation after the forward pass "
+    "used it: change a copy"
+)
+
 # By words of the error that torch raises.
 CHECKPOINTING = {
     "use_reentrant": REENTRANT,

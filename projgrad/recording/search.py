@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -28,16 +28,24 @@ class Search:
     """
 
     def __init__(
-        self, recording: Recording, losses: Tensor, nodes: list[Node], coarsest: torch.dtype, foreign: bool
+        self,
+        recording: Recording,
+        losses: Tensor,
+        nodes: list[Node],
+        ends: Collection[int],
+        coarsest: torch.dtype,
+        foreign: bool,
     ) -> None:
-        self.recording, self.losses, self.nodes, self.n = recording, losses, nodes, len(losses)
+        self.recording, self.losses, self.nodes, self.n, self.ends = recording, losses, nodes, len(losses), ends
         self.coarsest, self.foreign = coarsest, foreign
         self.loops: dict[str, str] = {}
         self.anchors: list[int] | None = []
         self.codes = Codes(self.n, losses, coarsest)
         self.signatures = Signatures()
         self.possible = {s: candidates(s.shape, s.axes, self.n) for s in recording.sites}
-        located = {} if recording.hooked else ownership.locate(losses.grad_fn, self.n)[0]  # a hook may do anything
+        located = (
+            {} if recording.hooked else ownership.locate(losses.grad_fn, self.n, recording.site_of)[0]
+        )  # a hook may do anything
         proven = {site: ownership.layout(at, site.shape, self.n) for site, at in located.items()}
         self.proven = {site: layout for site, layout in proven.items() if layout in self.possible.get(site, [])}
         # Along which dimensions entries are told apart.
@@ -81,7 +89,7 @@ class Search:
         if all(self.proven.get(site) == layout for site, layout in used.items()):
             return []
         given = {site: layout for site, layout in used.items() if layout.rows is None}
-        located, needed = ownership.locate(self.losses.grad_fn, self.n, given)
+        located, needed = ownership.locate(self.losses.grad_fn, self.n, self.recording.site_of, given)
         for site, layout in used.items():
             if site not in located or ownership.layout(located[site], site.shape, self.n) != layout:
                 return None
@@ -103,7 +111,7 @@ class Search:
             if site in axes:
                 signatures[site] = self.signatures.of(b, axes[site])
 
-        backward(self.recording, self.losses, w, receive)
+        backward(self.recording, self.losses, w, receive, self.ends)
         params = self.recording.parameters.values()
         if any(p.grad is not g or _version(g) != v for p, (g, v) in zip(params, before, strict=True)):
             for p, (g, v) in zip(params, before, strict=True):

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .._torch_private import version
 from ..rules.layout import Layout
 from ..rules.rule import Rule
+from .refusals import CHANGED, FREED
 
 
 @dataclass(eq=False)
@@ -58,6 +61,47 @@ class Source:
         return t.as_strided((len(t), *size), (t[0].numel(), *stride), t.storage_offset() + offset)
 
 
+class Saved:
+    """Tensors that a site needs in the backward pass, and that nothing may change in place meanwhile."""
+
+    unpacks = False
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors: Sequence[Tensor] | None = tensors
+        self.versions = [version(t) for t in tensors]
+
+    def take(self, keep: bool) -> Sequence[Tensor]:
+        """Return the tensors, for the last time unless `keep`.
+
+        Raises RuntimeError where that was done before, or one was changed.
+        """
+        tensors = self.tensors
+        if tensors is None:
+            raise RuntimeError(FREED)
+        if [version(t) for t in tensors] != self.versions:
+            raise RuntimeError(CHANGED)
+        if not keep:
+            self.tensors = None
+        return tensors
+
+
+class Packed(Saved):
+    """The same in the keeping of hooks on saved tensors: `unpack` makes a tensor of each of `tensors`."""
+
+    unpacks = True
+
+    def __init__(self, tensors: Sequence, unpack: Callable[[Any], Tensor]) -> None:
+        self.tensors, self.versions, self.unpack = tensors, [], unpack
+
+    def take(self, keep: bool) -> Sequence[Tensor]:
+        if self.tensors is None:
+            raise RuntimeError(FREED)
+        tensors = [self.unpack(t) for t in self.tensors]
+        if not keep:
+            self.tensors = None
+        return tensors
+
+
 Make = Callable[[Tensor, Sequence[Tensor], Layout, int], Sequence[Rule | None]]
 
 
@@ -68,10 +112,12 @@ class Site:
     sources: the sources whose per-sample gradients `make` gives, in its order.
     make(b, saved, layout, n): rules from the gradient b at the output, once the backward pass brings it.
     axes: dimensions of the output that may hold the samples.
+    edge: the output's place in the graph.
+    saved: what `make` needs.
     stops: nodes of the graph where the call's other inputs come from.
     unclaimed: other sources that the call uses.
     shared: axes that hold samples only if the sources were spread over them before.
-    guarded: the call keeps its output for the backward pass: nothing may change it in place.
+    factored: the rules keep the gradient and what was saved, and make nothing of them yet.
     derived: the inputs do not depend on the samples; whether the output does shows in the backward pass.
     layout: where the samples are, for the losses whose structure was wanted last; None: the site is not used.
     """
@@ -81,11 +127,12 @@ class Site:
     make: Make
     shape: torch.Size
     axes: Sequence[int]
+    edge: GradientEdge
+    saved: Saved
     stops: set
-    saved: int
     unclaimed: list[Source]
     shared: Sequence[int] = ()
-    guarded: bool = False
+    factored: bool = False
     derived: bool = False
     index: int = -1
     layout: Layout | None = None

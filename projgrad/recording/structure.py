@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
 
 from ..rules.layout import Layout, candidates
 from .backward import recomputing
 from .carry import of_torch
 from .codes import Codes, Signatures, axes_of, changed, matches, owners_of
-from .graph import audit, coarsest_of, fingerprint, nodes_of
+from .graph import audit, coarsest_of, ends_of, fingerprint, nodes_of
 from .losses import check_shape, check_values
 from .recording import Recording
 from .search import Search
@@ -37,12 +36,14 @@ class Structure:
     anchors: sites, by index, whose layouts prove all others, for every forward pass with the same graph: to be
         confirmed each time; none where the graph alone is the proof. None: nothing is proven, all is found anew.
     foreign: whether there are nodes in the graph that are not torch's own, or hooks, which may do anything.
+    ends: sites, by index, below which the graph has no other.
     coarsest: the floating-point type with the fewest digits that lies between the losses and the parameters.
     """
 
     layouts: list[Layout | None]
     loops: dict[str, str] = field(default_factory=dict)
     anchors: list[int] | None = field(default_factory=list)
+    ends: frozenset[int] = frozenset()
     coarsest: torch.dtype = torch.float64
     foreign: bool = False
     compared: Compared = field(default_factory=Compared)
@@ -65,11 +66,11 @@ def structure_of(recording: Recording, losses: Tensor, known: dict[int, Structur
     """
     check_shape(losses)
     recording.host_reads.defer(losses, check_values)
-    graph, taps = fingerprint(recording, losses)
+    graph = fingerprint(recording, losses)
     key = hash((len(losses), tuple(site.key for site in recording.sites), graph, recording.hooked))
     structure = known.get(key)
     recording.host_reads.flush()
-    if structure is None or not confirm(recording, losses, structure, taps):
+    if structure is None or not confirm(recording, losses, structure):
         before, structure = structure, inspect(recording, losses)
         if before is not None:  # the rules were compared; where the samples are was found anew
             structure.compared = before.compared
@@ -93,11 +94,12 @@ def inspect(recording: Recording, losses: Tensor) -> Structure:
     n, sites = len(losses), recording.sites
     nodes = nodes_of(losses)
     foreign = recording.hooked or not all(map(of_torch, nodes))
-    structure = Structure([], coarsest=coarsest_of(losses, nodes), foreign=foreign)
+    ends = frozenset(ends_of(recording, losses))
+    structure = Structure([], ends=ends, coarsest=coarsest_of(losses, nodes), foreign=foreign)
     for site in sites:
         site.layout = next(iter(candidates(site.shape, site.axes, 1)), None) if n == 1 else None
     if n > 1:
-        search = Search(recording, losses, nodes, structure.coarsest, foreign)
+        search = Search(recording, losses, nodes, ends, structure.coarsest, foreign)
         search.run()
         structure.loops, structure.anchors = search.loops, search.anchors
     structure.layouts = [site.layout for site in sites]
@@ -107,7 +109,7 @@ def inspect(recording: Recording, losses: Tensor) -> Structure:
     return structure
 
 
-def confirm(recording: Recording, losses: Tensor, structure: Structure, taps: dict[int, Node]) -> bool:
+def confirm(recording: Recording, losses: Tensor, structure: Structure) -> bool:
     """Return whether a known structure holds for this graph: the samples are at its anchors where they were.
 
     Two backward passes, which end at the anchors.
@@ -118,7 +120,7 @@ def confirm(recording: Recording, losses: Tensor, structure: Structure, taps: di
         return True
     n, sites = len(losses), [recording.sites[index] for index in structure.anchors]
     codes, signatures = Codes(n, losses, structure.coarsest), Signatures()
-    edges = [GradientEdge(taps[site.index], 0) for site in sites]
+    edges = [site.edge for site in sites]
     axes = [axes_of(site, [structure.layouts[site.index]]) for site in sites]
 
     def signs(w: Tensor) -> list[Tensor]:

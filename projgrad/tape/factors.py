@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..recording.backward import receiving
+from ..recording.backward import recomputing
 from ..recording.recording import Recording
 from ..recording.sites import Site
 from ..rules.product import Product
@@ -60,16 +62,28 @@ def accumulate_(recording: Recording, loss: Tensor, weight: float) -> ForgetFact
     uses = Counter(name for site in recording.sites for source in site.sources for name in source.names)
     uses.update(recording.unknown.keys())
 
-    def receive(site: Site, b: Tensor, saved: Sequence[Tensor]) -> None:
-        first = site.sources[0]
-        if site.name != "linear" or not saved or not first.whole or first.tensor.grad is not None:
-            return
-        p, q = b.detach().flatten(0, -2), saved[0].detach().flatten(0, -2)
-        (name,) = first.names
-        if uses[name] == 1 and 4 * len(p) * (p.shape[1] + q.shape[1]) < first.tensor.numel():
-            factors[name] = FactoredGradient(p, q)
+    def receive(site: Site, gradients: Sequence[Tensor | None]) -> None:
+        p, (q,) = gradients[site.edge.output_nr], site.saved.take(keep=False)
+        (name,) = site.sources[0].names
+        if p is not None:
+            factors[name] = FactoredGradient(p.flatten(0, -2), q.detach().flatten(0, -2))
 
-    with receiving(recording, receive):
-        inputs = [recording.anchor, *recording.parameters.values()]
-        torch.autograd.backward(loss, torch.full_like(loss, weight), inputs=inputs)
+    sites = [site for site in recording.sites if _is_short(site) and uses[next(iter(site.sources[0].names))] == 1]
+    hooks = [site.edge.node.register_prehook(functools.partial(receive, site)) for site in sites]
+    try:
+        with recomputing(recording):
+            inputs = list(recording.parameters.values())
+            torch.autograd.backward(loss, torch.full_like(loss, weight), inputs=inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return factors
+
+
+def _is_short(site: Site) -> bool:
+    """Return whether a site is a linear layer whose factors are shorter than the gradient that they make."""
+    weight = site.sources[0]
+    if not (site.name == "linear" and site.factored and weight.whole and weight.tensor.grad is None):
+        return False
+    o, i = weight.tensor.shape
+    return 4 * math.prod(site.shape[:-1]) * (o + i) < o * i

@@ -235,7 +235,7 @@ class KeptGradients(FromRules):
     def __init__(self, passes: Passes, losses: Tensor, rates, factors, checks: Checks, watch: str) -> None:
         parameters, rules = passes.recording.parameters, CollectRules()
         watched = [parameters[watch]] if watch else []
-        self.grads_of_watch = passes.run(losses, rules, retain_graph=False, watch=watched)
+        self.grads_of_watch = passes.run(losses, rules, retain_graph=False, watch=watched, collect=True)
         super().__init__(parameters, rules.pieces, losses, rates, factors)
         self.checks, self.watch, self.coarsest = checks, watch, passes.structure(losses).coarsest
 

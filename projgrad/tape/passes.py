@@ -47,8 +47,11 @@ class Passes:
         retain_graph: bool = True,
         watch: Sequence[Tensor] = (),
         weights: Tensor | None = None,
+        collect: bool = False,
     ) -> tuple[Tensor | None, ...]:
         """Hand the per-sample gradients w_j g_j to a consumer, in one backward pass; weights: 1 if None.
+
+        collect: the consumer keeps all rules: those that keep gradients may come at the end of the pass.
 
         Returns:
             Σ_j w_j g_j of the parameters in `watch`, from plain autograd in the same pass.
@@ -87,7 +90,7 @@ class Passes:
                     flush(key)
 
         keep = retain_graph or bool(structure.loops or plan.maps)
-        watched = backward(recording, losses, weights, receive, keep, watch)
+        watched = backward(recording, losses, weights, receive, structure.ends, keep, watch, collect)
         with torch.no_grad():
             for key in list(waiting):  # uses that no loss depends on never arrived
                 flush(key)

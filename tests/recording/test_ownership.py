@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from projgrad.recording import carry, ownership
+from projgrad.recording import carry, graph, ownership
 
 pytestmark = [pytest.mark.same_without_extension, pytest.mark.usefixtures("float64")]
 
@@ -338,7 +338,7 @@ def test_every_operation_carries_the_samples_as_it_says(name):
 
 def _proven(losses):
     """(id of leaf, where its samples are) for all leaves about which something is proven."""
-    known, _ = ownership.carried(losses.grad_fn, len(losses))
+    known, _ = ownership.carried(losses.grad_fn, len(losses), {})
     for node, at in known.items():
         if at is not None and hasattr(node, "variable"):
             yield id(node.variable), at
@@ -348,7 +348,7 @@ def test_every_operation_of_the_table_is_met():
     met = set()
     for name in GRAPHS:
         losses, _ = graph(name)
-        met |= {carry._name(node) for node in ownership._ordered(losses.grad_fn)}
+        met |= {carry._name(node) for node in graph.ordered(losses.grad_fn)}
     on_a_gpu = {name for name in carry.CARRIED if "Cudnn" in name or "Efficient" in name or "Attention" in name}
     others = {
         "FusedRmsNorm",

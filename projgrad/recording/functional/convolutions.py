@@ -45,7 +45,7 @@ def _tap(call, y: Tensor, input: Tensor, weight: Tensor, bias, where: tuple, gro
         return rules
 
     saved = [input] if call.follows(weight) else []
-    return call.tap(y, make, [weight, bias] if y.ndim == weight.ndim else [], (0,), saved)
+    return call.tap(y, make, [weight, bias] if y.ndim == weight.ndim else [], (0,), saved, bool(saved))
 
 
 def _convolve(function):

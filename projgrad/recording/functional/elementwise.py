@@ -116,7 +116,7 @@ def spread(function: Callable, input: Tensor, *args: Any, tape: Recorder, **kwar
 
     lead = y.ndim - len(shape)
     axes = [a for a in range(y.ndim) if a < lead or y.shape[a] != shape[a - lead]]
-    return call.tap(y, make, [input], axes, [], guarded=True)
+    return call.tap(y, make, [input], axes, [])
 
 
 def local(function: Callable, args: tuple, kwargs: dict, aligned: bool, tape: Recorder) -> Tensor:
@@ -157,7 +157,7 @@ def local(function: Callable, args: tuple, kwargs: dict, aligned: bool, tape: Re
 
     spread = any(t.ndim == y.ndim and t.shape[0] > 1 for t in claimed)  # a parameter that lies along the samples
     axes = _free(y, *claimed) if aligned else () if spread else (0,)
-    return call.tap(y, make, claimed, axes, [flat[i] for i in tensors], guarded=True)
+    return call.tap(y, make, claimed, axes, [flat[i] for i in tensors])
 
 
 vmap_broadcast = functools.partial(local, aligned=True)

@@ -32,7 +32,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, tape: R
         return rules
 
     saved = [input] if call.follows(weight) else []
-    return call.tap(y, make, [weight, bias] if weight.ndim == 2 else [], range(y.ndim - 1), saved)
+    return call.tap(y, make, [weight, bias] if weight.ndim == 2 else [], range(y.ndim - 1), saved, bool(saved))
 
 
 def contract(y: Tensor, x: Tensor, sx: str, weight: Tensor, sw: str, sy: str, call, extra=None) -> Tensor:
@@ -76,7 +76,8 @@ def contract(y: Tensor, x: Tensor, sx: str, weight: Tensor, sw: str, sy: str, ca
     axes = [sy.index(s) for s in positions] + shared
     if call.follows(added):  # it may not be spread along the samples
         axes = [a for a in axes if a - len(sy) + added.ndim < 0 or added.shape[a - len(sy) + added.ndim] == 1]
-    return call.tap(y, make, [*claimed, added], axes, [x] if claimed and call.follows(weight) else [], shared=shared)
+    saved = [x] if claimed and call.follows(weight) else []
+    return call.tap(y, make, [*claimed, added], axes, saved, bool(saved), shared)
 
 
 def matmul(input: Tensor, other: Tensor, *, tape: Recorder) -> Tensor:
