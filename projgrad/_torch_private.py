@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of all batch norms
+CompiledModule = torch._dynamo.eval_frame.OptimizedModule  # what `torch.compile` makes of a module
 Dropout = nn.modules.dropout._DropoutNd  # the base class of all dropouts
 without_torch_function = torch._C.DisableTorchFunction
 
@@ -73,7 +74,7 @@ def saved(node: Node, name: str) -> object:
 
 def is_compiled(module: nn.Module) -> bool:
     """Return whether a module was made by `torch.compile`."""
-    return isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+    return isinstance(module, CompiledModule)
 
 
 def compiles_itself(module: nn.Module) -> bool:

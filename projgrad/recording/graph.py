@@ -16,6 +16,8 @@ from . import carry
 from .recording import Recording
 from .refusals import NESTED_TENSORS, REENTRANT
 
+ACCUMULATE = "torch::autograd::AccumulateGrad"
+
 
 def nodes_of(losses: Tensor) -> list[Node]:
     """Return all nodes of the graph, each once."""
@@ -109,37 +111,32 @@ def fingerprint(recording: Recording, losses: Tensor) -> int:
     Raises:
         ValueError: no parameter that the tape follows is in it, or reentrant checkpointing.
     """
-    accumulators = {get_gradient_edge(p).node: name for name, p in recording.parameters.items()}
-    numbers: dict[object, int] = {}
-    nodes, parts = [losses.grad_fn], []
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in numbers:
-            parts.append(numbers.get(node, -1))
-            continue
-        if "CheckpointFunctionBackward" in node.name():
-            raise ValueError(REENTRANT)
-        numbers[node] = len(numbers)
-        site = recording.site_of.get(node)
-        parts.append(
-            (
-                accumulators.get(node) or node.name(),
-                -1 if site is None else site.index,  # of several forward passes, the one that is used
-                *[_form(m) for m in outputs_of(node)],
-                *[_setting(getattr(node, a)) for a in _shaped(type(node))],
-            )
-        )
-        nodes += [following for following, _ in node.next_functions]
-    if not any(part[0] in recording.parameters for part in parts if isinstance(part, tuple)):
+    nodes = nodes_below([losses.grad_fn])
+    numbers: dict[Node | None, int] = {None: -1} | {node: k for k, node in enumerate(nodes)}
+    links: list[int] = []
+    for node in nodes:
+        links.append(-2)  # where its edges begin
+        for following, nr in node.next_functions:
+            links += (numbers[following], nr)
+    operations = [node.name() for node in nodes]
+    if any("CheckpointFunctionBackward" in operation for operation in {*operations}):
+        raise ValueError(REENTRANT)
+    names = {id(p): name for name, p in recording.parameters.items()}
+    leaves = [node.variable for node, kind in zip(nodes, operations, strict=True) if kind == ACCUMULATE]
+    used = [names.get(id(leaf)) for leaf in leaves]
+    if not any(used):
         raise ValueError("the losses do not depend on any parameter that the tape follows")
-    return hash(tuple(parts))
-
-
-def _form(output) -> tuple:
+    sites = [numbers.get(node) for node in recording.site_of]  # of several forward passes, the one that is used
     try:
-        return tuple(output.shape), output.dtype
+        outputs = [size for node in nodes for m in outputs_of(node) for size in (m.dtype, *m.shape)]
     except RuntimeError:  # of a nested tensor the shape cannot be read
         raise ValueError(NESTED_TENSORS) from None
+    values = [getattr(node, a) for node in nodes for a in _shaped(type(node))]
+    settings = [value if value.__class__ in PLAIN else _setting(value) for value in values]
+    return hash(tuple(map(tuple, (links, operations, used, sites, outputs, settings))))
+
+
+PLAIN = frozenset((int, bool, float, str, tuple, type(None)))
 
 
 def _setting(value: object) -> object:

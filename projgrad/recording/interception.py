@@ -43,17 +43,20 @@ class Interception(TorchFunctionMode):
         self.recording = recording
 
     def __torch_function__(self, func, _, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "__get__" and self.recording.source(args[0]) is None:  # x.shape, x.dtype: most of the calls
-            out = func(*args)
-            if func == names.GRAD_FN:  # whoever asks for a node may register a hook on it
-                self.recording.hooked = True
-            if isinstance(out, Tensor) and self.recording.is_constant(args[0]):
-                self.recording.note_constant(out)
+        recording = self.recording
+        if _is_ordinary(func) and not recording.meets(args) and not (kwargs and recording.meets(kwargs.values())):
+            out = func(*args, **kwargs) if kwargs else func(*args)
+            # One tensor that depends on the samples is enough to tell: most calls end here.
+            if recording.may_be_constant(args) and isinstance(out, Tensor):
+                tensors = tensors_in(args, kwargs or {})
+                if tensors and all(map(recording.is_constant, tensors)):
+                    recording.note_constant(out)
             return out
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if func == names.GRAD_FN:  # whoever asks for a node may register a hook on it
+            recording.hooked = True
         if name == "register_hook" and torch.is_grad_enabled():
-            self.recording.hooked = True
+            recording.hooked = True
         if is_in_place(name) and args and isinstance(args[0], Tensor):
             return self._in_place(func, name, args, kwargs)
         return self._handle(func, name, args, kwargs)
@@ -137,6 +140,14 @@ class Interception(TorchFunctionMode):
             elif isinstance(result, Tensor) and not result.requires_grad:
                 recording.note_constant(result)
         return None if name == "__setitem__" else out
+
+
+@functools.cache
+def _is_ordinary(func: Callable) -> bool:
+    """Return whether a function that meets no followed tensor does nothing that matters but to make its result."""
+    name = getattr(func, "__name__", "")
+    special = func in names.BACKWARD or func == names.GRAD_FN or name == "register_hook"
+    return not (special or is_in_place(name) or name in names.FACTORIES)
 
 
 def _picks_rows(name: str, args: tuple) -> bool:

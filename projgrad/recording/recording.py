@@ -22,9 +22,10 @@ class Call:
 
     def __init__(self, recording: Recording, name: str, tensors: Sequence[object]) -> None:
         self.recording, self.name = weakref.ref(recording), name  # weakly: the recording holds sites, and they the call
-        given = [t for t in tensors if isinstance(t, Tensor)]
-        self.sources = {id(t): s for t in given if (s := recording.source(t)) is not None}
-        self.stops = {t.grad_fn for t in given if id(t) not in self.sources and t.grad_fn is not None}
+        followed = recording.sources
+        self.sources = {id(t): followed[id(t)] for t in tensors if id(t) in followed}
+        others = [t for t in tensors if isinstance(t, Tensor) and id(t) not in followed]
+        self.stops = [t.grad_fn for t in others if t.grad_fn is not None]
 
     def follows(self, t: object) -> bool:
         """Return whether per-sample gradients of this argument are wanted."""
@@ -51,14 +52,15 @@ class Call:
         factored, shared: see `Site`.
         """
         sources = [self.sources[id(t)] for t in claimed if id(t) in self.sources]
-        rest = [s for s in self.sources.values() if s not in sources]
-        recording = self.recording()
-        recording.note_unknown(rest, self.name)
+        recording, rest = self.recording(), []
+        if len(sources) < len(self.sources):
+            rest = [s for s in self.sources.values() if s not in sources]
+            recording.note_unknown(rest, self.name)
         if not sources or make is None or not y.requires_grad:
             return y
         if y.is_nested:
             raise ValueError(NESTED_TENSORS)
-        if y.is_complex() or any(t.is_complex() for t in saved) or inside_transform():
+        if inside_transform() or any(t.is_complex() for t in (y, *saved)):
             return self.unknown(y)
         hooks = saved_tensors_hooks()
         if hooks is not None:  # of checkpointing or offloading: they keep what is saved, as for autograd
@@ -70,7 +72,7 @@ class Call:
         kept = Saved(saved) if hooks is None else Packed(saved, hooks[1])
         edge = GradientEdge(y.grad_fn, y.output_nr)
         recording.register(
-            Site(self.name, sources, make, y.shape, tuple(axes), edge, kept, self.stops, rest, tuple(shared), factored)
+            Site(self.name, sources, make, y.shape, axes, edge, kept, self.stops, rest, shared, factored)
         )
         return y
 
@@ -140,8 +142,22 @@ class Recording:
 
     def source(self, t: Tensor) -> Source | None:
         """Return the source that a tensor is, or None."""
-        source = self.sources.get(id(t))
-        return source if source is not None and source.tensor is t else None
+        return self.sources.get(id(t))  # which holds the tensor: no other can have its id
+
+    def meets(self, arguments: Iterable[object]) -> bool:
+        """Return whether a followed tensor is among the arguments of a call, lists and tuples of them included."""
+        sources = self.sources
+        for a in arguments:
+            if id(a) in sources or (isinstance(a, (list, tuple)) and self.meets(a)):
+                return True
+        return False
+
+    def may_be_constant(self, arguments: Iterable[object]) -> bool:
+        """Return whether the first tensor among the arguments, if there is one, is constant."""
+        for a in arguments:
+            if isinstance(a, Tensor):
+                return self.is_constant(a)
+        return True
 
     def whole(self, name: str) -> Source:
         """Return the source of a parameter itself."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .._torch_private import version
 from ..rules.layout import Layout
@@ -37,7 +37,13 @@ class Source:
     site: Site | None = None
 
     def __post_init__(self) -> None:
-        self.edge = get_gradient_edge(self.tensor)  # of this moment: the tensor may be changed in place later
+        if not self.whole:
+            self._edge = get_gradient_edge(self.tensor)  # of this moment: the tensor may be changed in place later
+
+    @property
+    def edge(self) -> GradientEdge:
+        """Return the tensor's place in the graph."""
+        return get_gradient_edge(self.tensor) if self.whole else self._edge
 
     @property
     def settled(self) -> bool:
@@ -105,7 +111,7 @@ class Packed(Saved):
 Make = Callable[[Tensor, Sequence[Tensor], Layout, int], Sequence[Rule | None]]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Site:
     """One call in the forward pass that used sources.
 
@@ -129,7 +135,7 @@ class Site:
     axes: Sequence[int]
     edge: GradientEdge
     saved: Saved
-    stops: set
+    stops: list[Node]
     unclaimed: list[Source]
     shared: Sequence[int] = ()
     factored: bool = False
