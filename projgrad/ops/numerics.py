@@ -20,8 +20,8 @@ def multiply_in_float64(a: Tensor, b: Tensor) -> Tensor:
 
 
 def in_range(K: Tensor, b: Tensor) -> Tensor:
-    """Return b [n, m], NaN where a float64 row is so small that its square vanished: to drop it would be silent."""
-    return b.masked_fill((K.diagonal() < 1e-290)[:, None] & (b != 0), torch.nan)
+    """Return b [..., n, m], NaN where the square of a float64 row vanished: to drop it would be silent."""
+    return b.masked_fill((K.diagonal(dim1=-2, dim2=-1) < 1e-290)[..., None] & (b != 0), torch.nan)
 
 
 def exponents(x: Tensor) -> Tensor:

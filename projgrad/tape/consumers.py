@@ -38,8 +38,6 @@ class Products(Consumer):
         float64: multiply in float64.
         rates: weights of the parameters in the sums, 1 by default.
         factors: of u, where known.
-        watch: a parameter whose K is also kept on its own, in `watched`.
-        cheap_in_float64: multiply in float64 where that costs nothing to speak of.
     """
 
     def __init__(
@@ -49,31 +47,25 @@ class Products(Consumer):
         float64: bool = False,
         rates: Mapping[str, float] | None = None,
         factors: ForgetFactors | None = None,
-        watch: str = "",
-        cheap_in_float64: bool = False,
     ) -> None:
-        self.u, self.gram, self.rates, self.watch = u or {}, gram, rates or {}, watch
-        self.float64, self.cheap_in_float64 = float64, cheap_in_float64
+        self.u, self.gram, self.float64, self.rates = u or {}, gram, float64, rates or {}
         self.factors = ForgetFactors() if factors is None else factors
         self.has_16bit_factor = False
         self.K: Tensor | float = 0.0
         self.v: Tensor | float = 0.0
-        self.watched: Tensor | float = 0.0
 
     def add(self, name: str, source: Source, rule: Rule) -> None:
         self.has_16bit_factor = self.has_16bit_factor or rule.has_16bit_factor
         u = self.u.get(name)
-        u = None if u is None else _part(source, u)[None]
+        u = None if u is None else part(source, u)[None]
         rate = self.rates.get(name, 1.0)
-        float64 = self.float64 or (self.cheap_in_float64 and rule.cheap)
+        float64 = self.float64 or rule.cheap  # where that costs nothing to speak of
         if self.gram:
             factored = self.factors.get(name) if source.whole and few_positions(rule) else None
             K, v = rule.gram(u if factored is None else None, float64)
             v = v if factored is None else factored.dot(rule, float64)
             self.factors.useful = self.factors.useful or few_positions(rule)
             self.K = self.K + (K if rate == 1 else rate * K)
-            if name == self.watch:
-                self.watched = self.watched + K
         elif u is not None:
             v = rule.dot(u, float64)
         if u is not None:
@@ -129,7 +121,7 @@ class CollectRules(Consumer):
             self.complete(name, self.pieces.pop(name))
 
 
-def _part(source: Source, t: Tensor) -> Tensor:
+def part(source: Source, t: Tensor) -> Tensor:
     """Return what of a tensor in the shape of the parameter belongs to a source; a view unless the source is rows."""
     return source.view(t[None] if source.whole else t.contiguous()[None])[0]
 
@@ -137,7 +129,7 @@ def _part(source: Source, t: Tensor) -> Tensor:
 def add_(source: Source, rule_adds: Callable[..., None], *outs: Tensor) -> None:
     """Call `rule_adds` with what of `outs`, contiguous and in the shape of the parameter, belongs to a source."""
     if source.rows is None:
-        rule_adds(*(_part(source, out) for out in outs))
+        rule_adds(*(part(source, out) for out in outs))
         return
     sums = [out.new_zeros(source.tensor.shape) for out in outs]
     rule_adds(*sums)

@@ -1,10 +1,10 @@
-"""Three ways to the products with per-sample gradients that a projection needs, and to the correction of p.grad."""
+"""Two ways to the products with per-sample gradients that a projection needs, and to the correction of p.grad."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,138 +12,138 @@ from torch import Tensor
 from ..ops.numerics import product_dtype
 from ..recording.backward import recomputing
 from ..recording.graph import coarser
-from ..recording.host_reads import inner, length, lengths, to_host
+from ..recording.host_reads import inner, length, lengths
 from .check import Checks, Measured, Outcome, Precision, exact_convolutions
-from .consumers import CollectRules, Pieces, Products, add_
-from .factors import ForgetFactors
+from .consumers import CollectRules, Products, part
+from .factors import ForgetFactors, few_positions
+from .grouping import Group, Use, grouped
 from .passes import Passes
 
 
-class GradientAccess:
-    """Products with the per-sample gradients, and the correction of p.grad.
+@dataclass
+class Block:
+    """Parameters whose gradients are projected together, as one vector: all of them, or one.
 
-    parameters: whose p.grad are meant. rates: their weights in all inner products, 1 by default. factors: of p.grad,
-    where known, until it changes. known: ‖p.grad‖², until it changes. dtype: of the products. stored: of p.grad, the
-    coarsest. has_16bit_factor: whether 16-bit numbers limit what autograd and the rules can agree on.
-    watch: a parameter whose K is also kept on its own, as `watched`. cheap_in_float64: see `Products`.
+    square: ‖p.grad‖² before the next correction. has_16bit_factor: whether 16-bit numbers limit what autograd and the rules can
+    agree on.
     """
 
-    watch = ""
-    cheap_in_float64 = False
+    name: str
+    parameters: Mapping[str, Tensor]
+    square: float
+    has_16bit_factor: bool = False
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        rates: Mapping[str, float] | None = None,
-        factors: ForgetFactors | None = None,
-    ) -> None:
-        self.parameters, self.rates = parameters, rates or {}
-        self.factors = ForgetFactors() if factors is None else factors
-        self.stored = coarser(*(p.dtype for p in parameters.values()))
-        self.has_16bit_factor = self.stored.itemsize == 2
-        self.dtype = product_dtype(self.stored)
-        self.known: float | None = None
-
-    @property
-    def precision(self) -> Precision:
-        """Return the types that limit the self-check: the two sides may differ by the rounding of the products."""
-        return Precision(self.dtype, torch.bfloat16 if self.has_16bit_factor else self.dtype)
-
-    def grads(self) -> dict[str, Tensor]:
-        """Return p.grad by name, where there is one."""
-        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-
-    def rate(self, name: str) -> float:
-        """Return the weight of a parameter in all inner products."""
-        return self.rates.get(name, 1.0)
+    def __post_init__(self) -> None:
+        self.stored = coarser(*(p.dtype for p in self.parameters.values()))  # the type of p.grad, the coarsest
+        self.has_16bit_factor = self.has_16bit_factor or self.stored.itemsize == 2
+        self.dtype = product_dtype(self.stored)  # of the products
 
     def numel(self) -> int:
         """Return the dimension of the space in which the per-sample gradients lie."""
         return sum(p.numel() for p in self.parameters.values())
 
-    def squares(self) -> float:
-        """Return ‖p.grad‖² as it is now."""
-        if self.known is None:
-            self.known = _sum_of_squares(to_host(self.norms()))
-        return self.known
-
-    def norms(self) -> Tensor:
-        """Return the norms of all p.grad as they are now, each times the root of its rate, on the device."""
-        grads = self.grads()
-        if not grads:
-            return torch.zeros(0, dtype=torch.float64)
-        norms, roots = lengths(list(grads.values())), [self.rate(name) ** 0.5 for name in grads]
-        return norms if all(root == 1 for root in roots) else norms * norms.new_tensor(roots)
-
-    def growth(self, before: float) -> Measured:
-        """Measure how much ‖p.grad‖² is above `before`."""
-        return Measured(self.norms(), lambda norms: _sum_of_squares(norms) - before)
+    def grads(self) -> dict[str, Tensor]:
+        """Return p.grad by name, where there is one."""
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     def erase(self) -> None:
         """Set every p.grad to zero."""
-        self.known = 0.0
+        self.square = 0.0
         for g in self.grads().values():
             g.zero_()
 
-    def products(self, float64: bool) -> tuple[Tensor, Tensor]:
-        """Return K [n, n] and v = G u [n] for u = p.grad as it is now, multiplied in float64 if that is set."""
-        sums = self._sums(float64, gram=True)
-        self.has_16bit_factor = self.has_16bit_factor or sums.has_16bit_factor
-        self.K, self.watched = sums.K, sums.watched
-        return sums.K, sums.v
 
-    def dot(self, float64: bool) -> Tensor:
-        """Return v = G u [n] for u = p.grad as it is now."""
-        return self._sums(float64, gram=False).v
+class GradientAccess:
+    """Products with the per-sample gradients, and the correction of p.grad, block by block.
 
-    def _sums(self, float64: bool, gram: bool) -> Products:
-        sums = Products(self.grads(), gram, float64, self.rates, self.factors, self.watch, self.cheap_in_float64)
-        self.run(sums)
-        return sums
+    rates: weights of the parameters in all inner products, 1 by default. factors: of p.grad, where known, until it
+    changes.
+    """
 
-    def run(self, consumer: Products) -> None:
-        """Hand all rules to a consumer."""
+    def __init__(
+        self, passes: Passes, losses: Tensor, rates: Mapping[str, float], factors: ForgetFactors | None = None
+    ) -> None:
+        self.passes, self.losses, self.rates = passes, losses, rates
+        self.factors = ForgetFactors() if factors is None else factors
+
+    def precision(self, block: Block) -> Precision:
+        """Return the types that limit the self-check: the two sides may differ by the rounding of the products."""
+        return Precision(block.dtype, torch.bfloat16 if block.has_16bit_factor else block.dtype)
+
+    def rate(self, name: str) -> float:
+        """Return the weight of a parameter in all inner products."""
+        return self.rates.get(name, 1.0)
+
+    def norms(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
+        """Return ‖p.grad‖ of every parameter as it is now, each times the root of its rate, by block."""
+        grads = [g for block in blocks for g in block.grads().items()]
+        if not grads:
+            return {}
+        norms, roots = lengths([g for _, g in grads]), [self.rate(name) ** 0.5 for name, _ in grads]
+        norms = norms if all(root == 1 for root in roots) else norms * norms.new_tensor(roots)
+        counts = [len(block.grads()) for block in blocks]
+        return {block.name: some for block, some in zip(blocks, norms.split(counts), strict=True) if len(some)}
+
+    def products(self, blocks: Sequence[Block], float64: bool) -> tuple[Tensor, Tensor]:
+        """Return K = G Gᵀ [l, n, n] and v = G u [l, n] for u = p.grad, multiplied in float64 if that is set."""
         raise NotImplementedError
 
-    def apply(self, w: Tensor, max_abs: float, float64: bool = False) -> Outcome:
-        """Add Gᵀ w to p.grad, multiplied in float64 if that is set and possible; max_abs = max_j |w_j|."""
+    def dot(self, blocks: Sequence[Block], float64: bool) -> Tensor:
+        """Return v = G u [l, n] for u = p.grad as it is now."""
+        raise NotImplementedError
+
+    def apply(self, blocks: Sequence[Block], w: Tensor, max_abs: float, float64: bool = False) -> list[Outcome]:
+        """Add Gᵀ w to p.grad, w [l, n], multiplied in float64 if that is set and possible; max_abs = max_j |w_j|."""
         raise NotImplementedError
 
     def blame(self, w: Tensor) -> Callable[[], str]:
         """Return what to say where `apply(w)` came out wrong; it holds nothing of this object that is large."""
         return str
 
+    def check_watched(self, checks: Checks) -> None:
+        """Check one parameter against plain autograd, where `apply` does not go through it."""
+
 
 class TwoPasses(GradientAccess):
-    """Products in a backward pass without weight gradients, the correction from plain autograd in another one."""
+    """Products in a backward pass without weight gradients, the correction from plain autograd in another one.
 
-    def __init__(self, passes: Passes, losses: Tensor, rates=None, factors: ForgetFactors | None = None) -> None:
-        super().__init__(passes.recording.parameters, rates, factors)
-        self.passes, self.losses = passes, losses
+    There is one block, of all parameters.
+    """
 
-    @property
-    def precision(self) -> Precision:
+    def precision(self, block: Block) -> Precision:
         """Return the types that limit the self-check: a second backward pass rounds its own weights all along."""
-        products, compared = super().precision
+        products, compared = super().precision(block)
         return Precision(products, coarser(compared, self.passes.structure(self.losses).coarsest))
 
-    def run(self, consumer: Products) -> None:
-        with exact_convolutions(self.losses.is_cuda):  # the other pass must meet the same gradients at the outputs
-            self.passes.run(self.losses, consumer)
+    def products(self, blocks: Sequence[Block], float64: bool) -> tuple[Tensor, Tensor]:
+        sums = self._sums(blocks[0], float64, gram=True)
+        blocks[0].has_16bit_factor = blocks[0].has_16bit_factor or sums.has_16bit_factor
+        return sums.K[None], sums.v[None]
 
-    def apply(self, w: Tensor, max_abs: float, float64: bool = False, discard: bool = False) -> Outcome:
+    def dot(self, blocks: Sequence[Block], float64: bool) -> Tensor:
+        return self._sums(blocks[0], float64, gram=False).v[None]
+
+    def _sums(self, block: Block, float64: bool, gram: bool) -> Products:
+        sums = Products(block.grads(), gram, float64, self.rates, self.factors)
+        with exact_convolutions(self.losses.is_cuda):  # the other pass must meet the same gradients at the outputs
+            self.passes.run(self.losses, sums)
+        return sums
+
+    def apply(
+        self, blocks: Sequence[Block], w: Tensor, max_abs: float, float64: bool = False, discard: bool = False
+    ) -> list[Outcome]:
         """Add Gᵀ w to p.grad, or only measure it if `discard`."""
         if not discard:  # p.grad is about to change
             self.factors.clear()
-            self.known = None
+        (block,), (w,) = blocks, w
         self.measured: dict[str, tuple[Tensor, Tensor]] = {}  # ‖g‖² and ⟨p.grad, g⟩, each times the rate
-        inputs = list(self.parameters.values())
+        inputs = list(block.parameters.values())
         missing = [p for p in inputs if p.grad is None] if discard else []
         # A gradient of 1e-38 may have a weight beyond float32: then all weights are scaled, by a power of two.
         max_abs /= torch.finfo(self.losses.dtype).max / 16
         scale = 2.0 ** math.ceil(math.log2(max_abs)) if max_abs > 1 else 1.0
         weights = (w / scale).to(self.losses.dtype)
-        hooks = [p.register_hook(self._measuring(name, p, discard, scale)) for name, p in self.parameters.items()]
+        hooks = [p.register_hook(self._measuring(name, p, discard, scale)) for name, p in block.parameters.items()]
         hooks += [p.register_post_accumulate_grad_hook(_drop_grad) for p in missing]
         try:
             with exact_convolutions(w.is_cuda), recomputing(self.passes.recording), torch.enable_grad():
@@ -152,7 +152,7 @@ class TwoPasses(GradientAccess):
             for hook in hooks:
                 hook.remove()
         columns = [[pair[k].to(w.device) for pair in self.measured.values()] for k in (0, 1)]
-        return Outcome(*(Measured(torch.stack(column) if column else w.new_zeros(0)) for column in columns))
+        return [Outcome(*(Measured(torch.stack(column) if column else w.new_zeros(0)) for column in columns))]
 
     def _measuring(self, name: str, p: Tensor, discard: bool, scale: float) -> Callable[[Tensor], Tensor | None]:
         """Return a hook that measures the gradient of p and keeps it from p.grad if `discard`."""
@@ -184,68 +184,133 @@ class TwoPasses(GradientAccess):
         return worst
 
 
-class FromRules(GradientAccess):
-    """Everything from rules at hand: `pieces`, by parameter."""
+class KeptGradients(GradientAccess):
+    """Everything from the rules of one backward pass, in which plain autograd checks the parameter `watch`.
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        pieces: Mapping[str, Pieces],
-        losses: Tensor,
-        rates: Mapping[str, float] | None = None,
-        factors: ForgetFactors | None = None,
-        cheap_in_float64: bool = False,
-    ) -> None:
-        super().__init__(parameters, rates, factors)
-        self.n, self.device, self.cheap_in_float64 = len(losses), losses.device, cheap_in_float64
-        self.uses = [(name, source, rule) for name, uses in pieces.items() for source, rule in uses]
-        self.has_16bit_factor = self.has_16bit_factor or any(rule.has_16bit_factor for *_, rule in self.uses)
+    uses: of the parameters, with their rules.
+    """
 
-    def run(self, consumer: Products) -> None:
-        for use in self.uses:
-            consumer.add(*use)
-        consumer.finalize(self.n, self.device)
-
-    def apply(self, w: Tensor, max_abs: float, float64: bool = False) -> Outcome:
-        for name in self.parameters:  # p.grad is about to change
-            self.factors.pop(name, None)
-        before = self.squares()
-        for name, source, rule in self.uses:
-            add_(source, functools.partial(rule.combine_, c=w, float64=float64), _grad_of(self.parameters[name]))
-        self.known = None
-        return Outcome(growth=self.growth(before))
-
-    def check_watched(
-        self, checks: Checks, name: str, K: Tensor, grad: Tensor | None, squares: Tensor, coarsest: torch.dtype
-    ) -> None:
-        """Check Σ_j g_j of one parameter, from plain autograd, against its K.
-
-        K: of this parameter alone. grad: Σ_j g_j, None for zero. squares: ‖g_j‖² over all parameters [n].
-        coarsest: the type in which autograd may have summed over the samples.
-        """
-        total = squares.clamp_min(0).sqrt().sum()
-        squared_norm = torch.zeros_like(total) if grad is None else length(grad).square()
-        precision = self.precision._replace(compared=coarser(self.precision.compared, coarsest))
-        checks.check_parameter(name, torch.ones_like(K[0]), K, squared_norm, total, precision)
-
-
-class KeptGradients(FromRules):
-    """Everything from the rules of one backward pass, in which plain autograd checks the parameter `watch`."""
-
-    def __init__(self, passes: Passes, losses: Tensor, rates, factors, checks: Checks, watch: str) -> None:
+    def __init__(self, passes: Passes, losses: Tensor, rates, factors, watch: str) -> None:
+        super().__init__(passes, losses, rates, factors)
         parameters, rules = passes.recording.parameters, CollectRules()
         watched = [parameters[watch]] if watch else []
-        self.grads_of_watch = passes.run(losses, rules, retain_graph=False, watch=watched, collect=True)
-        super().__init__(parameters, rules.pieces, losses, rates, factors)
-        self.checks, self.watch, self.coarsest = checks, watch, passes.structure(losses).coarsest
+        grads = passes.run(losses, rules, retain_graph=False, watch=watched, collect=True)
+        self.uses = [Use(name, *piece) for name, pieces in rules.pieces.items() for piece in pieces]
+        self.watch, self.grad_of_watch = watch, grads[0] if watch else None
+        zero = losses.new_zeros(len(losses), dtype=torch.float64)
+        self.watched, self.row_squares = zero.new_zeros(len(losses), len(losses)), zero  # K of `watch`, all ‖g_j‖²
+        self._summed: set[str] = set()  # blocks that are in there
 
-    def products(self, float64: bool) -> tuple[Tensor, Tensor]:
-        K, v = super().products(float64)
-        for grad in self.grads_of_watch:
-            watched = self.watched if isinstance(self.watched, Tensor) else torch.zeros_like(K)
-            self.check_watched(self.checks, self.watch, watched, grad, K.diagonal(), self.coarsest)
-        self.grads_of_watch = ()
+    def blocks(self, squares: Mapping[str, float], per_tensor: bool) -> list[Block]:
+        """Return the blocks to project: every tensor that the losses use, or all parameters in one.
+
+        squares: ‖p.grad‖² by parameter.
+        """
+        parameters = self.passes.recording.parameters
+        half = {use.name for use in self.uses if use.rule.has_16bit_factor}
+        if not per_tensor:
+            square = sum(self.rate(name) * square for name, square in squares.items())
+            return [Block("", parameters, square, bool(half))]
+        used = {use.name: None for use in self.uses}
+        return [Block(name, {name: parameters[name]}, squares.get(name, 0.0), name in half) for name in used]
+
+    def products(self, blocks: Sequence[Block], float64: bool) -> tuple[Tensor, Tensor]:
+        K, v = self._sums(blocks, float64, gram=True)
+        new = [k for k, block in enumerate(blocks) if block.name not in self._summed]
+        self._summed.update(block.name for block in blocks)
+        if new:
+            rows = K if len(new) == len(blocks) else K[new]
+            self.row_squares = self.row_squares + rows.diagonal(dim1=1, dim2=2).sum(0)
         return K, v
+
+    def dot(self, blocks: Sequence[Block], float64: bool) -> Tensor:
+        return self._sums(blocks, float64, gram=False)[1]
+
+    def _groups(self, blocks: Sequence[Block]) -> tuple[list[Group], dict[str, int]]:
+        """Return the uses of some blocks in groups, and the index of the block of every parameter."""
+        place = {name: k for k, block in enumerate(blocks) for name in block.parameters}
+        short = {use.name for use in self.uses if use.name in self.factors and few_positions(use.rule)}
+        return grouped([use for use in self.uses if use.name in place], short), place
+
+    def _sums(self, blocks: Sequence[Block], float64: bool, gram: bool) -> tuple[Tensor, Tensor]:
+        n, (groups, place) = len(self.losses), self._groups(blocks)
+        zero = torch.zeros(n, dtype=torch.float64, device=self.losses.device)
+        K, v = ([[] for _ in blocks] for _ in range(2))  # parts of every block's sums
+        watched_before = any(block.name in self._summed for block in blocks if self.watch in block.parameters)
+        for group in groups:
+            k, w = self._of_group(group, float64, gram)
+            if gram and not watched_before:
+                for use, one in zip(group, k, strict=True):
+                    self.watched = self.watched + one if use.name == self.watch else self.watched
+            if any(use.name in self.rates for use in group):
+                rates = zero.new_tensor([self.rate(use.name) for use in group])
+                k, w = k * rates[:, None, None], w * rates[:, None]
+            if len(blocks) == 1:
+                K[0].append(k.sum(0) if len(group) > 1 else k[0])
+                v[0].append(w.sum(0) if len(group) > 1 else w[0])
+                continue
+            for use, one, other in zip(group, k, w, strict=True):
+                K[place[use.name]].append(one)
+                v[place[use.name]].append(other)
+        return _stacked(K, zero.new_zeros(n, n)), _stacked(v, zero)
+
+    def _of_group(self, group: Group, float64: bool, gram: bool) -> tuple[Tensor, Tensor]:
+        """Return K [l, n, n] and v [l, n] of the uses in a group."""
+        parameters, rule = self.passes.recording.parameters, group[0].rule
+        grads = [parameters[use.name].grad for use in group]
+        us = [None if g is None else part(use.source, g) for use, g in zip(group, grads, strict=True)]
+        if not gram:
+            v = group.dot(us, float64)
+            return v.new_zeros(len(group), 0, 0), v
+        short = few_positions(rule)
+        self.factors.useful = self.factors.useful or short
+        factored = self.factors.get(group[0].name) if short and group[0].source.whole else None
+        # In float64 where that costs nothing to speak of.
+        K, v = group.gram(us if factored is None else [None] * len(us), float64 or rule.cheap)
+        if factored is not None:
+            v = factored.dot(rule, float64).mT
+        return K, v
+
+    def apply(self, blocks: Sequence[Block], w: Tensor, max_abs: float, float64: bool = False) -> list[Outcome]:
+        groups, place = self._groups(blocks)
+        for block in blocks:  # p.grad is about to change
+            for name in block.parameters:
+                self.factors.pop(name, None)
+        parameters = self.passes.recording.parameters
+        for group in groups:
+            outs = [_grad_of(parameters[use.name]) for use in group]
+            group.combine_(outs, w[0] if len(blocks) == 1 else w[[place[use.name] for use in group]], float64)
+        norms = self.norms(blocks)
+        return [Outcome(growth=_growth(norms[block.name], block.square)) for block in blocks]
+
+    def check_watched(self, checks: Checks) -> None:
+        """Check Σ_j g_j of the parameter `watch`, from plain autograd, against its K."""
+        if not self.watch:
+            return
+        total = self.row_squares.clamp_min(0).sqrt().sum()
+        grad, p = self.grad_of_watch, self.passes.recording.parameters[self.watch]
+        squared_norm = torch.zeros_like(total) if grad is None else length(grad).square()
+        half = any(use.rule.has_16bit_factor for use in self.uses)
+        precision = self.precision(Block(self.watch, {self.watch: p}, 0.0, half))
+        coarsest = self.passes.structure(self.losses).coarsest  # in which autograd may have summed over the samples
+        precision = precision._replace(compared=coarser(precision.compared, coarsest))
+        checks.check_parameter(
+            self.watch, torch.ones_like(self.row_squares), self.watched, squared_norm, total, precision
+        )
+
+
+def _stacked(parts: Sequence[Sequence[Tensor]], zero: Tensor) -> Tensor:
+    """Return the sums of the parts of every block, [l, ...]."""
+    return torch.stack([sum(some[1:], some[0]) if some else zero for some in parts])
+
+
+def _growth(norms: Tensor, before: float) -> Measured:
+    """Measure how much ‖p.grad‖² is above `before`."""
+    return Measured(norms, lambda values: sum_of_squares(values) - before)
+
+
+def sum_of_squares(norms: Sequence[float]) -> float:
+    return sum(norm * norm for norm in norms)  # inf where norm**2 is an OverflowError
 
 
 def _grad_of(p: Tensor) -> Tensor:
@@ -257,7 +322,3 @@ def _grad_of(p: Tensor) -> Tensor:
 
 def _drop_grad(p: Tensor) -> None:
     p.grad = None
-
-
-def _sum_of_squares(norms: list[float]) -> float:
-    return sum(norm * norm for norm in norms)  # inf where norm**2 is an OverflowError

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .check import Checks, check_finite, exact_convolutions
 from .consumers import PerParameter
-from .gradient_access import TwoPasses
+from .gradient_access import Block, TwoPasses
 from .passes import Passes
 
 
@@ -33,20 +33,21 @@ def _compare(passes: Passes, losses: Tensor) -> None:
     w_j = ± 1 / ‖g_j‖, so that every sample counts alike, rounded to powers of two: both passes then round alike,
     however coarse the numbers on the way are.
     """
-    n, access, consumer = len(losses), TwoPasses(passes, losses), PerParameter()
+    n, access, consumer = len(losses), TwoPasses(passes, losses, {}), PerParameter()
+    block = Block("", passes.recording.parameters, 0.0)
     with exact_convolutions(losses.is_cuda):
         passes.run(losses, consumer)
     K = sum(consumer.K.values(), torch.zeros(n, n, dtype=torch.float64, device=losses.device))
     check_finite(K, K)
-    access.has_16bit_factor = access.has_16bit_factor or consumer.has_16bit_factor
+    block.has_16bit_factor = block.has_16bit_factor or consumer.has_16bit_factor
     norms = K.diagonal().clamp_min(0).sqrt()
     signs = 1 - 2 * (torch.arange(n, device=K.device) * 0x9E3779B1 >> 16 & 1)
     w = signs * (norms.max() / norms.clamp_min(1e-6 * norms.max())).nan_to_num(1.0).log2().round().exp2()
     if passes.structure(losses).coarsest == torch.float16:  # larger ones may leave its range, in sums too
         w = 0.25 * signs.double()
-    access.apply(w, float(w.abs().max()), discard=True)
+    access.apply([block], w[None], float(w.abs().max()), discard=True)
     checks, nothing, total = Checks(), torch.zeros_like(K), w.abs() @ norms
     for name in passes.recording.parameters:
         squared_norm, _ = access.measured.get(name, (nothing[0, 0], None))
-        checks.check_parameter(name, w, consumer.K.get(name, nothing), squared_norm, total, access.precision)
+        checks.check_parameter(name, w, consumer.K.get(name, nothing), squared_norm, total, access.precision(block))
     checks.flush()
