@@ -62,22 +62,6 @@ class Rule:
         for rows, g in self._chunks(float64):
             add_(out[rows] if out.ndim else out, torch.einsum("n,nrc->rc", c.to(g.dtype), g))
 
-    group_key = None
-
-    @staticmethod
-    def gram_of_group(rules, us, float64):
-        pairs = [r.gram(None if us is None else us[k][None], float64) for k, r in enumerate(rules)]
-        return torch.stack([K for K, _ in pairs]), None if us is None else torch.stack([v[:, 0] for _, v in pairs])
-
-    @staticmethod
-    def dot_of_group(rules, us, float64):
-        return torch.stack([r.dot(u[None], float64)[:, 0] for r, u in zip(rules, us, strict=True)])
-
-    @staticmethod
-    def combine_group_(rules, outs, c, float64):
-        for k, (r, out) in enumerate(zip(rules, outs, strict=True)):
-            r.combine_(out, c if c.ndim == 1 else c[k], float64)
-
     def moments_(self, first: Tensor, second: Tensor) -> None:
         """Add Σ_j g_j to first and Σ_j g_j² to second, each of shape `shape`."""
         for rows, g in self._chunks():
