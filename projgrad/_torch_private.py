@@ -46,6 +46,11 @@ def saved_tensors_hooks() -> tuple[Callable, Callable] | None:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
+def foreach_add_(outs: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    """Add a part to every tensor, in few launches; each is rounded once."""
+    torch._foreach_add_(outs, parts)
+
+
 def keeping_versions(tensors: Sequence[Tensor]) -> AbstractContextManager:
     """Return a context in which changes in place do not count, so that a graph which saved the tensors stays usable."""
     return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))

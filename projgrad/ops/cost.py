@@ -52,6 +52,14 @@ def chunk_bytes(device: str) -> int:
     return rates(device).chunk
 
 
+def group_bytes(device: str) -> int:
+    """Return the bytes that the stacked factors and the temporaries of a group of layers may take.
+
+    A chunk. On a CPU a megabyte: in layers of more than half of it the calls are not what takes the time.
+    """
+    return chunk_bytes(device) if device == "cuda" else 1 << 20
+
+
 class GramRoute(NamedTuple):
     """The way to compute the Gram matrix of a layer.
 
@@ -142,6 +150,17 @@ def linear_route(
     if only is not None:
         return factors if only == "factors" else chunks
     return factors if factors_time <= chunks_time and tile_bytes <= budget else chunks
+
+
+@functools.lru_cache(4096)
+def layers_at_once(n: int, t: int, i: int, o: int, itemsize: int = 4, device: str = "cpu") -> int:
+    """Return how many layers of these sizes may be stacked, within `group_bytes`: at least 1."""
+    if device != "cuda":  # all in float64
+        one = 8 * (n * t * (i + o) + o * i + (n * t * min(i, o) if t == 1 else n * o * i))
+    else:
+        one = itemsize * (n * t * (i + o) + 2 * o * i) + 4 * max(o * i, n * t * min(i, o))
+        one += linear_route(n, t, i, o, m=1, itemsize=itemsize, device=device).bytes
+    return max(1, group_bytes(device) // max(1, one))
 
 
 def _even(size: int, limit: int) -> int:

@@ -43,7 +43,7 @@ def _weighted(a: Tensor, b: Tensor, c: Tensor, u: Tensor) -> tuple[Tensor, Tenso
 
 def _gram_default(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None) -> Tensor:
     if a2 is None or b2 is None:
-        return linear_impl.linear_gram(a, b, a.new_empty(0, b.shape[2], a.shape[2]))[0]
+        return linear_impl.gram_of_layer(a, b, a.new_empty(0, b.shape[2], a.shape[2]))[0]
     return linear_impl.linear_gram_across(a, b, a2, b2)
 
 
@@ -69,7 +69,7 @@ linear_gram_op = define_op("linear_gram", _gram_default, shapes=_gram_shapes, ba
 
 
 def _dot_default(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-    return linear_impl.linear_dot(a, b, u)
+    return linear_impl.dot_of_layer(a, b, u)
 
 
 def _dot_shapes(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ linear_dot_op = define_op("linear_dot", _dot_default, shapes=_dot_shapes, backwa
 def _combine_default(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     out = a.new_zeros((c.shape[0], b.shape[2], a.shape[2]), dtype=product_dtype(a.dtype, b.dtype))
     for part, weights in zip(out, c, strict=True):
-        linear_impl.linear_combine_(part, a, b, weights)
+        linear_impl.combine_of_layer_(part, a, b, weights)
     return out.to(torch.promote_types(a.dtype, b.dtype))
 
 

@@ -5,11 +5,12 @@ No function holds more than one chunk of per-sample gradients; `cost.py` picks t
 A `device_op` is made of library products here; `kernels/linear_choices.py` says which have a kernel on CUDA.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from .._torch_private import foreach_add_
 from .cost import GramRoute, chunk_bytes, linear_route
 from .gram import gram_op
 from .numerics import exponents, product_dtype
@@ -109,11 +110,11 @@ def token_gram_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, samples: int
     return K
 
 
-# What the ops and the rules call.
+# One layer.
 
 
 @torch.no_grad()
-def linear_gram(
+def gram_of_layer(
     a: Tensor, b: Tensor, u: Tensor, float64: bool = False, budget: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return K [n, n] and v = <g_j, u_m> [n, m] for u [m, o, i] in float64; multiplied in float64 too if `float64`."""
@@ -121,7 +122,7 @@ def linear_gram(
     float64 = product_dtype(a.dtype, b.dtype, float64=float64) == torch.float64
     if route.name == "chunks":
         return gram_of_chunks(a, b, u, float64, route)
-    return token_gram(a, b, float64, route.rows), linear_dot(a, b, u, float64)
+    return token_gram(a, b, float64, route.rows), dot_of_layer(a, b, u, float64)
 
 
 @torch.no_grad()
@@ -141,7 +142,7 @@ def gram_route(a: Tensor, b: Tensor, *others: Tensor, float64: bool = False, **o
 
 
 @torch.no_grad()
-def linear_dot(a: Tensor, b: Tensor, u: Tensor, float64: bool = False) -> Tensor:
+def dot_of_layer(a: Tensor, b: Tensor, u: Tensor, float64: bool = False) -> Tensor:
     """Return v_jm = Σ_t b_jtᵀ u_m a_jt [n, m] in float64 for u [m, o, i]."""
     if 0 in (*a.shape, *u.shape):
         return a.new_zeros((a.shape[0], u.shape[0]), dtype=torch.float64)
@@ -172,7 +173,7 @@ def linear_dot_pass(a: Tensor, b: Tensor, u: Tensor, float64: bool) -> Tensor:
 
 
 @torch.no_grad()
-def linear_combine_(out: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
+def combine_of_layer_(out: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
     """Add Σ_j c_j g_j to out [o, i], which may have any strides, for c [n]."""
     if 0 not in (*a.shape, *b.shape):
         linear_combine_pass_(out, a, b, c)
@@ -209,7 +210,7 @@ def linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     (n, t, i), o, dtype = a.shape, b.shape[2], product_dtype(a.dtype, b.dtype)
     total, squares = (a.new_zeros((o, i), dtype=dtype) for _ in range(2))
     if t == 1:
-        linear_combine_(total, a, b, a.new_ones(n))
+        combine_of_layer_(total, a, b, a.new_ones(n))
         x = a[:, 0].double().square()  # squares of float32 leave its range
         rows = max(1, chunk_bytes(a.device.type) // (8 * max(1, n, i)))
         for part, y in zip(squares.split(rows), b[:, 0].split(rows, 1), strict=True):
@@ -220,3 +221,40 @@ def linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         total[block] = g.sum(0)
         squares[block] = g.square_().sum(0)
     return total, squares
+
+
+# Layers of equal shape: a [l, n, t, i], b [l, n, t, o]; `cost.layers_at_once` says how many. The time of small ones is
+# that of calls: these are few, and in float64, which leaves nothing to scale.
+
+
+@torch.no_grad()
+def linear_gram(a: Tensor, b: Tensor, u: Tensor | None = None, float64: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Return K [l, n, n] and v = <g_j, u> [l, n] in float64 for u [l, o, i]; no v without u."""
+    if len(a) == 1:
+        K, v = gram_of_layer(a[0], b[0], b.new_empty(0, b.shape[3], a.shape[3]) if u is None else u, float64)
+        return K[None], None if u is None else v.mT
+    a, b = a.double(), b.double()
+    if a.shape[2] == 1:
+        K = (a[:, :, 0] @ a[:, :, 0].mT).mul_(b[:, :, 0] @ b[:, :, 0].mT)
+        return K, None if u is None else linear_dot(a, b, u)
+    g = (b.mT @ a).flatten(2)  # [l, n, o i]
+    return g @ g.mT, None if u is None else (g @ u.double().flatten(1)[..., None])[..., 0]
+
+
+@torch.no_grad()
+def linear_dot(a: Tensor, b: Tensor, u: Tensor, float64: bool = False) -> Tensor:
+    """Return v = <g_j, u> [l, n] in float64 for u [l, o, i]."""
+    if len(a) == 1:
+        return dot_of_layer(a[0], b[0], u, float64).mT
+    a, b, u = a.double(), b.double(), u.double()[:, None]
+    return (a @ u.mT).mul_(b).sum((2, 3)) if u.shape[2] <= u.shape[3] else (b @ u).mul_(a).sum((2, 3))
+
+
+@torch.no_grad()
+def linear_combine_(outs: Sequence[Tensor], a: Tensor, b: Tensor, c: Tensor) -> None:
+    """Add Σ_j c_j g_j to each of l tensors [o, i], which may have any strides, for c [n] or [l, n] float64."""
+    if len(a) == 1:
+        return combine_of_layer_(outs[0], a[0], b[0], c.flatten())
+    a, b, c = a.double(), b.double(), c[..., None, None]
+    a, b = (a * c, b) if a.shape[3] <= b.shape[3] else (a, b * c)
+    foreach_add_(outs, (b.flatten(1, 2).mT @ a.flatten(1, 2)).unbind())

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.cost import GramRoute, chunk_bytes
-from ..ops.linear_impl import linear_gram
+from ..ops.linear_impl import gram_of_layer
 from ..ops.numerics import product_dtype
 from .rule import Rule, add_, gram
 
@@ -111,7 +111,7 @@ class Convolution(Rule):
             windows = self._windows(groups, channels, dtype)[:, 0]  # [n, channels * kernel, t * positions]
             block = windows.new_empty((0, *self.shape)) if u is None else u
             block = self._part(block, groups, channels).flatten(2)
-            yield linear_gram(windows.mT, small.mT, block, float64)
+            yield gram_of_layer(windows.mT, small.mT, block, float64)
 
     def cost(self) -> GramRoute:
         groups, channels = next(self._spans(self.dtype))

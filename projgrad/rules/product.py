@@ -6,15 +6,15 @@ Sizes: n samples, t positions, i inputs, o outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..ops import linear_impl
-from ..ops.cost import GramRoute, linear_route
+from ..ops.cost import GramRoute, layers_at_once, linear_route
 from ..ops.numerics import product_dtype
-from .rule import Rule, Sum, add_
+from .rule import Rule, Sum, add_, groups_of
 
 
 class Product(Rule):
@@ -60,7 +60,7 @@ class Product(Rule):
     def gram(self, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Tensor]:
         p, q = self.p.flatten(2), self.q.flatten(2)
         u = p.new_empty((0, p.shape[2], q.shape[2])) if u is None else self.matrix(u)
-        return linear_impl.linear_gram(q, p, u, float64)
+        return linear_impl.gram_of_layer(q, p, u, float64)
 
     def cost(self) -> GramRoute:
         i, o = math.prod(self.right), math.prod(self.left)
@@ -68,18 +68,48 @@ class Product(Rule):
         return linear_route(self.n, self.p.shape[1], i, o, itemsize=itemsize, device=self.device.type)
 
     def dot(self, u: Tensor, float64: bool = False) -> Tensor:
-        return linear_impl.linear_dot(self.q.flatten(2), self.p.flatten(2), self.matrix(u), float64)
+        return linear_impl.dot_of_layer(self.q.flatten(2), self.p.flatten(2), self.matrix(u), float64)
 
     def combine_(self, out: Tensor, c: Tensor, float64: bool = False) -> None:
         if float64:
             return super().combine_(out, c, float64)
         p, q, target = self.p.flatten(2), self.q.flatten(2), out.permute(self.order)
         if len(self.left) == 1 and len(self.right) == 1:
-            linear_impl.linear_combine_(target, q, p, c)
+            linear_impl.combine_of_layer_(target, q, p, c)
         else:
             part = torch.zeros(p.shape[2], q.shape[2], dtype=self.dtype, device=p.device)
-            linear_impl.linear_combine_(part, q, p, c)
+            linear_impl.combine_of_layer_(part, q, p, c)
             add_(target, part)
+
+    @property
+    def group_key(self) -> Hashable | None:
+        if len(self.left) != 1 or len(self.right) != 1:
+            return None
+        return Product, self.p.shape, self.q.shape, self.p.dtype, self.q.dtype, self.order, self.device
+
+    @classmethod
+    def gram_of_group(
+        cls, rules: Sequence[Product], us: Sequence[Tensor | None], float64: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        pairs = [
+            linear_impl.linear_gram(q, p, None if us[0] is None else _stack(rules[0], us[part]), float64)
+            for part, q, p in _stacked(rules)
+        ]
+        K, v = zip(*pairs, strict=True)
+        return torch.cat(K), None if us[0] is None else torch.cat(v)
+
+    @classmethod
+    def dot_of_group(cls, rules: Sequence[Product], us: Sequence[Tensor], float64: bool = False) -> Tensor:
+        parts = _stacked(rules)
+        return torch.cat([linear_impl.linear_dot(q, p, _stack(rules[0], us[part]), float64) for part, q, p in parts])
+
+    @classmethod
+    def combine_group_(cls, rules: Sequence[Product], outs: Sequence[Tensor], c: Tensor, float64: bool = False) -> None:
+        if float64:
+            return super().combine_group_(rules, outs, c, float64)
+        for part, q, p in _stacked(rules):
+            targets = [out.permute(rules[0].order) for out in outs[part]]
+            linear_impl.linear_combine_(targets, q, p, c[part] if c.ndim == 2 else c)
 
     def moments_(self, first: Tensor, second: Tensor) -> None:
         sums = linear_impl.linear_moments(self.q.flatten(2), self.p.flatten(2))
@@ -89,6 +119,21 @@ class Product(Rule):
     def transposed(self) -> Product:
         """Return the rule of the transposed parameter."""
         return Product(self.p, self.q, self.left, self.right, [len(self.order) - 1 - d for d in self.order])
+
+
+def _stack(rule: Product, xs: Sequence[Tensor]) -> Tensor:
+    """Return tensors in the shape of the parameter as [l, o, i]; one tensor is not copied."""
+    xs = [x.permute(rule.order) for x in xs]
+    return xs[0][None] if len(xs) == 1 else torch.stack(xs)
+
+
+def _stacked(rules: Sequence[Product]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield as many rules at a time as may be stacked, with their q [l, n, t, i] and p [l, n, t, o]."""
+    first = rules[0]
+    (n, t, i), o, itemsize = first.q.shape, first.p.shape[2], max(first.p.dtype.itemsize, first.q.dtype.itemsize)
+    for part in groups_of(len(rules), layers_at_once(n, t, i, o, itemsize, first.device.type)):
+        q, p = [rule.q for rule in rules[part]], [rule.p for rule in rules[part]]
+        yield part, *(x[0][None] if len(x) == 1 else torch.stack(x) for x in (q, p))
 
 
 class Grouped(Rule):

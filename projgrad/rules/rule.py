@@ -5,15 +5,22 @@ Sizes: n samples, t positions, i inputs, o outputs; a parameter is a matrix of `
 against the rest.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..ops.cost import GramRoute, chunk_bytes
+from .._torch_private import foreach_add_
+from ..ops.cost import GramRoute, chunk_bytes, group_bytes
 from ..ops.gram import gram_op
 from ..ops.numerics import product_dtype
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 
 class Rule:
@@ -62,6 +69,31 @@ class Rule:
         for rows, g in self._chunks(float64):
             add_(out[rows] if out.ndim else out, torch.einsum("n,nrc->rc", c.to(g.dtype), g))
 
+    @property
+    def group_key(self) -> Hashable | None:
+        """Return what rules of one class share that the next three functions may be given together; None: alone."""
+        return None
+
+    @classmethod
+    def gram_of_group(
+        cls, rules: Sequence[Self], us: Sequence[Tensor | None], float64: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return K [l, n, n] and v = G u [l, n] of l rules, each with its u of shape `shape`; all u None: no v."""
+        pairs = [r.gram(None if u is None else u[None], float64) for r, u in zip(rules, us, strict=True)]
+        K = torch.stack([K for K, _ in pairs])
+        return K, None if us[0] is None else torch.stack([v[:, 0] for _, v in pairs])
+
+    @classmethod
+    def dot_of_group(cls, rules: Sequence[Self], us: Sequence[Tensor], float64: bool = False) -> Tensor:
+        """Return v = G u [l, n] of l rules, each with its u of shape `shape`."""
+        return torch.stack([r.dot(u[None], float64)[:, 0] for r, u in zip(rules, us, strict=True)])
+
+    @classmethod
+    def combine_group_(cls, rules: Sequence[Self], outs: Sequence[Tensor], c: Tensor, float64: bool = False) -> None:
+        """Add Σ_j c_j g_j of every rule to its out, of shape `shape`; c [n] or [l, n] float64."""
+        for rule, out, weights in zip(rules, outs, c.expand(len(rules), -1), strict=True):
+            rule.combine_(out, weights, float64)
+
     def moments_(self, first: Tensor, second: Tensor) -> None:
         """Add Σ_j g_j to first and Σ_j g_j² to second, each of shape `shape`."""
         for rows, g in self._chunks():
@@ -91,6 +123,12 @@ class Rule:
         return max(1, chunk_bytes(self.device.type) // max(1, one))
 
 
+def groups_of(count: int, most: int) -> Iterator[slice]:
+    """Yield slices that cover `count` rules, of at most `most` each, but of one at least."""
+    for start in range(0, count, max(1, most)):
+        yield slice(start, start + max(1, most))
+
+
 def add_(out: Tensor, part: Tensor) -> None:
     """Add a part with as many elements, in another shape perhaps."""
     out.add_(part.reshape(out.shape))
@@ -115,6 +153,36 @@ class Rows(Rule):
 
     def chunk(self, rows: slice, float64: bool = False) -> Tensor:
         return self.g.reshape(self.n, self.rows, self.cols)[:, rows].to(product_dtype(self.g.dtype, float64=float64))
+
+    @property
+    def group_key(self) -> Hashable | None:
+        return (Rows, self.g.shape, self.g.dtype, self.device) if self.cheap else None
+
+    @classmethod
+    def gram_of_group(
+        cls, rules: Sequence[Rows], us: Sequence[Tensor | None], float64: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        K = torch.cat([G @ G.mT for _, G in _stacked(rules)])
+        return K, None if us[0] is None else cls.dot_of_group(rules, us)
+
+    @classmethod
+    def dot_of_group(cls, rules: Sequence[Rows], us: Sequence[Tensor], float64: bool = False) -> Tensor:
+        parts = [(G, torch.stack(us[part]).double().reshape(len(G), -1, 1)) for part, G in _stacked(rules)]
+        return torch.cat([(G @ u)[..., 0] for G, u in parts])
+
+    @classmethod
+    def combine_group_(cls, rules: Sequence[Rows], outs: Sequence[Tensor], c: Tensor, float64: bool = False) -> None:
+        for part, G in _stacked(rules):
+            weights = c[part] if c.ndim == 2 else c
+            foreach_add_(outs[part], (weights[..., None, :] @ G).view(len(G), *rules[0].shape).unbind())
+
+
+def _stacked(rules: Sequence[Rows]) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some rules at a time, with their gradients [l, n, k] in float64: cheap for as few as these."""
+    first = rules[0]
+    for part in groups_of(len(rules), group_bytes(first.device.type) // max(1, 8 * first.g.numel())):
+        g = torch.stack([rule.g for rule in rules[part]]).double()
+        yield part, g.reshape(len(g), first.n, first.rows * first.cols)
 
 
 class Sum(Rule):

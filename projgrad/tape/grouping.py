@@ -30,9 +30,9 @@ class Group(list[Use]):
     def gram(self, us: Sequence[Tensor | None], float64: bool) -> tuple[Tensor, Tensor]:
         """Return K [l, n, n] and v [l, n] in float64 for every use; us: a direction for each, None for zero."""
         rules, given = self.rules, us
-        if any(u is None for u in us):
-            like = next((u for u in us if u is not None), None)
-            given = None if like is None else [like.new_zeros(like.shape) if u is None else u for u in us]
+        like = next((u for u in us if u is not None), None)
+        if like is not None:
+            given = [like.new_zeros(like.shape) if u is None else u for u in us]
         K, v = type(rules[0]).gram_of_group(rules, given, float64)
         return K, K.new_zeros(K.shape[:2]) if v is None else v
 

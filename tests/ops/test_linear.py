@@ -51,7 +51,7 @@ def test_linear_gram_with_directions_equals_gram_and_dot(dtypes):
         a, b = layer(name, dtypes)
         u = torch.randn(2, b.shape[2], a.shape[2])
         for float64, budget in ((False, CPU.chunk), (True, CPU.chunk), (False, SMALL)):
-            K, v = implementation.linear_gram(a, b, u, float64, budget)
+            K, v = implementation.gram_of_layer(a, b, u, float64, budget)
             check_gram(K, a, b, products(a, b, float64))
             check_dot(v, a, b, u, products(a, b, float64))
 
@@ -112,7 +112,7 @@ def test_combine_accumulates_in_place(target, budget, monkeypatch):
     c, before = torch.randn(6), torch.randn(17, 33)
     before = before.to({"half": BF16, "double": F64}.get(target, F32))
     out = (before.mT.contiguous().mT if target == "transposed" else before).clone()
-    implementation.linear_combine_(out, a, b, c)
+    implementation.combine_of_layer_(out, a, b, c)
     expected = before.double() + torch.einsum("n,noi->oi", c.double(), truth(a, b))
     torch.testing.assert_close(out, expected.to(out.dtype))
 
