@@ -24,8 +24,8 @@ from .passes import Passes
 class Block:
     """Parameters whose gradients are projected together, as one vector: all of them, or one.
 
-    square: ‖p.grad‖² before the next correction. has_16bit_factor: whether 16-bit numbers limit what autograd and the rules can
-    agree on.
+    square: ‖p.grad‖² before the next correction. has_16bit_factor: whether 16-bit numbers limit what autograd and rules
+    can agree on.
     """
 
     name: str
