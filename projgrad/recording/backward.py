@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -60,20 +61,20 @@ def backward(
     watch: parameters whose gradients are returned.
     """
 
-    def hand_over(site: Site, b: Tensor) -> None:
-        saved = site.saved.take(retain_graph)  # unpacking may run a part of the forward pass, which is intercepted
-        mixed = torch.is_autocast_enabled(b.device.type)
-        exact = torch.autocast(b.device.type, enabled=False) if mixed else nullcontext()
+    mixed = torch.is_autocast_enabled(losses.device.type)
+
+    def hook(site: Site, gradients: Sequence[Tensor | None]) -> None:
+        b = gradients[site.edge.output_nr]
+        if b is not None:
+            saved = site.saved.take(retain_graph)  # unpacking may run a part of the forward pass: it is intercepted
+            with exactly():
+                receive(site, b, saved)
+
+    @contextmanager
+    def exactly() -> Iterator[None]:
+        exact = torch.autocast(losses.device.type, enabled=False) if mixed else nullcontext()
         with without_torch_function(), torch.no_grad(), exact:
-            receive(site, b, saved)
-
-    def hook(site: Site) -> Callable[[Sequence[Tensor | None]], None]:
-        def called(gradients: Sequence[Tensor | None]) -> None:
-            b = gradients[site.edge.output_nr]
-            if b is not None:
-                hand_over(site, b)
-
-        return called
+            yield
 
     # What is unpacked inside the pass is recomputed once, and hooks of others on a node change what comes to ours.
     hooked = [recording.hooked or site.saved.unpacks for site in recording.sites]
@@ -87,7 +88,7 @@ def backward(
     if not watch and not edges and not beyond:
         return ()
     rest = set(recording.sites).difference(returned)
-    hooks = [site.edge.node.register_prehook(hook(site)) for site in recording.sites if site in rest]
+    hooks = [site.edge.node.register_prehook(functools.partial(hook, site)) for site in recording.sites if site in rest]
     try:
         with recomputing(recording):
             grads = torch.autograd.grad(
@@ -96,10 +97,11 @@ def backward(
     finally:
         for handle in hooks:
             handle.remove()
-    for k in reversed(range(len(returned))):  # in the order of a backward pass
-        b = grads[len(watch) + k]
-        if b is not None:
-            hand_over(returned[k], b)
+    grads_at = grads[len(watch) : len(watch) + len(returned)]
+    with exactly():
+        for site, b in zip(reversed(returned), reversed(grads_at), strict=True):  # in the order of a backward pass
+            if b is not None:
+                receive(site, b, site.saved.take(retain_graph))
     if not retain_graph:
         for site in recording.sites:
             site.saved.tensors = None

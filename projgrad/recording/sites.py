@@ -146,5 +146,4 @@ class Site:
     @property
     def key(self) -> tuple:
         """Return what identifies the site in the next forward pass of the same model."""
-        where = tuple((tuple(sorted(s.names)), s.window) for s in self.sources)
-        return self.name, tuple(self.shape), where, self.derived
+        return self.name, self.shape, tuple([(s.names, s.window) for s in self.sources]), self.derived

@@ -1,5 +1,6 @@
 """Where the samples are in a tensor, found from the gradients themselves."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ class Layout(NamedTuple):
         ndim: dimensions of the tensor that the layout is about, when x is only broadcast against it.
         fill: what stands where a sample has fewer rows than others, None for one of its own rows again.
         """
+        if ndim is None and self == FIRST:
+            return x.unflatten(0, (n, x.shape[0] // n))
         axis = self.axis if ndim is None else self.axis - ndim + x.ndim
         if self.rows is not None:
             if ndim is not None:
@@ -44,6 +47,12 @@ class Layout(NamedTuple):
             return x.unflatten(axis, (k, n)).movedim(axis + 1, 0)
         return x.unflatten(axis, (n, k)).movedim(axis, 0)
 
+    def positions(self, x: Tensor, n: int) -> Tensor:
+        """Return x [..., n k, ..., i] as [n, t, i], with all positions of a sample along one dimension."""
+        if self == FIRST:
+            return x.reshape(n, math.prod(x.shape[:-1]) // n, x.shape[-1])
+        return self.split(x, n).flatten(1, -2)
+
     def reaches(self, x: Tensor, b: Tensor) -> bool:
         """Return whether x, which is broadcast against b, lies along the samples itself."""
         return any(-x.ndim <= a - b.ndim and x.shape[a - b.ndim] == b.shape[a] for a in self.axes)
@@ -56,6 +65,9 @@ class Layout(NamedTuple):
             return owner[:-1]
         i = torch.arange(size, device=device)
         return i % n if self.inner else i // (size // n)
+
+
+FIRST = Layout()  # sample after sample along dimension 0
 
 
 def candidates(shape: torch.Size, axes, n: int) -> list[Layout]:

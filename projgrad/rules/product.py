@@ -5,6 +5,7 @@ Sizes: n samples, t positions, i inputs, o outputs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Iterator, Sequence
 
@@ -26,13 +27,20 @@ class Product(Rule):
     name = "product"
 
     def __init__(self, p: Tensor, q: Tensor, left: Sequence[int], right: Sequence[int], order: Sequence[int]) -> None:
-        self.n, self.p, self.q, self.device = len(p), p, q, p.device
+        self.n, self.p, self.q, self.device = p.shape[0], p, q, p.device
         self.left, self.right, self.order = tuple(left), tuple(right), tuple(order)
-        sizes = self.left + self.right
-        self.inverse = tuple(self.order.index(d) for d in range(len(order)))
-        self.shape = torch.Size(sizes[d] for d in self.inverse)
         self.dtype = product_dtype(p.dtype, q.dtype)
         self.has_16bit_factor = p.dtype.itemsize == 2 or q.dtype.itemsize == 2
+
+    @property
+    def inverse(self) -> tuple[int, ...]:
+        """Return the dimensions of (*left, *right) in the order of the parameter."""
+        return _inverse(self.order)
+
+    @property
+    def shape(self) -> torch.Size:
+        sizes = self.left + self.right
+        return torch.Size([sizes[d] for d in self.inverse])
 
     @property
     def form(self) -> tuple:
@@ -119,6 +127,11 @@ class Product(Rule):
     def transposed(self) -> Product:
         """Return the rule of the transposed parameter."""
         return Product(self.p, self.q, self.left, self.right, [len(self.order) - 1 - d for d in self.order])
+
+
+@functools.cache
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(order.index(d) for d in range(len(order)))
 
 
 def _stack(rule: Product, xs: Sequence[Tensor]) -> Tensor:

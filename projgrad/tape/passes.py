@@ -74,10 +74,16 @@ class Passes:
                 consumer.parameter_done(key[0])
 
         def receive(site: Site, b: Tensor, saved: Sequence[Tensor]) -> None:
-            if site.layout is None or not any(plan.wants(s) for s in site.sources):
+            wanted = plan.wanted.get(site)
+            if not wanted:
                 return
-            for source, rule in zip(site.sources, site.make(b, saved, site.layout, n), strict=True):
-                if not plan.wants(source):
+            rules = site.make(b, saved, site.layout, n)
+            for k, name in wanted:
+                source, rule = site.sources[k], rules[k]
+                if name is not None:
+                    consumer.add(name, source, rule)
+                    plan.missing[name] = 0
+                    consumer.parameter_done(name)
                     continue
                 if plan.mapped(source):
                     d = rule.dense()

@@ -17,7 +17,8 @@ class UsePlan:
     """What a pass does with the uses it meets.
 
     uses: how many arrive for each key (a parameter, or a part of one), to be joined. missing: uses of every parameter
-    that are still to come. maps: parameters used through something computed from them, to be mapped back.
+    that are still to come. wanted: by site, the sources, by index, whose uses count; and of those that are a whole
+    parameter, used once, the name. maps: parameters used through something computed from them, to be mapped back.
     """
 
     def __init__(self, recording: Recording, loops: Mapping[str, str]) -> None:
@@ -37,18 +38,28 @@ class UsePlan:
             if more - loops.keys() <= self.maps:
                 break
             self.maps |= more - loops.keys()
-        for site in sites:
-            for source in site.sources:
-                if self.wants(source) and not self.mapped(source):
+        wanted = {site: [k for k, s in enumerate(site.sources) if self._wants(s)] for site in sites}
+        for site, indices in wanted.items():
+            for source in [site.sources[k] for k in indices]:
+                if not self.mapped(source):
                     key = self.key(undo_transpose(recording, source, None)[0])
                     self.uses[key] += 1
                     self.missing[key[0]] += 1
+        self.wanted = {
+            site: [(k, self._only_use(site.sources[k])) for k in indices] for site, indices in wanted.items() if indices
+        }
 
-    def wants(self, source: Source) -> bool:
+    def _wants(self, source: Source) -> bool:
         return not source.settled and bool(source.names - self.loops.keys())
 
+    def _only_use(self, source: Source) -> str | None:
+        if not source.whole or self.mapped(source):
+            return None
+        (name,) = source.names
+        return name if self.missing[name] == 1 else None
+
     def mapped(self, source: Source) -> bool:
-        return bool(source.names & self.maps)
+        return bool(self.maps) and not self.maps.isdisjoint(source.names)
 
     def key(self, source: Source) -> tuple:
         (name,) = source.names

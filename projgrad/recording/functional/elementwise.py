@@ -99,7 +99,7 @@ def mul(input: Tensor, other: Tensor, *, tape: Recorder) -> Tensor:
                 fold(g[rows] * layout.split(part, rows.stop - rows.start), shape)
                 for rows, part in blocks(g, x, layout, n)
             ]
-            return [Rows(torch.cat(parts))]
+            return [Rows(parts[0] if len(parts) == 1 else torch.cat(parts))]
         return [Rows(fold(g * (layout.split(x, n, b.ndim) if spread else x), shape))]
 
     return call.tap(y, make, [p], _free(y, p), [x])

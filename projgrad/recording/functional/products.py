@@ -22,10 +22,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, tape: R
     y = F.linear(input, weight, bias)
 
     def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
-        p = layout.split(b, n).flatten(1, -2)
-        rules: list[Rule] = []
+        p, rules = layout.positions(b, n), []
         if call.follows(weight):
-            q = layout.split(saved[0], n).flatten(1, -2)
+            q = layout.positions(saved[0], n)
             rules.append(Product(p, q, p.shape[2:], q.shape[2:], (0, 1)))
         if call.follows(bias):
             rules.append(Rows(p.sum(1)))
