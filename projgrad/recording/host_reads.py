@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .._torch_private import foreach_norms
 
+SMALL = 1 << 20  # numbers
+
 
 class HostReads:
     """Numbers on the device and what to do with them; all of them are brought to the host at once."""
@@ -65,7 +67,8 @@ def length(t: Tensor) -> Tensor:
 def lengths(tensors: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm of each, [len(tensors)] float64 on the device of the first."""
     device = tensors[0].device
-    if device.type == "cuda":  # one launch for hundreds of tensors; float64 costs nothing where reading takes the time
+    # One launch for hundreds of tensors. On a GPU float64 costs nothing, on the CPU little where they are small.
+    if device.type == "cuda" or sum(t.numel() for t in tensors) < SMALL:
         return torch.stack([norm.to(device) for norm in foreach_norms(tensors, torch.float64)])
     return torch.tensor([_length(t) for t in tensors], dtype=torch.float64, device=device)
 

@@ -115,8 +115,9 @@ class Product(Rule):
     def combine_group_(cls, rules: Sequence[Product], outs: Sequence[Tensor], c: Tensor, float64: bool = False) -> None:
         if float64:
             return super().combine_group_(rules, outs, c, float64)
+        order = rules[0].order
         for part, q, p in _stacked(rules):
-            targets = [out.permute(rules[0].order) for out in outs[part]]
+            targets = outs[part] if order == (0, 1) else [out.permute(order) for out in outs[part]]
             linear_impl.linear_combine_(targets, q, p, c[part] if c.ndim == 2 else c)
 
     def moments_(self, first: Tensor, second: Tensor) -> None:
@@ -136,7 +137,8 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
 
 def _stack(rule: Product, xs: Sequence[Tensor]) -> Tensor:
     """Return tensors in the shape of the parameter as [l, o, i]; one tensor is not copied."""
-    xs = [x.permute(rule.order) for x in xs]
+    if rule.order != (0, 1):
+        xs = [x.permute(rule.order) for x in xs]
     return xs[0][None] if len(xs) == 1 else torch.stack(xs)
 
 

@@ -123,7 +123,7 @@ class CollectRules(Consumer):
 
 def part(source: Source, t: Tensor) -> Tensor:
     """Return what of a tensor in the shape of the parameter belongs to a source; a view unless the source is rows."""
-    return source.view(t[None] if source.whole else t.contiguous()[None])[0]
+    return t if source.whole else source.view(t.contiguous()[None])[0]
 
 
 def add_(source: Source, rule_adds: Callable[..., None], *outs: Tensor) -> None:

@@ -200,6 +200,7 @@ class KeptGradients(GradientAccess):
         zero = losses.new_zeros(len(losses), dtype=torch.float64)
         self.watched, self.row_squares = zero.new_zeros(len(losses), len(losses)), zero  # K of `watch`, all ‖g_j‖²
         self._summed: set[str] = set()  # blocks that are in there
+        self._grouped: tuple[object, list[Group]] = None, []  # of the blocks that were asked for last
 
     def blocks(self, squares: Mapping[str, float], per_tensor: bool) -> list[Block]:
         """Return the blocks to project: every tensor that the losses use, or all parameters in one.
@@ -229,8 +230,11 @@ class KeptGradients(GradientAccess):
     def _groups(self, blocks: Sequence[Block]) -> tuple[list[Group], dict[str, int]]:
         """Return the uses of some blocks in groups, and the index of the block of every parameter."""
         place = {name: k for k, block in enumerate(blocks) for name in block.parameters}
-        short = {use.name for use in self.uses if use.name in self.factors and few_positions(use.rule)}
-        return grouped([use for use in self.uses if use.name in place], short), place
+        key = frozenset(place), frozenset(self.factors)
+        if key != self._grouped[0]:
+            short = {use.name for use in self.uses if use.name in self.factors and few_positions(use.rule)}
+            self._grouped = key, grouped([use for use in self.uses if use.name in place], short)
+        return self._grouped[1], place
 
     def _sums(self, blocks: Sequence[Block], float64: bool, gram: bool) -> tuple[Tensor, Tensor]:
         n, (groups, place) = len(self.losses), self._groups(blocks)
