@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from .command import ROOT
 from .contenders import TOKEN_STEPS
 from .harness import timed
-from .models import GPT2, LLAMA, TokenJob
+from .models import LLAMA, SMALL_GPT2, SMALL_LLAMA, TokenJob
 from .report import RESULTS, as_text, write_csv
 from .machine import environment
 
 NAMES = ("plain", "projgrad global", "projgrad per_tensor")
 SAMPLES, TOKENS, ROUNDS = 4, 8, 25
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 TARGETS = {"llama": (1.6, 1.8), "gpt2": (None, None), "lora": (1.6, None)}
 COLUMNS = ("case", "contender", "ms", "over_plain", "at_most", "launches", "launches_over_plain")
 
@@ -39,15 +38,14 @@ COLUMNS = ("case", "contender", "ms", "over_plain", "at_most", "launches", "laun
 def llama() -> nn.Module:
     import transformers
 
-    config = {**LLAMA, **SIZES, "num_key_value_heads": 2, "head_dim": 8}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    config = transformers.LlamaConfig(**{**SMALL_LLAMA, "num_hidden_layers": LLAMA["num_hidden_layers"]})
+    return transformers.LlamaForCausalLM(config)
 
 
 def gpt2() -> nn.Module:
     import transformers
 
-    config = {**GPT2, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "n_embd": 32, "n_head": 4}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**SMALL_GPT2, "n_layer": 12}))
 
 
 def lora() -> nn.Module:
@@ -70,7 +68,7 @@ class HostJob(TokenJob):
 
 def job(case: str) -> TokenJob:
     torch.manual_seed(0)
-    return HostJob(MODELS[case]().train(), SAMPLES, TOKENS, 64)
+    return HostJob(MODELS[case]().train(), SAMPLES, TOKENS, 50)
 
 
 def steps(case: str) -> dict[str, Callable[[], object]]:

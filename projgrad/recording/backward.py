@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -57,7 +58,8 @@ def backward(
     Autograd makes no gradient of a weight. It goes down to the `ends`, from `ends_of`, and returns theirs; at the sites
     above them a hook hands over what passes.
 
-    collect: get the gradients at sites that keep them anyway without hooks, all at the end.
+    collect: get the gradients at sites that keep them anyway without hooks, all at the end; and those at all sites
+        where that takes little more.
     watch: parameters whose gradients are returned.
     """
 
@@ -78,10 +80,11 @@ def backward(
 
     # What is unpacked inside the pass is recomputed once, and hooks of others on a node change what comes to ours.
     hooked = [recording.hooked or site.saved.unpacks for site in recording.sites]
+    few = collect and _little_else(recording)
     returned = [
         site
         for site in recording.sites
-        if not hooked[site.index] and (site.index in ends or (collect and site.factored))
+        if not hooked[site.index] and (site.index in ends or (collect and (site.factored or few)))
     ]
     edges = [site.edge for site in returned]
     beyond = [source.edge for k in ends if hooked[k] for source in recording.sites[k].sources]
@@ -106,3 +109,11 @@ def backward(
         for site in recording.sites:
             site.saved.tensors = None
     return grads[: len(watch)]
+
+
+def _little_else(recording: Recording) -> bool:
+    """Return whether the outputs of sites that do not keep their gradients are a fourth of those that do, or less."""
+    sizes = [0, 0]
+    for site in recording.sites:
+        sizes[site.factored] += math.prod(site.shape)
+    return 4 * sizes[False] <= sizes[True]

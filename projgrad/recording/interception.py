@@ -47,7 +47,8 @@ class Interception(TorchFunctionMode):
         if _is_ordinary(func) and not recording.meets(args) and not (kwargs and recording.meets(kwargs.values())):
             out = func(*args, **kwargs) if kwargs else func(*args)
             # One tensor that depends on the samples is enough to tell: most calls end here.
-            if recording.may_be_constant(args) and isinstance(out, Tensor):
+            first = args[0] if args else None
+            if (not isinstance(first, Tensor) or recording.is_constant(first)) and isinstance(out, Tensor):
                 tensors = tensors_in(args, kwargs or {})
                 if tensors and all(map(recording.is_constant, tensors)):
                     recording.note_constant(out)
@@ -75,11 +76,11 @@ class Interception(TorchFunctionMode):
 
     def _handle(self, func, name: str, args: tuple, kwargs: dict):
         recording = self.recording
-        tensors = tensors_in(args, kwargs)
         if func in names.BACKWARD:  # what checkpointing runs again in there is to be seen
             with self:
                 return opened(func)(*args, **kwargs)
-        followed = [s for t in tensors if (s := recording.source(t)) is not None]
+        tensors = tensors_in(args, kwargs)
+        followed = [recording.sources[id(t)] for t in tensors if id(t) in recording.sources]
         if not followed or not torch.is_grad_enabled():
             out = func(*args, **kwargs)
             made = tensors or name in names.FACTORIES
@@ -91,10 +92,7 @@ class Interception(TorchFunctionMode):
             return recording.derive(out, followed, "T") if isinstance(out, Tensor) and out.grad_fn is not None else out
         if all(recording.source(t) is not None or recording.is_constant(t) for t in tensors):
             return self._derived(func, name, followed, args, kwargs)
-        handler = HANDLERS.get(name)
-        python = isinstance(func, types.FunctionType)
-        if python != (name in names.PYTHON) and name in (*names.PYTHON, "embedding_bag"):
-            handler = None  # of the same name, with other arguments
+        handler, python = _handler(func), isinstance(func, types.FunctionType)
         try:
             if handler is not None:
                 return handler(*args, **kwargs, tape=recording)
@@ -140,6 +138,16 @@ class Interception(TorchFunctionMode):
             elif isinstance(result, Tensor) and not result.requires_grad:
                 recording.note_constant(result)
         return None if name == "__setitem__" else out
+
+
+@functools.cache
+def _handler(func: Callable) -> Callable | None:
+    """Return the drop-in of a function, None where there is none or its name has two meanings."""
+    name = getattr(func, "__name__", "")
+    python = isinstance(func, types.FunctionType)
+    if python != (name in names.PYTHON) and name in (*names.PYTHON, "embedding_bag"):
+        return None  # of the same name, with other arguments
+    return HANDLERS.get(name)
 
 
 @functools.cache

@@ -152,13 +152,6 @@ class Recording:
                 return True
         return False
 
-    def may_be_constant(self, arguments: Iterable[object]) -> bool:
-        """Return whether the first tensor among the arguments, if there is one, is constant."""
-        for a in arguments:
-            if isinstance(a, Tensor):
-                return self.is_constant(a)
-        return True
-
     def whole(self, name: str) -> Source:
         """Return the source of a parameter itself."""
         return self.sources[id(self.parameters[name])]
