@@ -230,7 +230,7 @@ class KeptGradients(GradientAccess):
     def _groups(self, blocks: Sequence[Block]) -> tuple[list[Group], dict[str, int]]:
         """Return the uses of some blocks in groups, and the index of the block of every parameter."""
         place = {name: k for k, block in enumerate(blocks) for name in block.parameters}
-        key = frozenset(place), frozenset(self.factors)
+        key = tuple(place), tuple(self.factors)
         if key != self._grouped[0]:
             short = {use.name for use in self.uses if use.name in self.factors and few_positions(use.rule)}
             self._grouped = key, grouped([use for use in self.uses if use.name in place], short)

@@ -122,7 +122,7 @@ def _defer_squares(parameters: Mapping[str, Tensor], factors: ForgetFactors, rea
 
 def _steps(block: Block, solver: Solver) -> Steps:
     """Project p.grad, repeat while the residual exceeds rounding, then add Gᵀ add."""
-    add, rtol, n, u2 = solver.add, solver.rtol, len(solver.add), block.square
+    rtol, n, u2 = solver.rtol, len(solver.add), block.square
     plain = not solver.damping and rtol is None
     float64 = starts_in_float64(n, block.dtype, rtol)
 
@@ -149,16 +149,16 @@ def _steps(block: Block, solver: Solver) -> Steps:
     if plain and rank >= block.numel():  # nothing is orthogonal to that many
         block.erase()
         if solved.retain_term.max_abs:
-            yield Correct(add, solved.retain_term._replace(product=0.0), False, u2)
+            yield Correct(solved.w[2], solved.retain_term._replace(product=0.0), False, u2)
         return _projection(rank, u2, 0.0, 0.0, refinements)
     if not plain or block.has_16bit_factor or residual <= limit or not u2:
         if solved.combined.max_abs != 0:
-            yield Correct(add - solved.x, solved.combined, False, u2)
+            yield Correct(solved.w[1], solved.combined, False, u2)
         return _projection(rank, u2, after, residual, 0)
     applied_in_float64 = False
     while True:
         if solved.projection.max_abs != 0:
-            yield Correct(-solved.x, solved.projection, applied_in_float64, u2)
+            yield Correct(solved.w[0], solved.projection, applied_in_float64, u2)
         left = yield Look(float64)
         block.square, after = left.square, left.square**0.5
         residual = left.cosine / (max(after, noise) or 1.0)
@@ -171,11 +171,11 @@ def _steps(block: Block, solver: Solver) -> Steps:
         if rank >= block.numel():
             block.erase()
             if solved.retain_term.max_abs:
-                yield Correct(add, solved.retain_term._replace(product=0.0), False, u2)
+                yield Correct(solved.w[2], solved.retain_term._replace(product=0.0), False, u2)
             return _projection(rank, u2, 0.0, 0.0, refinements)
         refinements += 1
     if solved.retain_term.max_abs != 0:
-        yield Correct(add, solved.retain_term._replace(product=left.product), False, u2)
+        yield Correct(solved.w[2], solved.retain_term._replace(product=left.product), False, u2)
     return _projection(rank, u2, after, residual, refinements)
 
 

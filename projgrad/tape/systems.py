@@ -21,13 +21,13 @@ HELD = 64 << 20  # bytes of Gram matrices at one time
 
 
 class Solved(NamedTuple):
-    """The solution x [n] of K x = v, and on the host:
+    """The weights -x, add - x and add [3, n], for the solution x of K x = v; and on the host:
 
-    projection, combined, retain_term: of the weights -x, add - x and add.
+    projection, combined, retain_term: of each of them.
     residual: max_j |v - K x|_j / ‖g_j‖. spread: ‖(x_j ‖g_j‖)_j‖. used: samples with a gradient.
     """
 
-    x: Tensor
+    w: Tensor
     projection: WeightStats
     combined: WeightStats
     retain_term: WeightStats
@@ -126,8 +126,8 @@ class Solver:
                 self.K[block.name], self.v[block.name] = one, other
         else:
             K, v = torch.stack([self.K[block.name] for block in blocks]), torch.stack([r.v for r in requests])
-        x, numbers = solve(K, v, self.damping, rank_tolerance(K.shape[1], float64, self.rtol), self.shifts)
-        return [_solved(one, row) for one, row in zip(x, numbers.tolist(), strict=True)]
+        w, numbers = solve(K, v, self.damping, rank_tolerance(K.shape[1], float64, self.rtol), self.shifts)
+        return [_solved(one, row) for one, row in zip(w.unbind(), numbers.tolist(), strict=True)]
 
     def _correct(self, blocks: Sequence[Block], requests: Sequence[Correct], float64: bool) -> list[None]:
         w, largest = torch.stack([r.w for r in requests]), max(r.weights.max_abs for r in requests)
@@ -149,10 +149,9 @@ class Solver:
 
 
 def solve(K: Tensor, v: Tensor, damping: float, cut: float, shifts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Solve K x = v, [l, n, n] and [l, n]: x [l, n], and the numbers of each [l, 20], in the order of `Solved`.
+    """Solve K x = v, [l, n, n] and [l, n]: weights w [l, 3, n], and the numbers of each [l, 20], as `Solved` has them.
 
-    cut: a pivot that is not above it counts as zero. shifts: [3, n] and [3, 1]; the weights that are looked at are
-    shifts[0] - shifts[1] x.
+    cut: a pivot that is not above it counts as zero. shifts: [3, n] and [3, 1]; w = shifts[0] - shifts[1] x.
     """
     x, rank, _ = gram_solve_op(K, in_range(K, v[..., None]), damping, cut)
     x = x[..., 0]
@@ -163,13 +162,13 @@ def solve(K: Tensor, v: Tensor, damping: float, cut: float, shifts: tuple[Tensor
     residual = (v + Kw[:, 0]).abs() / norms.where(used, 1)
     finite = K.sum((1, 2)) + v.sum(1)
     rest = [residual.amax(1), (x * norms).norm(dim=1), used.sum(1), rank, finite]
-    return x, torch.cat([weight_stats(w, Kw, norms, v).flatten(1), torch.stack([t.double() for t in rest], 1)], 1)
+    return w, torch.cat([weight_stats(w, Kw, norms, v).flatten(1), torch.stack([t.double() for t in rest], 1)], 1)
 
 
-def _solved(x: Tensor, numbers: list[float]) -> Solved:
+def _solved(w: Tensor, numbers: list[float]) -> Solved:
     weights = [WeightStats(*numbers[k:15:3]) for k in range(3)]
     residual, spread, used, rank, finite = numbers[15:]
-    return Solved(x, *weights, residual, spread, int(used), int(rank), math.isfinite(finite))
+    return Solved(w, *weights, residual, spread, int(used), int(rank), math.isfinite(finite))
 
 
 def _without_underflow(K: Tensor, v: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
