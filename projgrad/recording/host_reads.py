@@ -17,38 +17,33 @@ SMALL = 1 << 20  # numbers
 
 
 class HostReads:
-    """Numbers on the device and what to do with them; all of them are brought to the host at once."""
+    """Numbers on the device and what to do with them; all of them are brought to the host at once.
+
+    urgent: whether some are needed before the samples can be found.
+    """
 
     def __init__(self) -> None:
         self._deferred: list[tuple[Tensor, Callable[[list[float]], object]]] = []
+        self.urgent = False
 
-    def defer(self, numbers: Tensor, callback: Callable[[list[float]], object]) -> None:
+    def defer(self, numbers: Tensor, callback: Callable[[list[float]], object], urgent: bool = False) -> None:
         """Call back with these numbers at the next `flush`."""
         self._deferred.append((numbers.detach().flatten(), callback))
+        self.urgent = self.urgent or urgent
 
-    def flush(self) -> None:
-        """Bring all numbers to the host and call back in the order of `defer`; a callback that raises ends it."""
-        deferred, self._deferred = self._deferred, []
-        if not deferred:
-            return
-        values = iter(to_host(*(numbers for numbers, _ in deferred)))
+    def flush(self, *more: Tensor) -> list[float]:
+        """Bring all numbers to the host and call back in the order of `defer`; a callback that raises ends it.
+
+        Returns:
+            The numbers of `more`.
+        """
+        deferred, self._deferred, self.urgent = self._deferred, [], False
+        if not deferred and not more:
+            return []
+        values = iter(to_host(*(numbers for numbers, _ in deferred), *more))
         for numbers, callback in deferred:
             callback(list(islice(values, len(numbers))))
-
-
-class Reading:
-    """A copy to the host that is under way. `wait` waits for it and for nothing that was queued after it."""
-
-    def __init__(self, numbers: Tensor) -> None:
-        self.numbers, self.event = numbers.to("cpu", non_blocking=True), None
-        if numbers.is_cuda:
-            self.event = torch.cuda.Event()
-            self.event.record(torch.cuda.current_stream(numbers.device))
-
-    def wait(self) -> list:
-        if self.event is not None:
-            self.event.synchronize()
-        return self.numbers.tolist()
+        return list(values)
 
 
 def to_host(*numbers: Tensor) -> list[float]:

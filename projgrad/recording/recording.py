@@ -202,7 +202,7 @@ class Recording:
         def keep(distinct: list[float]) -> None:
             source.rows = ids if all(distinct) else None
 
-        self.host_reads.defer(torch.cat([ordered[:1] >= 0, ordered[1:] != ordered[:-1]]).all(), keep)
+        self.host_reads.defer(torch.cat([ordered[:1] >= 0, ordered[1:] != ordered[:-1]]).all(), keep, urgent=True)
 
 
 def _check_parameter(name: str, p: Tensor) -> None:

@@ -54,10 +54,11 @@ class Structure:
         return self.anchors is not None
 
 
-def structure_of(recording: Recording, losses: Tensor, known: dict[int, Structure]) -> Structure:
+def structure_of(recording: Recording, losses: Tensor, known: dict[int, Structure], wait: bool = True) -> Structure:
     """Return how to read the sites of a forward pass: as a known one with the same graph, if that holds, or found anew.
 
     What is new is added to `known`, by a hash of the graph.
+    wait: for the losses, which are looked at; else that is left to the next `host_reads.flush()`, where it can be.
 
     Raises:
         ValueError: losses of a wrong shape, or that share terms between samples.
@@ -69,7 +70,8 @@ def structure_of(recording: Recording, losses: Tensor, known: dict[int, Structur
     graph = fingerprint(recording, losses)
     key = hash((len(losses), tuple(site.key for site in recording.sites), graph, recording.hooked))
     structure = known.get(key)
-    recording.host_reads.flush()
+    if wait or recording.host_reads.urgent or structure is None or structure.anchors != []:
+        recording.host_reads.flush()
     if structure is None or not confirm(recording, losses, structure):
         before, structure = structure, inspect(recording, losses)
         if before is not None:  # the rules were compared; where the samples are was found anew

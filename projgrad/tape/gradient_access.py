@@ -24,13 +24,13 @@ from .passes import Passes
 class Block:
     """Parameters whose gradients are projected together, as one vector: all of them, or one.
 
-    square: ‖p.grad‖² before the next correction. has_16bit_factor: whether 16-bit numbers limit what autograd and rules
-    can agree on.
+    square: ‖p.grad‖² before the next correction, once it is known.
+    has_16bit_factor: whether 16-bit numbers limit what autograd and rules can agree on.
     """
 
     name: str
     parameters: Mapping[str, Tensor]
-    square: float
+    square: float = math.nan
     has_16bit_factor: bool = False
 
     def __post_init__(self) -> None:
@@ -202,18 +202,14 @@ class KeptGradients(GradientAccess):
         self._summed: set[str] = set()  # blocks that are in there
         self._grouped: tuple[object, list[Group]] = None, []  # of the blocks that were asked for last
 
-    def blocks(self, squares: Mapping[str, float], per_tensor: bool) -> list[Block]:
-        """Return the blocks to project: every tensor that the losses use, or all parameters in one.
-
-        squares: ‖p.grad‖² by parameter.
-        """
+    def blocks(self, per_tensor: bool) -> list[Block]:
+        """Return the blocks to project: every tensor that the losses use, or all parameters in one."""
         parameters = self.passes.recording.parameters
         half = {use.name for use in self.uses if use.rule.has_16bit_factor}
         if not per_tensor:
-            square = sum(self.rate(name) * square for name, square in squares.items())
-            return [Block("", parameters, square, bool(half))]
-        used = {use.name: None for use in self.uses}
-        return [Block(name, {name: parameters[name]}, squares.get(name, 0.0), name in half) for name in used]
+            return [Block("", parameters, has_16bit_factor=bool(half))]
+        used = dict.fromkeys(use.name for use in self.uses)
+        return [Block(name, {name: parameters[name]}, has_16bit_factor=name in half) for name in used]
 
     def products(self, blocks: Sequence[Block], float64: bool) -> tuple[Tensor, Tensor]:
         K, v = self._sums(blocks, float64, gram=True)
@@ -295,7 +291,7 @@ class KeptGradients(GradientAccess):
         grad, p = self.grad_of_watch, self.passes.recording.parameters[self.watch]
         squared_norm = torch.zeros_like(total) if grad is None else length(grad).square()
         half = any(use.rule.has_16bit_factor for use in self.uses)
-        precision = self.precision(Block(self.watch, {self.watch: p}, 0.0, half))
+        precision = self.precision(Block(self.watch, {self.watch: p}, has_16bit_factor=half))
         coarsest = self.passes.structure(self.losses).coarsest  # in which autograd may have summed over the samples
         precision = precision._replace(compared=coarser(precision.compared, coarsest))
         checks.check_parameter(

@@ -31,11 +31,11 @@ class Passes:
         self.recording, self._known = recording, known
         self._latest: tuple[weakref.ref, int, Structure] | None = None  # of losses, and their version
 
-    def structure(self, losses: Tensor) -> Structure:
+    def structure(self, losses: Tensor, wait: bool = True) -> Structure:
         """Return how to read the sites; see `structure_of`. It is found once for every forward pass."""
         latest, self._latest = self._latest, None  # should this fail: the sites are about to change
         if latest is None or latest[0]() is not losses or latest[1] != version(losses):
-            structure = structure_of(self.recording, losses, self._known)
+            structure = structure_of(self.recording, losses, self._known, wait)
             latest = weakref.ref(losses), version(losses), structure
         self._latest = latest
         return latest[2]

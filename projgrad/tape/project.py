@@ -44,27 +44,28 @@ def project_(
     _check_gradients(parameters)
     rates = {} if scope == "per_tensor" else _relative(rates or {}, parameters)
     squares = _defer_squares(parameters, factors, reads)
-    structure = passes.structure(losses)
-    reads.flush()  # if the structure was known already
+    structure = passes.structure(losses, wait=False)
     # A second pass with other weights would round too differently in 16 bits.
-    keep = keep_output_gradients or structure.coarsest.itemsize == 2
+    keep = keep_output_gradients or structure.coarsest.itemsize == 2 or scope == "per_tensor"
     add = torch.zeros(len(losses), dtype=torch.float64, device=losses.device) if add is None else add.double()
     with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
         try:
-            if not all(map(math.isfinite, squares.values())):  # also of tensors that the losses do not use
-                raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
             per_tensor = scope == "per_tensor"
-            if keep or per_tensor:
+            if factors or (keep and not structure.compared.rules):
+                reads.flush()  # else together with the numbers of the solution
+            if keep:
                 verify(passes, losses)
                 access = KeptGradients(passes, losses, rates, factors, next_watched(passes, losses))
-                blocks = access.blocks(squares, per_tensor)
+                blocks = access.blocks(per_tensor)
             else:
                 access = TwoPasses(passes, losses, rates, factors)
-                square = sum(access.rate(name) * square for name, square in squares.items())
-                blocks = [Block("", parameters, square)]
+                blocks = [Block("", parameters)]
             checks = Checks()
-            solver = Solver(access, checks, damping, rtol, add)
-            done = solver.run({block.name: _steps(block, solver) for block in blocks}, blocks)
+            solver = Solver(access, reads, checks, damping, rtol, add)
+            steps = {block.name: _steps(block, solver, access.rates, squares) for block in blocks}
+            done = solver.run(steps, blocks)
+            reads.flush()  # if there was nothing to solve
+            _check_squares(squares)
             access.check_watched(checks)
             checks.flush()
             for name, projection in done.items():
@@ -120,9 +121,18 @@ def _defer_squares(parameters: Mapping[str, Tensor], factors: ForgetFactors, rea
     return squares
 
 
-def _steps(block: Block, solver: Solver) -> Steps:
-    """Project p.grad, repeat while the residual exceeds rounding, then add Gᵀ add."""
-    rtol, n, u2 = solver.rtol, len(solver.add), block.square
+def _check_squares(squares: Mapping[str, float]) -> None:
+    """Check ‖p.grad‖², also of tensors that the losses do not use."""
+    if not all(map(math.isfinite, squares.values())):
+        raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
+
+
+def _steps(block: Block, solver: Solver, rates: Mapping[str, float], squares: Mapping[str, float]) -> Steps:
+    """Project p.grad, repeat while the residual exceeds rounding, then add Gᵀ add.
+
+    squares: ‖p.grad‖² by parameter, once a system is solved.
+    """
+    rtol, n = solver.rtol, len(solver.add)
     plain = not solver.damping and rtol is None
     float64 = starts_in_float64(n, block.dtype, rtol)
 
@@ -132,6 +142,8 @@ def _steps(block: Block, solver: Solver) -> Steps:
         return max(u2 + 2 * solved.projection.product + solved.projection.squared_norm, 0.0) ** 0.5
 
     solved = yield Solve(float64)
+    _check_squares(squares)
+    u2 = block.square = sum(rates.get(name, 1.0) * squares.get(name, 0.0) for name in block.parameters)
     if not solved.finite:
         check_finite(solver.K[block.name], solver.v[block.name])
     eps = torch.finfo(block.dtype).eps / 2

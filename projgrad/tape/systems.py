@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops.gram_solve import gram_solve_op
 from ..ops.numerics import in_range
 from ..ops.refinement import rank_tolerance
-from ..recording.host_reads import to_host
+from ..recording.host_reads import HostReads, to_host
 from .check import Checks, WeightStats, weight_stats
 from .gradient_access import Block, GradientAccess
 from .records import Projection
@@ -78,11 +78,21 @@ Steps = Generator[Solve | Correct | Look, Solved | Left | None, Projection]
 class Solver:
     """Runs the projections of some blocks side by side.
 
+    reads: what else the host waits for, together with the first solution. checks: made once all is done.
     damping, rtol: see `projgrad.project_out`. add: w [n] float64: every projection also adds Σ_j w_j g_j.
     """
 
-    def __init__(self, access: GradientAccess, checks: Checks, damping: float, rtol: float | None, add: Tensor) -> None:
-        self.access, self.checks, self.damping, self.rtol, self.add = access, checks, damping, rtol, add
+    def __init__(
+        self,
+        access: GradientAccess,
+        reads: HostReads,
+        checks: Checks,
+        damping: float,
+        rtol: float | None,
+        add: Tensor,
+    ) -> None:
+        self.access, self.reads, self.checks = access, reads, checks
+        self.damping, self.rtol, self.add = damping, rtol, add
         zero, one = torch.zeros_like(add), add.new_ones(())
         self.shifts = torch.stack([zero, add, add]), torch.stack([one, one, one - 1])[:, None]
         self.K: dict[str, Tensor] = {}
@@ -127,7 +137,8 @@ class Solver:
         else:
             K, v = torch.stack([self.K[block.name] for block in blocks]), torch.stack([r.v for r in requests])
         w, numbers = solve(K, v, self.damping, rank_tolerance(K.shape[1], float64, self.rtol), self.shifts)
-        return [_solved(one, row) for one, row in zip(w.unbind(), numbers.tolist(), strict=True)]
+        values, count = self.reads.flush(numbers), numbers.shape[1]
+        return [_solved(one, values[k * count : (k + 1) * count]) for k, one in enumerate(w.unbind())]
 
     def _correct(self, blocks: Sequence[Block], requests: Sequence[Correct], float64: bool) -> list[None]:
         w, largest = torch.stack([r.w for r in requests]), max(r.weights.max_abs for r in requests)

@@ -34,7 +34,7 @@ def _compare(passes: Passes, losses: Tensor) -> None:
     however coarse the numbers on the way are.
     """
     n, access, consumer = len(losses), TwoPasses(passes, losses, {}), PerParameter()
-    block = Block("", passes.recording.parameters, 0.0)
+    block = Block("", passes.recording.parameters)
     with exact_convolutions(losses.is_cuda):
         passes.run(losses, consumer)
     K = sum(consumer.K.values(), torch.zeros(n, n, dtype=torch.float64, device=losses.device))

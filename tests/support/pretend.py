@@ -73,8 +73,6 @@ class Pretend(Tensor):
         return ToHost.apply(self)
 
     def to(self, *args, **kwargs) -> Tensor:
-        if kwargs.get("non_blocking") and args == ("cpu",):  # into pinned memory; an event says when it is there
-            return ToHost.apply(self)
         device = kwargs.pop("device", None)
         if args and isinstance(args[0], (str, torch.device)):
             device, *args = args
@@ -100,21 +98,6 @@ class ToHost(torch.autograd.Function):
         return Pretend(g)
 
 
-class Event:
-    """A place in the queue. Waiting for one that much else was queued behind does not empty the queue."""
-
-    def __init__(self, gpu: "Gpu") -> None:
-        self.gpu = gpu
-
-    def record(self, stream: object) -> None:
-        self.place = self.gpu.launched
-
-    def synchronize(self) -> None:
-        self.gpu.overtaken.append(self.gpu.launched - self.place)
-        if self.gpu.launched == self.place:
-            self.gpu.waits("event at the end of the queue")
-
-
 class Gpu(TorchDispatchMode):
     """While active, tensors asked for on CUDA are pretend ones; `waited` counts where the host would wait for them.
 
@@ -127,7 +110,6 @@ class Gpu(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waited: Counter[str] = Counter()
-        self.overtaken: list[int] = []  # launches since the event, for every event that was waited for
         self.launched = 0
         self.placed = False  # whether Python code, not the inside of a torch function, makes a tensor
         self.floating: dict[int, weakref.ref] = {}  # made inside a torch function: wherever its other operands are
@@ -138,8 +120,6 @@ class Gpu(TorchDispatchMode):
         for name in FACTORIES:
             self.patches.enter_context(mock.patch.object(torch, name, self._factory(getattr(torch, name))))
         self.patches.enter_context(mock.patch.object(torch.cuda, "_lazy_init", lambda: None))
-        self.patches.enter_context(mock.patch.object(torch.cuda, "Event", functools.partial(Event, self)))
-        self.patches.enter_context(mock.patch.object(torch.cuda, "current_stream", lambda device=None: None))
         self.patches.enter_context(mock.patch.object(torch.cuda, "synchronize", lambda device=None: None))
         self.patches.enter_context(mock.patch.object(torch.cuda, "get_rng_state", lambda device: torch.empty(0)))
         return super().__enter__()
