@@ -108,6 +108,14 @@ def token_gram_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, samples: int
 # One layer.
 
 
+@torch.no_grad()
+def gradients(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return per-sample gradients [n, o, i] in a dtype; on CUDA 16-bit factors are not converted for float32."""
+    if dtype == torch.float32 and _on_cuda(a, b) and 0 not in (*a.shape, *b.shape):
+        return linear_cuda.gradients(a, b, dtype)
+    return torch.bmm(b.to(dtype).mT, a.to(dtype))
+
+
 def _on_cuda(*tensors: Tensor, float64: bool = False) -> bool:
     return tensors[0].is_cuda and not float64 and all(x.dtype != torch.float64 for x in tensors)
 

@@ -1,14 +1,19 @@
 """The ops of layers as CUDA computes them, on a pretend GPU: exact in float32, and the host never waits."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
 from cases import FACTORS, FLOAT_ONLY
 from factors import check, check_gram, layer, products, truth
-from pretend import Gpu, Pretend, values
+from pretend import DEVICE, Gpu, Pretend, values
 
 from projgrad.ops import cost, linear_cuda, linear_impl, reference
+from projgrad.rules.convolution import Convolution
+from projgrad.rules.lookup import Lookup
+from projgrad.rules.product import Grouped, Product
+from projgrad.rules.rule import Sum
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F32, BF16), (F16, F32), (F16, BF16), (F64, F32)]
@@ -165,6 +170,56 @@ def test_chunks_have_16_bits_only_where_all_that_meets_has():
     for factors in ((a, b, None), (a, b, u.float()), (a.float(), b, u), (a.half(), b.half(), u.half())):
         assert not linear_cuda.narrow_chunks(*factors)
     assert not linear_cuda.narrow_chunks(*(x.expand(1, 1, 1 << 14, 1) for x in (a, b)), u)
+
+
+def half_rules():
+    torch.manual_seed(0)
+    p, q = torch.randn(4, 5, 7).to(BF16), torch.randn(4, 5, 6).to(BF16)
+    ids, images = torch.randint(7, (4, 3)), torch.randn(4, 1, 3, 6, 6).to(BF16)
+    head, table = Product(p, q, (7,), (6,), (0, 1)), Lookup(ids, torch.randn(4, 3, 6).to(BF16), torch.Size((7, 6)))
+    yield head, [head]
+    yield Sum([table, head]), [table, head]
+    grouped = Grouped(p.view(4, 5, 7, 1), q.repeat(1, 1, 7).view(4, 5, 7, 6), [7], [1], [6], [0, 1, 2])
+    yield grouped, [grouped]
+    convolution = Convolution(images, torch.randn(4, 1, 5, 4, 4).to(BF16), (3, 3), (1, 1), (1, 1), [(0, 0)] * 2, 1)
+    yield convolution, [convolution]
+
+
+def on_gpu(rule):
+    """The same rule with its tensors on a GPU."""
+    rule = copy.copy(rule)
+    for name, value in vars(rule).items():
+        if isinstance(value, torch.Tensor):
+            setattr(rule, name, Pretend(value))
+        elif name == "rules":
+            rule.rules = [on_gpu(r) for r in value]
+    if isinstance(rule, Convolution):
+        rule.factor = BF16
+    elif isinstance(rule, Lookup):
+        rule = Lookup(rule.ids, rule.b, rule.shape)
+    rule.device = DEVICE
+    return rule
+
+
+@pytest.mark.parametrize("rule, uses", list(half_rules()), ids=["product", "tied", "grouped", "convolution"])
+def test_half_factors_never_meet_the_units_of_float32(rule, uses, monkeypatch):
+    g = sum(r.chunk(slice(0, r.rows), True) for r in uses).flatten(1)
+    u, c, bmm = torch.randn(1, *rule.shape), torch.randn(4, dtype=F64), torch.bmm
+
+    def halves(x, y, **out_dtype):
+        assert x.dtype == y.dtype == BF16 and out_dtype == {"out_dtype": F32}
+        return bmm(x, y, **out_dtype)
+
+    with Gpu():
+        rule = on_gpu(rule)
+        out = torch.zeros(rule.shape, device=DEVICE)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "bmm", halves)
+            K, v = rule.gram(Pretend(u))
+            rule.combine_(out, Pretend(c))
+    torch.testing.assert_close(values(K), g @ g.mT, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(values(v), g @ u.double().flatten(1).mT, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(values(out).double().flatten(), c @ g, rtol=1e-5, atol=1e-2 if len(uses) > 1 else 1e-4)
 
 
 class Cut:
