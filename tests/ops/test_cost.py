@@ -22,7 +22,7 @@ CLOSE = 1.2
 @pytest.mark.parametrize("m", [0, 1])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_the_route_is_the_fastest_of_those_measured(size, m, narrow):
-    """Or one within 20 %. Chunks give v in the same pass. Above a millisecond of the host the device's time is hidden."""
+    """Or one within 20 %. Chunks give v in the same pass. A millisecond of the host hides the device."""
     way = "chunks, 16 bits" if narrow else "chunks, float32"
     if narrow and not m:
         pytest.skip("chunks have 16 bits where there is a direction")
