@@ -27,10 +27,15 @@ def product(x: Tensor, y: Tensor) -> Tensor:
         xs, ys = (parts(z, BF16) if z.dtype == F32 else [z] for z in (x, y))
         return _sum(product(p, q) for p in xs for q in ys)
     if x.dtype != y.dtype or x.dtype == F32:
-        return torch.bmm(x.float(), y.float())
+        return _bmm(x.float(), y.float())
     if x.shape[2] <= PIECE:
-        return torch.bmm(x, y, out_dtype=F32)
-    return _sum(torch.bmm(p, q, out_dtype=F32) for p, q in zip(x.split(PIECE, 2), y.split(PIECE, 1), strict=True))
+        return _bmm(x, y)
+    return _sum(_bmm(p, q) for p, q in zip(x.split(PIECE, 2), y.split(PIECE, 1), strict=True))
+
+
+def _bmm(x: Tensor, y: Tensor, dtype: torch.dtype = F32) -> Tensor:
+    out = x.new_empty((x.shape[0], x.shape[1], y.shape[2]), dtype=dtype)  # autocast leaves products with `out` alone
+    return torch.bmm(x, y, out=out) if x.dtype == dtype else torch.bmm(x, y, out_dtype=dtype, out=out)
 
 
 def _sum(terms) -> Tensor:
@@ -43,10 +48,10 @@ def _sum(terms) -> Tensor:
 def parts(x: Tensor, dtype: torch.dtype, count: int = 3) -> list[Tensor]:
     """Return 16-bit tensors with the sum x; three of 8 bits hold all of a float32 number, two 16 bits of it."""
     found = [x.to(dtype)]
-    while len(found) < count:
+    while len(found) < count - 1:
         x = x - found[-1]
         found.append(x.to(dtype))
-    return found
+    return [*found, torch.sub(x, found[-1], out=torch.empty_like(x, dtype=dtype))]  # subtracted in float32, in one pass
 
 
 def powers(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -117,8 +122,8 @@ def _by_direction(x: Tensor, w: Tensor, high: float) -> Tensor:
 
 
 def gradients(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return per-sample gradients [n, o, i] of a [n, t, i] and b [n, t, o], in float32 or in the dtype of both."""
-    return torch.bmm(b.mT, a) if dtype == a.dtype == b.dtype else product(b.mT, a)
+    """Return per-sample gradients [n, o, i] of a [n, t, i] and b [n, t, o], in float32, or in bfloat16 as theirs."""
+    return _bmm(b.mT, a, dtype) if dtype == a.dtype == b.dtype == BF16 else product(b.mT, a)
 
 
 def narrow_chunks(a: Tensor, b: Tensor, u: Tensor | None) -> bool:
@@ -147,12 +152,11 @@ def gram_of_chunks(a: Tensor, b: Tensor, u: Tensor | None, route: GramRoute) -> 
 def linear_combine_(outs: Sequence[Tensor], a: Tensor, b: Tensor, c: Tensor) -> None:
     """Add Σ_j c_j g_j to each of l tensors [o, i], of any strides, for c [n] or [l, n] float64.
 
-    The smaller factor is multiplied by c in float32 and split into 16-bit parts: two where the outs have 16 bits
-    themselves, else three. It gets √c twice: c of tiny gradients leaves float32, the products c b do not.
+    The smaller factor is multiplied by c and split into 16-bit parts: two where the outs have 16 bits themselves, else
+    three. c of tiny gradients leaves float32, the products c b do not.
     """
     (l, n, t, i), o = a.shape, b.shape[3]
-    root = c.abs().sqrt()
-    first, second = (r.float().expand(l, n)[..., None, None] for r in (root, root * c.sign()))
+    c = c.expand(l, n)[..., None, None]
     by_a = i <= o if a.dtype == b.dtype else a.dtype == F32  # of two dtypes the one that has to be split anyway
     count = 2 if all(out.dtype.itemsize == 2 for out in outs) else 3
     samples = max(1, chunk_bytes("cuda") // (8 * l * t * min(i, o)))
@@ -160,8 +164,8 @@ def linear_combine_(outs: Sequence[Tensor], a: Tensor, b: Tensor, c: Tensor) -> 
     for s in range(0, n, samples):
         part = slice(s, s + samples)
         scaled, other = (a[:, part], b[:, part]) if by_a else (b[:, part], a[:, part])
-        scaled = (scaled * first[:, part]).mul_(second[:, part]).flatten(1, 2)
-        pieces, up = _split(scaled, other.dtype, count)
+        scaled = torch.mul(scaled, c[:, part], out=scaled.new_empty(scaled.shape, dtype=F32))
+        pieces, up = _split(scaled.flatten(1, 2), other.dtype, count)
         other = other.flatten(1, 2)
         for r in range(0, o, rows):
             some = slice(r, r + rows)

@@ -113,7 +113,8 @@ def gradients(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Return per-sample gradients [n, o, i] in a dtype; on CUDA 16-bit factors are not converted for float32."""
     if dtype == torch.float32 and _on_cuda(a, b) and 0 not in (*a.shape, *b.shape):
         return linear_cuda.gradients(a, b, dtype)
-    return torch.bmm(b.to(dtype).mT, a.to(dtype))
+    g = a.new_empty((len(a), b.shape[2], a.shape[2]), dtype=dtype)
+    return torch.bmm(b.to(dtype).mT, a.to(dtype), out=g)
 
 
 def _on_cuda(*tensors: Tensor, float64: bool = False) -> bool:
@@ -264,10 +265,12 @@ def linear_gram(a: Tensor, b: Tensor, u: Tensor | None = None, float64: bool = F
         return torch.stack([K for K, _ in pairs]), None if u is None else torch.cat([v for _, v in pairs], 1).mT
     a, b = a.double(), b.double()
     if t == 1:
-        K = (a[:, :, 0] @ a[:, :, 0].mT).mul_(b[:, :, 0] @ b[:, :, 0].mT)
+        x, y = a[:, :, 0], b[:, :, 0]
+        K = torch.bmm(x, x.mT).mul_(torch.bmm(y, y.mT))
         return K, None if u is None else linear_dot(a, b, u)
     g = (b.mT @ a).flatten(2)  # [l, n, o i]
-    return g @ g.mT, None if u is None else (g @ u.double().flatten(1)[..., None])[..., 0]
+    K = torch.bmm(g, g.mT)
+    return K, None if u is None else torch.bmm(g, u.double().flatten(1)[..., None])[..., 0]
 
 
 @torch.no_grad()
@@ -280,8 +283,9 @@ def linear_dot(a: Tensor, b: Tensor, u: Tensor, float64: bool = False) -> Tensor
         return linear_cuda.linear_dot(a, b, u)
     if l == 1 or a.is_cuda:
         return torch.cat([dot_of_layer(a[k], b[k], u[k : k + 1], float64) for k in range(l)], 1).mT
-    a, b, u = a.double(), b.double(), u.double()[:, None]
-    return (a @ u.mT).mul_(b).sum((2, 3)) if u.shape[2] <= u.shape[3] else (b @ u).mul_(a).sum((2, 3))
+    a, b, u = a.double().flatten(1, 2), b.double().flatten(1, 2), u.double()
+    pairs = torch.bmm(a, u.mT).mul_(b) if u.shape[1] <= u.shape[2] else torch.bmm(b, u).mul_(a)
+    return pairs.view(l, n, -1).sum(2)
 
 
 @torch.no_grad()
@@ -298,4 +302,4 @@ def linear_combine_(outs: Sequence[Tensor], a: Tensor, b: Tensor, c: Tensor) -> 
     else:
         a, b, c = a.double(), b.double(), c[..., None, None]
         a, b = (a * c, b) if a.shape[3] <= b.shape[3] else (a, b * c)
-        foreach_add_(outs, (b.flatten(1, 2).mT @ a.flatten(1, 2)).unbind())
+        foreach_add_(outs, torch.bmm(b.flatten(1, 2).mT, a.flatten(1, 2)).unbind())

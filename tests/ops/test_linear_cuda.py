@@ -164,6 +164,23 @@ def test_layers_together_are_layers_one_by_one(size, only, dtypes, monkeypatch):
         torch.testing.assert_close(outs[k].double(), sums, **exact)
 
 
+@pytest.mark.parametrize("only", ROUTES)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_autocast_changes_nothing(dtype, only, monkeypatch):
+    force(monkeypatch, only)
+    a, b = layer("long", (dtype, dtype))
+    u, c = torch.randn(1, b.shape[2], a.shape[2]), torch.randn(len(a), dtype=F64)
+
+    def call():
+        out = torch.zeros(u.shape[1:])
+        run(linear_impl.combine_of_layer_, out, a, b, c)
+        return *run(linear_impl.gram_of_layer, a, b, u), run(linear_impl.dot_of_layer, a, b, u), out
+
+    expected = call()
+    with torch.autocast("cpu", F16):
+        assert all(map(torch.equal, call(), expected))
+
+
 def test_chunks_have_16_bits_only_where_all_that_meets_has():
     a, b, u = (torch.ones(1, 1, 1, 1, dtype=BF16) for _ in range(3))
     assert linear_cuda.narrow_chunks(a, b, u)
@@ -206,9 +223,9 @@ def test_half_factors_never_meet_the_units_of_float32(rule, uses, monkeypatch):
     g = sum(r.chunk(slice(0, r.rows), True) for r in uses).flatten(1)
     u, c, bmm = torch.randn(1, *rule.shape), torch.randn(4, dtype=F64), torch.bmm
 
-    def halves(x, y, **out_dtype):
-        assert x.dtype == y.dtype == BF16 and out_dtype == {"out_dtype": F32}
-        return bmm(x, y, **out_dtype)
+    def halves(x, y, *, out_dtype, out):
+        assert x.dtype == y.dtype == BF16 and out_dtype == F32
+        return bmm(x, y, out_dtype=out_dtype, out=out)
 
     with Gpu():
         rule = on_gpu(rule)
@@ -222,10 +239,24 @@ def test_half_factors_never_meet_the_units_of_float32(rule, uses, monkeypatch):
     torch.testing.assert_close(values(out).double().flatten(), c @ g, rtol=1e-5, atol=1e-2 if len(uses) > 1 else 1e-4)
 
 
+def test_chunks_in_16_bits_keep_the_digits_that_bfloat16_has(monkeypatch):
+    force(monkeypatch, "chunks", 1 << 12)
+    a, b = torch.randn(3, 4, 9, 40).to(BF16), torch.randn(3, 4, 9, 50).to(BF16)
+    b[:, 1] *= 1e-20
+    b[:, 2] *= 1e15
+    u = torch.randn(3, 50, 40).to(BF16)
+    K, v = run(linear_impl.linear_gram, a, b, u)
+    for k in range(3):
+        exact, dots = reference.linear_gram(a[k], b[k]), reference.linear_dot(a[k], b[k], u[k][None])[:, 0]
+        lengths = exact.diagonal().sqrt()
+        assert ((K[k] - exact).abs() <= 2**-10 * lengths * lengths[:, None]).all()
+        assert ((v[k] - dots).abs() <= 2**-10 * lengths * u[k].double().norm()).all()
+
+
 class Cut:
     """Products as a tensor core forms them: 16 at a time are added to a sum that is cut to 24 bits, not rounded."""
 
-    def __call__(self, x, y, out_dtype):
+    def __call__(self, x, y, out_dtype=F32, out=None):
         total = torch.zeros(*x.shape[:2], y.shape[2])
         for p, q in zip(x.double().split(16, 2), y.double().split(16, 1), strict=True):
             exact = total.double() + p @ q
@@ -241,5 +272,5 @@ def test_long_sums_are_added_up_in_pieces(monkeypatch):
     a, b = torch.ones(1, 1, t).to(BF16), (1 + torch.rand(1, t, 1)).to(BF16)
     exact = float((a.double() @ b.double()).squeeze())
     monkeypatch.setattr(torch, "bmm", Cut())
-    assert abs(float(torch.bmm(a, b, F32).squeeze()) / exact - 1) > 4e-5
+    assert abs(float(torch.bmm(a, b).squeeze()) / exact - 1) > 4e-5
     assert abs(float(linear_cuda.product(a, b).squeeze()) / exact - 1) < 512 * 2**-25
