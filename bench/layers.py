@@ -89,8 +89,8 @@ def forced(name: str, narrow: bool = False) -> Callable[[Tensor, Tensor, None], 
             return gram_by(route, a, b)
         if name == "factors":
             return linear_cuda.token_gram(a[None], b[None], route.rows)[0]
-        u = a.new_zeros((b.shape[2], a.shape[2])) if narrow else None
-        return linear_cuda.gram_of_chunks(a, b, u, route)[0]
+        u = a.new_zeros((1, b.shape[2], a.shape[2])) if narrow else None
+        return linear_cuda.gram_of_chunks(a[None], b[None], u, route)[0][0]
 
     return gram
 

@@ -135,15 +135,16 @@ def narrow_chunks(a: Tensor, b: Tensor, u: Tensor | None) -> bool:
 
 
 def gram_of_chunks(a: Tensor, b: Tensor, u: Tensor | None, route: GramRoute) -> tuple[Tensor, Tensor]:
-    """Return K [n, n] and v [n, 1], or [n, 0], of one layer from one pass over its per-sample gradients."""
-    i, o, dtype = a.shape[2], b.shape[2], BF16 if narrow_chunks(a, b, u) else F32
+    """Return K [l, n, n] and v [l, n, 1], or [l, n, 0], from one pass over the per-sample gradients."""
+    (l, n, _, i), o, dtype = a.shape, b.shape[3], BF16 if narrow_chunks(a, b, u) else F32
     K, v = 0.0, 0.0
     for r in range(0, o, route.rows):
         for c in range(0, i, route.columns):
             rows, columns = slice(r, r + route.rows), slice(c, c + route.columns)
-            g = gradients(a[:, :, columns], b[:, :, rows], dtype).flatten(1)
-            w = g[:0] if u is None else u[rows, columns].to(dtype).reshape(1, -1)
-            k, d = gram_op(g, w, False)
+            g = gradients(a[..., columns].flatten(0, 1), b[..., rows].flatten(0, 1), dtype).view(l, n, -1)
+            w = g[:, :0] if u is None else u[:, rows, columns].to(dtype).reshape(l, 1, -1)
+            found = [gram_op(x, d, False) for x, d in zip(g, w, strict=True)]
+            k, d = (x[0][None] if l == 1 else torch.stack(x) for x in zip(*found, strict=True))
             K, v = K + k, v + d
             del g, w  # before the next one is made
     return K, v

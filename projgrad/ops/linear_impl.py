@@ -256,8 +256,7 @@ def linear_gram(a: Tensor, b: Tensor, u: Tensor | None = None, float64: bool = F
         route = gram_route(a[0], b[0], m=0 if u is None else 1, narrow=narrow)
         if route.name == "factors":
             return linear_cuda.token_gram(a, b, route.rows), None if u is None else linear_dot(a, b, u)
-        pairs = [linear_cuda.gram_of_chunks(a[k], b[k], None if u is None else u[k], route) for k in range(l)]
-        K, v = (x[0][None] if l == 1 else torch.stack(x) for x in zip(*pairs, strict=True))
+        K, v = linear_cuda.gram_of_chunks(a, b, u, route)
         return K, None if u is None else v[..., 0]
     if l == 1 or a.is_cuda:
         none = b.new_empty(0, b.shape[3], i)
