@@ -1,8 +1,8 @@
 """How the products of layers of equal shape are computed on CUDA: by products of the library, in float32.
 
 a [l, n, t, i] and b [l, n, t, o] are the factors of l layers; none of them is float64. 16-bit factors are multiplied as
-they are. On an H100, in bfloat16, these compositions were faster than Triton kernels at every size of
-bench/results/layers_h100.csv.
+they are. On an H100, in bfloat16, plain products were faster than Triton kernels at every size of
+bench/results/layers_h100.csv; what scales and parts add to them was not measured.
 """
 
 from collections.abc import Sequence

@@ -21,18 +21,19 @@ from .registration import device_op
 
 
 def _blocks(a: Tensor, b: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[tuple, Tensor]]:
-    """Yield every rows x columns block of W and its per-sample gradients [n, r, c]; all share one buffer."""
-    n, i, o = len(a), a.shape[2], b.shape[2]
-    buffer = a.new_empty(n * rows * columns, dtype=dtype)
+    """Yield every rows x columns block of W and its per-sample gradients [n, r, c]; on a CPU all share one buffer."""
+    n, i, o, on_cuda = len(a), a.shape[2], b.shape[2], dtype == torch.float32 and _on_cuda(a, b)
+    buffer = a.new_empty(0 if on_cuda else n * rows * columns, dtype=dtype)
     for r in range(0, o, rows):
         for c in range(0, i, columns):
             y, x = b[:, :, r : r + rows], a[:, :, c : c + columns]
-            if _on_cuda(a, b) and dtype == torch.float32:
-                g = linear_cuda.gradients(x, y, dtype)
-            else:
-                g = buffer[: n * y.shape[2] * x.shape[2]].view(n, y.shape[2], x.shape[2])
-                _sample_products_(g, y, x)
-            yield (slice(r, r + rows), slice(c, c + columns)), g
+            block = slice(r, r + rows), slice(c, c + columns)
+            if on_cuda:
+                yield block, linear_cuda.gradients(x, y, dtype)
+                continue
+            g = buffer[: n * y.shape[2] * x.shape[2]].view(n, y.shape[2], x.shape[2])
+            _sample_products_(g, y, x)
+            yield block, g
 
 
 def _sample_products_(g: Tensor, b: Tensor, a: Tensor) -> None:
@@ -95,9 +96,8 @@ def token_gram(a: Tensor, b: Tensor, float64: bool, samples: int) -> Tensor:
 def token_gram_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, samples: int) -> Tensor:
     """Return K [n, n2] between two groups of samples."""
     (n, t), (n2, _) = a.shape[:2], a2.shape[:2]
-    float64 = product_dtype(a.dtype, b.dtype) == torch.float64
+    float64, K = torch.float64 in (a.dtype, b.dtype), a.new_empty((n, n2), dtype=torch.float64)
     A, B, A2, B2 = (x.flatten(0, 1) for x in (a, b, a2, b2))
-    K = a.new_empty((n, n2), dtype=torch.float64)
     for s in range(0, n, samples):
         e = min(n, s + samples)
         tokens = slice(s * t, e * t)
@@ -252,8 +252,7 @@ def linear_gram(a: Tensor, b: Tensor, u: Tensor | None = None, float64: bool = F
     if 0 in (*a.shape, *b.shape):
         return a.new_zeros((l, n, n), dtype=torch.float64), u if u is None else a.new_zeros((l, n), dtype=torch.float64)
     if _on_cuda(a, b, b if u is None else u, float64=float64):
-        narrow = linear_cuda.narrow_chunks(a, b, u)
-        route = gram_route(a[0], b[0], m=0 if u is None else 1, narrow=narrow)
+        route = gram_route(a[0], b[0], m=int(u is not None), narrow=linear_cuda.narrow_chunks(a, b, u))
         if route.name == "factors":
             return linear_cuda.token_gram(a, b, route.rows), None if u is None else linear_dot(a, b, u)
         K, v = linear_cuda.gram_of_chunks(a, b, u, route)
@@ -264,39 +263,36 @@ def linear_gram(a: Tensor, b: Tensor, u: Tensor | None = None, float64: bool = F
         return torch.stack([K for K, _ in pairs]), None if u is None else torch.cat([v for _, v in pairs], 1).mT
     a, b = a.double(), b.double()
     if t == 1:
-        x, y = a[:, :, 0], b[:, :, 0]
-        K = torch.bmm(x, x.mT).mul_(torch.bmm(y, y.mT))
-        return K, None if u is None else linear_dot(a, b, u)
+        one, other = (torch.bmm(x[:, :, 0], x[:, :, 0].mT) for x in (a, b))
+        return one.mul_(other), None if u is None else linear_dot(a, b, u)
     g = (b.mT @ a).flatten(2)  # [l, n, o i]
-    K = torch.bmm(g, g.mT)
-    return K, None if u is None else torch.bmm(g, u.double().flatten(1)[..., None])[..., 0]
+    return torch.bmm(g, g.mT), None if u is None else torch.bmm(g, u.double().flatten(1)[..., None])[..., 0]
 
 
 @torch.no_grad()
 def linear_dot(a: Tensor, b: Tensor, u: Tensor, float64: bool = False) -> Tensor:
     """Return v = <g_j, u> [l, n] in float64 for u [l, o, i]."""
-    l, n = a.shape[:2]
     if 0 in (*a.shape, *b.shape):
-        return a.new_zeros((l, n), dtype=torch.float64)
+        return a.new_zeros(a.shape[:2], dtype=torch.float64)
     if _on_cuda(a, b, u, float64=float64):
         return linear_cuda.linear_dot(a, b, u)
-    if l == 1 or a.is_cuda:
-        return torch.cat([dot_of_layer(a[k], b[k], u[k : k + 1], float64) for k in range(l)], 1).mT
+    if len(a) == 1 or a.is_cuda:
+        return torch.cat([dot_of_layer(*layer, float64) for layer in zip(a, b, u.split(1), strict=True)], 1).mT
+    shape = *a.shape[:2], -1
     a, b, u = a.double().flatten(1, 2), b.double().flatten(1, 2), u.double()
     pairs = torch.bmm(a, u.mT).mul_(b) if u.shape[1] <= u.shape[2] else torch.bmm(b, u).mul_(a)
-    return pairs.view(l, n, -1).sum(2)
+    return pairs.view(shape).sum(2)
 
 
 @torch.no_grad()
 def linear_combine_(outs: Sequence[Tensor], a: Tensor, b: Tensor, c: Tensor) -> None:
     """Add Σ_j c_j g_j to each of l tensors [o, i], which may have any strides, for c [n] or [l, n] float64."""
-    l, n = a.shape[:2]
     if 0 in (*a.shape, *b.shape):
         return
     if _on_cuda(*outs, a, b):
         linear_cuda.linear_combine_(outs, a, b, c)
-    elif l == 1 or a.is_cuda:
-        for out, x, y, weights in zip(outs, a, b, c.expand(l, n), strict=True):
+    elif len(a) == 1 or a.is_cuda:
+        for out, x, y, weights in zip(outs, a, b, c.expand(a.shape[:2]), strict=True):
             combine_of_layer_(out, x, y, weights)
     else:
         a, b, c = a.double(), b.double(), c[..., None, None]
