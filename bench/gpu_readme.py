@@ -151,11 +151,7 @@ def _layers(rows: list[dict]) -> list[str]:
         best = min(library, key=lambda row: float(row["ms"]), default=None)
         cells = [_cell(ours), _number(ours, "percent_of_floor"), _cell(best, _times(best))]
         lines.append(f"| `{op}` | {size.replace('x', ' x ')} | {dtype} | " + " | ".join(cells) + " |")
-    kernels = [row for row in rows if row["contender"] == "kernel, factors" and row["target"]]
-    if kernels:
-        shares = [f"{row['percent_of_rate']} % at {row['size'].replace('x', ' x ')}" for row in kernels]
-        lines += ["", f"The kernel for factors reaches {', '.join(shares)} of the measured bfloat16 rate."]
-    return [*lines, *_shortfalls(rows)]
+    return lines
 
 
 def _steps(rows: list[dict]) -> list[str]:

@@ -100,66 +100,7 @@ def subtract() -> Iterator[Specialisation]:
     yield Specialisation("check_residual", check_residual_kernel, types, constants)
 
 
-def linear_gram() -> Iterator[Specialisation]:
-    from projgrad.kernels.factor_scales import scales_kernel
-    from projgrad.kernels.linear_gram import linear_gram_kernel, pairs_kernel, tile
-
-    steps = [f"{x}_{d}" for x in ("a", "a2", "b", "b2") for d in "nt"]
-    ones = dict.fromkeys(("a_i", "a2_i", "b_o", "b2_o"), 1)
-    for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        types = {x: f"*{dtype}" for x in ("a", "a2", "b", "b2")}
-        types |= {"scale": "*fp32", "scale2": "*fp32", "far": "*i32", "out": "*fp32"}
-        types |= {"weight": "*fp64", "weight2": "*fp64"}
-        for n, t in ((16, 512), (16, 64), (64, 4)):
-            T, room, block, stages, warps = tile(n, t, size)
-            for symmetric, scaled in ((True, False), (True, True), (False, False))[: 3 if t == 512 else 1]:
-                constants = {"T": T, "BLOCK": block, "S": room, "SYMMETRIC": symmetric, "SCALED": scaled}
-                kind = f"{'' if symmetric else ' across'}{' scaled' if scaled else ''}"
-                yield Specialisation(
-                    f"linear_gram {dtype} {T}x{T} {room} segments{kind}", linear_gram_kernel, types,
-                    constants | ones | {"PRECISION": "parts"}, warps, stages, "matrix", ("i", "o", *steps),
-                )  # fmt: skip
-    types = {x: "*fp64" for x in ("weight", "weight2", "K")} | {"out": "*fp32"}
-    yield Specialisation("linear_gram pairs", pairs_kernel, types, {"T": 128, "PAIRS": 16, "SYMMETRIC": True})
-    types = {"largest": "*fp32", "scale": "*fp32", "weight": "*fp64", "far": "*i32", "low": "fp64", "high": "fp64"}
-    for factors in (2, 3):
-        yield Specialisation(f"scales of {factors} factors", scales_kernel, types, {"F": factors, "BLOCK": 1024})
-
-
-def linear_dot() -> Iterator[Specialisation]:
-    from projgrad.kernels.linear_dot import BLOCK, STAGES, WARPS, O, T, linear_dot_kernel
-
-    ones = dict.fromkeys(("a_i", "b_o", "u_i"), 1)
-    for dtype, direction in (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32")):
-        types = {"a": f"*{dtype}", "b": f"*{dtype}", "u": f"*{direction}"}
-        types |= {"scale": "*fp32", "far": "*i32", "out": "*fp32"}
-        size = 4 if "fp32" in (dtype, direction) else 2
-        for scaled in (False, True):
-            constants = {"T": T, "O": O[size], "BLOCK": BLOCK[size], "SCALED": scaled, "PRECISION": "parts"}
-            yield Specialisation(
-                f"linear_dot {dtype} {direction}{' scaled' if scaled else ''}", linear_dot_kernel, types,
-                constants | ones, WARPS, STAGES, "matrix", ("i", "o", "a_n", "a_t", "b_n", "b_t", "u_o"),
-            )  # fmt: skip
-
-
 FACTORS = ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16")  # a and b of a layer
-
-
-def linear_combine() -> Iterator[Specialisation]:
-    from projgrad.kernels.linear_combine import GROUP, SHORT, linear_combine_kernel, tile
-
-    divisible = ("o", "i", "a_n", "a_t", "b_n", "b_t", "out_split", "out_o")
-    for a, b in FACTORS:
-        pointers = {"out": "*fp32", "a": f"*{a}", "b": f"*{b}", "c": "*fp64"}
-        for t in (1, 16, 512):
-            raw = a == b != "fp32" and t >= SHORT
-            for size in (64, 1024):
-                for partial in (False, True):
-                    constants = dict.fromkeys(("a_i", "b_o", "c_n", "out_i") + ("t",) * (t == 1), 1)
-                    constants |= {"SCALED": not raw, "PARTIAL": partial, "PRECISION": "parts", "GROUP": GROUP}
-                    name = f"linear_combine {a} {b} t={t} {size}{' partial' if partial else ''}"
-                    launch = tile(size, size, t, raw)
-                    yield matrix(name, linear_combine_kernel, pointers, launch, constants, divisible)
 
 
 def linear_moments() -> Iterator[Specialisation]:
@@ -205,7 +146,7 @@ def feasible() -> Iterator[Specialisation]:
         yield Specialisation(f"feasible {change} {moments}", feasible_kernel, types, constants, WARPS, divisible=("p",))
 
 
-KERNELS = (linear_gram, linear_dot, gram, subtract, linear_combine, linear_moments, basis_project, feasible)
+KERNELS = (gram, subtract, linear_moments, basis_project, feasible)
 
 
 def specialisations(names: Sequence[str] = ()) -> Iterator[Specialisation]:

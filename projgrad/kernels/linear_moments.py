@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.registration import FALLBACKS
 from .tile_products import precision, product
 from .weight_tiles import GROUP, block_t, load_rows, load_transposed, matrix_units, splits_of, tile_of
 
@@ -80,3 +81,10 @@ def linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         )  # fmt: skip
     total, squares = sums[0] if splits == 1 else sums.sum(0)
     return total, squares.clone()  # outputs of an op must not share memory
+
+
+def on_device(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same in library products where they are the better way: of float64, and of single positions."""
+    if a.shape[1] == 1 or torch.float64 in (a.dtype, b.dtype):
+        return FALLBACKS["linear_moments_pass"](a, b)
+    return linear_moments(a, b)

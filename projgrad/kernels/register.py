@@ -5,7 +5,6 @@ its reference serves every n and never waits for the device. It costs a dozen sm
 extension has a kernel; one in Triton as well would be a third pivoted Cholesky to keep right.
 """
 
-import functools
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..ops import linear_impl as linear
 from ..ops.basis_project import basis_project_op
 from ..ops.feasible import feasible_pass
 from ..ops.gram import gram_op
 from ..ops.gram_solve import gram_solve_op
+from ..ops.linear_impl import linear_moments
 from ..ops.project_out import project_out_op, subtract_op
 from ..ops.registration import register_kernel
 from . import project_out
@@ -55,7 +54,6 @@ class Kernel(NamedTuple):
 
 
 BUILT = extension()
-layer = functools.partial(triton, file="linear_choices")
 CPP, CUDA, TRITON = BUILT is not None, BUILT is not None and BUILT["cuda"], find_spec("triton") is not None
 
 KERNELS = (
@@ -70,13 +68,7 @@ KERNELS = (
     Kernel(basis_project_op, "cuda", triton("basis_project"), TRITON),
     Kernel(feasible_pass, "cpu", "csrc/feasible.cpp", CPP),
     Kernel(feasible_pass, "cuda", triton("feasible"), TRITON),
-    Kernel(linear.sample_products_, "cuda", layer("sample_products_"), TRITON),
-    Kernel(linear.cross_gram, "cuda", layer("cross_gram"), TRITON),
-    Kernel(linear.token_gram, "cuda", layer("token_gram"), TRITON),
-    Kernel(linear.token_gram_across, "cuda", layer("token_gram_across"), TRITON),
-    Kernel(linear.linear_dot_pass, "cuda", layer("linear_dot_pass"), TRITON),
-    Kernel(linear.linear_combine_pass_, "cuda", layer("linear_combine_pass_"), TRITON),
-    Kernel(linear.linear_moments, "cuda", layer("linear_moments_pass"), TRITON),
+    Kernel(linear_moments, "cuda", triton("on_device", "linear_moments"), TRITON),
 )
 
 for op, device, kernel, when in KERNELS:

@@ -2,7 +2,7 @@
 
 x = h + m + l with 8 bits in each part is exact, so that hh' + (hm' + mh') + (hl' + lh' + mm') has the error of a
 float32 product at six times the work of a bfloat16 one: on tensor cores less than float32 arithmetic takes. Below 1e-34
-the last parts leave bfloat16, and digits are lost: `factor_scales.py` is for factors that small.
+the last parts leave bfloat16, and digits are lost.
 """
 
 import torch

@@ -34,17 +34,21 @@ class Rates(NamedTuple):
 # Measured on two Zen 4 cores in float32 (`python -m bench.routes`); a chunk stays in a common L3. Of 352 sizes timed
 # twice the route is within 15 % of the faster one in 686 of 704 cases; constants fitted to all these times reach 683.
 CPU = Rates(30_000.0, 1 / 190, 1 / 190, 1 / 60, 0.09, 0.25, 2.0, 8 << 20)
-# Predicted, not measured, for a GPU with 4.3 TB/s and 790 TFLOP/s in 16 bits, of which a kernel reaches 60 to 70 %:
-# float32 in six of those products or by its own units. A chunk written and read costs 8 bytes of bandwidth an element;
-# smaller ones would stay in L2 and pay more for launches, which are 20 microseconds a chunk.
-HALF = Rates(20_000.0, 1 / 500e3, 1 / 80e3, 1 / 400e3, 0.002, 0.0, 0.0, 128 << 20)
-FLOAT = HALF._replace(product=1 / 45e3, token_gram=1 / 80e3)
-DOUBLE = FLOAT._replace(gram=1 / 30e3, token_gram=1 / 30e3, element=0.004, pair=0.02)  # composed of library products
+# Fitted to times of bfloat16 layers on an H100 (bench/results/layers_h100.csv): a product at 820 TFLOP/s with both
+# triangles of the tokens, 7 picoseconds for every pair of tokens, 4 for an element of a chunk in float32 and 1.65 in
+# 16 bits, 33 microseconds for what surrounds them. The rule finds the fastest route, or one within 20 %, at every size.
+# float32 multiplies at 48 TFLOP/s there. `gram` is a prediction; so are the rates of float64.
+HALF = Rates(33_000.0, 1 / 820e3, 1 / 80e3, 1 / 410e3, 0.004, 0.0, 0.014, 128 << 20)
+NARROW = HALF._replace(element=0.00165)  # chunks in 16 bits too
+FLOAT = HALF._replace(product=1 / 48e3, token_gram=1 / 24e3)
+DOUBLE = FLOAT._replace(gram=1 / 30e3, token_gram=1 / 30e3, pair=0.02)
 
 
-def rates(device: str = "cpu", itemsize: int = 4) -> Rates:
-    """Return the rates of a type of device, for factors with elements of `itemsize` bytes."""
-    return CPU if device != "cuda" else HALF if itemsize == 2 else FLOAT if itemsize == 4 else DOUBLE
+def rates(device: str = "cpu", itemsize: int = 4, narrow: bool = False) -> Rates:
+    """Return the rates of a type of device, for factors with elements of `itemsize` bytes; narrow: chunks as well."""
+    if device != "cuda":
+        return CPU
+    return (NARROW if narrow else HALF) if itemsize == 2 else FLOAT if itemsize == 4 else DOUBLE
 
 
 def chunk_bytes(device: str) -> int:
@@ -89,6 +93,7 @@ def linear_route(
     budget: int | None = None,
     only: Literal["factors", "chunks"] | None = None,
     device: str = "cpu",
+    narrow: bool = False,
 ) -> GramRoute:
     """Return the faster route to K [n, n] and v [n, m] of a linear layer, with the size of its pieces.
 
@@ -101,8 +106,9 @@ def linear_route(
                  element n rows columns + pack n t (rows + columns) + call
 
     A token product on the CPU is `gram` on n t rows: at its best while they fit in the first-level cache together
-    (`TOKENS`); on a GPU, for t > 1, it is one kernel, `linear_gram`. Factors win for t = 1 and few tokens, chunks for
-    long sequences; the rule known from clipping, 2 t² ≤ i o, is for n norms and forgets that here n² pairs are needed.
+    (`TOKENS`). On a GPU the products of a tile of samples with those after them are held whole, and v costs a pair for
+    every entry of a uᵀ. Factors win for t = 1 and few tokens, chunks for long sequences; the rule known from clipping,
+    2 t² ≤ i o, is for n norms and forgets that here n² pairs are needed.
 
     Args:
         n, t, i, o: samples, positions, inputs, outputs of the layer. m: directions of v.
@@ -111,6 +117,7 @@ def linear_route(
             others: where that exceeds the budget only chunks are considered). Default: that of the device.
         only: take this route, whatever it costs.
         device: "cpu" or "cuda".
+        narrow: chunks have 16 bits.
 
     Returns:
         A `GramRoute`.
@@ -120,9 +127,9 @@ def linear_route(
         >>> linear_route(64, 1, 784, 1024).name, linear_route(16, 128, 512, 2048).name
         ('factors', 'chunks')
     """
-    on_cpu, rate = device != "cuda", rates(device, itemsize)
-    multiplied = max(4, itemsize)  # bytes of a number in a chunk
-    slower = multiplied / 4 if on_cpu else 1.0
+    on_cpu, rate = device != "cuda", rates(device, itemsize, narrow)
+    multiplied = 2 if narrow else max(4, itemsize)  # bytes of a number in a chunk
+    slower = max(4, itemsize) / 4 if on_cpu else 1.0
     budget = rate.chunk if budget is None else budget
     # Chunks: square blocks need the fewest passes over the factors.
     elements = max(1, budget // (multiplied * max(1, n)))
@@ -135,17 +142,15 @@ def linear_route(
     chunks_time = slower * work + rate.call * blocks
     chunks = GramRoute("chunks", rows, columns, product + grams, multiplied * n * rows * columns)
     # Factors.
-    tokens, pair_bytes = n * t, 2 * 8
+    tokens, pair_bytes = n * t, 2 * (8 if on_cpu else max(4, itemsize))
     pairs = tokens * (tokens + 1)
-    if on_cpu or itemsize == 8 or t == 1:
-        fit = budget // max(1, pair_bytes * t * tokens)
-        samples = max(1, min(n, fit, TOKENS // max(1, t) if on_cpu else n))
-        tiles, tile_bytes = -(-n // samples), pair_bytes * samples * t * tokens
-    else:  # the kernel stores at most that many numbers
-        samples, tiles, tile_bytes = n, 1, 4 * (n + tokens // 64 + 1) ** 2
-    each = rate.gram if (t == 1 and not on_cpu) or tokens <= TOKENS else rate.token_gram
+    fit = budget // max(1, pair_bytes * t * tokens)
+    samples = max(1, min(n, fit, TOKENS // max(1, t) if on_cpu else n))
+    tiles, tile_bytes = -(-n // samples), pair_bytes * samples * t * tokens
+    summed = pairs / 2 + (0 if on_cpu else m * tokens * min(i, o) / 2)  # what is multiplied once more, and added up
+    each = rate.gram if on_cpu and tokens <= TOKENS else rate.token_gram
     work = each * pairs * (i + o) + m * rate.product * product
-    factors_time = slower * work + rate.pair * pairs / 2 + rate.call * (tiles + m)
+    factors_time = slower * work + rate.pair * summed + rate.call * (tiles + m)
     factors = GramRoute("factors", samples, 0, pairs * (i + o) + m * product, tile_bytes)
     if only is not None:
         return factors if only == "factors" else chunks

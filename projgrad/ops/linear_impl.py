@@ -2,7 +2,7 @@
 
 a [n, t, i] are the inputs of the layer and b [n, t, o] the gradients at its output; g_j = Σ_t b_jt a_jtᵀ [o, i].
 No function holds more than one chunk of per-sample gradients; `cost.py` picks the route and sizes the chunk.
-A `device_op` is made of library products here; `kernels/linear_choices.py` says which have a kernel on CUDA.
+What is not float64 is computed by `linear_cuda.py` on CUDA.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._torch_private import foreach_add_
+from . import linear_cuda
 from .cost import GramRoute, chunk_bytes, linear_route
 from .gram import gram_op
 from .numerics import exponents, product_dtype
@@ -20,19 +21,22 @@ from .registration import device_op
 
 
 def _blocks(a: Tensor, b: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[tuple, Tensor]]:
-    """Yield every rows x columns block of W and its per-sample gradients [n, r, c]; all share one buffer."""
-    n, i, o = len(a), a.shape[2], b.shape[2]
-    buffer = a.new_empty(n * rows * columns, dtype=dtype)
+    """Yield every rows x columns block of W and its per-sample gradients [n, r, c]; on a CPU all share one buffer."""
+    n, i, o, on_cuda = len(a), a.shape[2], b.shape[2], dtype == torch.float32 and _on_cuda(a, b)
+    buffer = a.new_empty(0 if on_cuda else n * rows * columns, dtype=dtype)
     for r in range(0, o, rows):
         for c in range(0, i, columns):
             y, x = b[:, :, r : r + rows], a[:, :, c : c + columns]
+            block = slice(r, r + rows), slice(c, c + columns)
+            if on_cuda:
+                yield block, linear_cuda.gradients(x, y, dtype)
+                continue
             g = buffer[: n * y.shape[2] * x.shape[2]].view(n, y.shape[2], x.shape[2])
-            sample_products_(g, y, x)
-            yield (slice(r, r + rows), slice(c, c + columns)), g
+            _sample_products_(g, y, x)
+            yield block, g
 
 
-@device_op("sample_products_(Tensor(a!) g, Tensor b, Tensor a) -> ()")
-def sample_products_(g: Tensor, b: Tensor, a: Tensor) -> None:
+def _sample_products_(g: Tensor, b: Tensor, a: Tensor) -> None:
     """Write g_j [n, o, i] = b_jᵀ a_j, multiplied in the precision of g."""
     t, (_, rows, columns) = a.shape[1], g.shape
     converts = a.dtype != g.dtype or b.dtype != g.dtype
@@ -57,14 +61,8 @@ def gram_of_chunks_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, route: G
     dtype = product_dtype(a.dtype, b.dtype)
     blocks = (_blocks(*factors, route.rows, route.columns, dtype) for factors in ((a, b), (a2, b2)))
     for (_, g), (_, g2) in zip(*blocks, strict=True):
-        K += cross_gram(g.flatten(1), g2.flatten(1), dtype == torch.float64)
+        K += gram_op(g.flatten(1), g2.flatten(1), dtype == torch.float64)[1]
     return K
-
-
-@device_op("cross_gram(Tensor G, Tensor G2, bool float64) -> Tensor")
-def cross_gram(G: Tensor, G2: Tensor, float64: bool) -> Tensor:
-    """Return G G2ᵀ [n, n2] in float64."""
-    return gram_op(G, G2, float64)[1]
 
 
 # Factors: <b aᵀ, b' a'ᵀ> = (a · a') (b · b') for every pair of tokens, in tiles of some samples against the others.
@@ -79,7 +77,6 @@ def _pair_sums(a: Tensor, b: Tensor, n: int, m: int) -> Tensor:
     return a.mul_(b).view(n, -1, a.shape[1]).sum(1).view(n, m, -1).sum(2)
 
 
-@device_op("token_gram(Tensor a, Tensor b, bool float64, int samples) -> Tensor")
 def token_gram(a: Tensor, b: Tensor, float64: bool, samples: int) -> Tensor:
     """Return K [n, n], from tiles of `samples` samples with themselves and the samples after them."""
     n, t = a.shape[:2]
@@ -96,17 +93,15 @@ def token_gram(a: Tensor, b: Tensor, float64: bool, samples: int) -> Tensor:
     return K
 
 
-@device_op("token_gram_across(Tensor a, Tensor b, Tensor a2, Tensor b2, int samples) -> Tensor")
 def token_gram_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, samples: int) -> Tensor:
     """Return K [n, n2] between two groups of samples."""
     (n, t), (n2, _) = a.shape[:2], a2.shape[:2]
-    float64 = product_dtype(a.dtype, b.dtype) == torch.float64
+    float64, K = torch.float64 in (a.dtype, b.dtype), a.new_empty((n, n2), dtype=torch.float64)
     A, B, A2, B2 = (x.flatten(0, 1) for x in (a, b, a2, b2))
-    K = a.new_empty((n, n2), dtype=torch.float64)
     for s in range(0, n, samples):
         e = min(n, s + samples)
         tokens = slice(s * t, e * t)
-        K[s:e] = _pair_sums(*(cross_gram(x[tokens], y, float64) for x, y in ((A, A2), (B, B2))), e - s, n2)
+        K[s:e] = _pair_sums(*(gram_op(x[tokens], y, float64)[1] for x, y in ((A, A2), (B, B2))), e - s, n2)
     return K
 
 
@@ -114,10 +109,27 @@ def token_gram_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, samples: int
 
 
 @torch.no_grad()
+def gradients(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return per-sample gradients [n, o, i] in a dtype; on CUDA 16-bit factors are not converted for float32."""
+    if dtype == torch.float32 and _on_cuda(a, b) and 0 not in (*a.shape, *b.shape):
+        return linear_cuda.gradients(a, b, dtype)
+    g = a.new_empty((len(a), b.shape[2], a.shape[2]), dtype=dtype)
+    return torch.bmm(b.to(dtype).mT, a.to(dtype), out=g)
+
+
+def _on_cuda(*tensors: Tensor, float64: bool = False) -> bool:
+    return tensors[0].is_cuda and not float64 and all(x.dtype != torch.float64 for x in tensors)
+
+
+@torch.no_grad()
 def gram_of_layer(
     a: Tensor, b: Tensor, u: Tensor, float64: bool = False, budget: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return K [n, n] and v = <g_j, u_m> [n, m] for u [m, o, i] in float64; multiplied in float64 too if `float64`."""
+    if _on_cuda(a, b, u, float64=float64):
+        K, v = linear_gram(a[None], b[None], u[:1] if len(u) else None)
+        v = a.new_empty((len(a), 0), dtype=torch.float64) if v is None else v.mT
+        return K[0], v if len(u) < 2 else torch.cat([v, dot_of_layer(a, b, u[1:])], 1)
     route = gram_route(a, b, m=len(u), float64=float64, budget=budget)
     float64 = product_dtype(a.dtype, b.dtype, float64=float64) == torch.float64
     if route.name == "chunks":
@@ -131,6 +143,8 @@ def linear_gram_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
     route = gram_route(a, b, a2)
     if route.name == "chunks":
         return gram_of_chunks_across(a, b, a2, b2, route)
+    if _on_cuda(a, b) and 0 not in (*a.shape, *b.shape, *a2.shape):
+        return linear_cuda.token_gram_across(a[None], b[None], a2[None], b2[None], route.rows)[0]
     return token_gram_across(a, b, a2, b2, route.rows)
 
 
@@ -146,11 +160,12 @@ def dot_of_layer(a: Tensor, b: Tensor, u: Tensor, float64: bool = False) -> Tens
     """Return v_jm = Σ_t b_jtᵀ u_m a_jt [n, m] in float64 for u [m, o, i]."""
     if 0 in (*a.shape, *u.shape):
         return a.new_zeros((a.shape[0], u.shape[0]), dtype=torch.float64)
-    return linear_dot_pass(a, b, u, float64)
+    if _on_cuda(a, b, u, float64=float64):
+        return torch.cat([linear_cuda.linear_dot(a[None], b[None], one[None]) for one in u]).mT
+    return _dot_pass(a, b, u, float64)
 
 
-@device_op("linear_dot_pass(Tensor a, Tensor b, Tensor u, bool float64) -> Tensor")
-def linear_dot_pass(a: Tensor, b: Tensor, u: Tensor, float64: bool) -> Tensor:
+def _dot_pass(a: Tensor, b: Tensor, u: Tensor, float64: bool) -> Tensor:
     """Multiply u with the longer of a_jt and b_jt first: that leaves less."""
     (n, t, i), (m, o) = a.shape, u.shape[:2]
     dtype = product_dtype(a.dtype, b.dtype, u.dtype, float64=float64)
@@ -175,12 +190,15 @@ def linear_dot_pass(a: Tensor, b: Tensor, u: Tensor, float64: bool) -> Tensor:
 @torch.no_grad()
 def combine_of_layer_(out: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
     """Add Σ_j c_j g_j to out [o, i], which may have any strides, for c [n]."""
-    if 0 not in (*a.shape, *b.shape):
-        linear_combine_pass_(out, a, b, c)
+    if 0 in (*a.shape, *b.shape):
+        return
+    if _on_cuda(out, a, b):
+        linear_cuda.linear_combine_([out], a[None], b[None], c.double())
+    else:
+        _combine_pass_(out, a, b, c)
 
 
-@device_op("linear_combine_pass_(Tensor(a!) out, Tensor a, Tensor b, Tensor c) -> ()")
-def linear_combine_pass_(out: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
+def _combine_pass_(out: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
     """Add one matrix product, with the smaller factor scaled by c."""
     budget = chunk_bytes(a.device.type)
     (n, t, i), o = a.shape, b.shape[2]
@@ -189,7 +207,7 @@ def linear_combine_pass_(out: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
         rows = max(1, budget // (dtype.itemsize * i))
         for part, y in zip(out.split(rows), b.split(rows, 2), strict=True):
             exact = part.to(dtype)
-            linear_combine_pass_(exact, a, y, c)
+            _combine_pass_(exact, a, y, c)
             part.copy_(exact)
         return
     root = c.double().abs().sqrt()  # twice √c: c of tiny gradients leaves float32, the products c b do not
@@ -230,31 +248,53 @@ def linear_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def linear_gram(a: Tensor, b: Tensor, u: Tensor | None = None, float64: bool = False) -> tuple[Tensor, Tensor | None]:
     """Return K [l, n, n] and v = <g_j, u> [l, n] in float64 for u [l, o, i]; no v without u."""
-    if len(a) == 1:
-        K, v = gram_of_layer(a[0], b[0], b.new_empty(0, b.shape[3], a.shape[3]) if u is None else u, float64)
-        return K[None], None if u is None else v.mT
+    l, n, t, i = a.shape
+    if 0 in (*a.shape, *b.shape):
+        return a.new_zeros((l, n, n), dtype=torch.float64), u if u is None else a.new_zeros((l, n), dtype=torch.float64)
+    if _on_cuda(a, b, b if u is None else u, float64=float64):
+        route = gram_route(a[0], b[0], m=int(u is not None), narrow=linear_cuda.narrow_chunks(a, b, u))
+        if route.name == "factors":
+            return linear_cuda.token_gram(a, b, route.rows), None if u is None else linear_dot(a, b, u)
+        K, v = linear_cuda.gram_of_chunks(a, b, u, route)
+        return K, None if u is None else v[..., 0]
+    if l == 1 or a.is_cuda:
+        none = b.new_empty(0, b.shape[3], i)
+        pairs = [gram_of_layer(a[k], b[k], none if u is None else u[k : k + 1], float64) for k in range(l)]
+        return torch.stack([K for K, _ in pairs]), None if u is None else torch.cat([v for _, v in pairs], 1).mT
     a, b = a.double(), b.double()
-    if a.shape[2] == 1:
-        K = (a[:, :, 0] @ a[:, :, 0].mT).mul_(b[:, :, 0] @ b[:, :, 0].mT)
-        return K, None if u is None else linear_dot(a, b, u)
+    if t == 1:
+        one, other = (torch.bmm(x[:, :, 0], x[:, :, 0].mT) for x in (a, b))
+        return one.mul_(other), None if u is None else linear_dot(a, b, u)
     g = (b.mT @ a).flatten(2)  # [l, n, o i]
-    return g @ g.mT, None if u is None else (g @ u.double().flatten(1)[..., None])[..., 0]
+    return torch.bmm(g, g.mT), None if u is None else torch.bmm(g, u.double().flatten(1)[..., None])[..., 0]
 
 
 @torch.no_grad()
 def linear_dot(a: Tensor, b: Tensor, u: Tensor, float64: bool = False) -> Tensor:
     """Return v = <g_j, u> [l, n] in float64 for u [l, o, i]."""
-    if len(a) == 1:
-        return dot_of_layer(a[0], b[0], u, float64).mT
-    a, b, u = a.double(), b.double(), u.double()[:, None]
-    return (a @ u.mT).mul_(b).sum((2, 3)) if u.shape[2] <= u.shape[3] else (b @ u).mul_(a).sum((2, 3))
+    if 0 in (*a.shape, *b.shape):
+        return a.new_zeros(a.shape[:2], dtype=torch.float64)
+    if _on_cuda(a, b, u, float64=float64):
+        return linear_cuda.linear_dot(a, b, u)
+    if len(a) == 1 or a.is_cuda:
+        return torch.cat([dot_of_layer(*layer, float64) for layer in zip(a, b, u.split(1), strict=True)], 1).mT
+    shape = *a.shape[:2], -1
+    a, b, u = a.double().flatten(1, 2), b.double().flatten(1, 2), u.double()
+    pairs = torch.bmm(a, u.mT).mul_(b) if u.shape[1] <= u.shape[2] else torch.bmm(b, u).mul_(a)
+    return pairs.view(shape).sum(2)
 
 
 @torch.no_grad()
 def linear_combine_(outs: Sequence[Tensor], a: Tensor, b: Tensor, c: Tensor) -> None:
     """Add Σ_j c_j g_j to each of l tensors [o, i], which may have any strides, for c [n] or [l, n] float64."""
-    if len(a) == 1:
-        return combine_of_layer_(outs[0], a[0], b[0], c.flatten())
-    a, b, c = a.double(), b.double(), c[..., None, None]
-    a, b = (a * c, b) if a.shape[3] <= b.shape[3] else (a, b * c)
-    foreach_add_(outs, (b.flatten(1, 2).mT @ a.flatten(1, 2)).unbind())
+    if 0 in (*a.shape, *b.shape):
+        return
+    if _on_cuda(*outs, a, b):
+        linear_cuda.linear_combine_(outs, a, b, c)
+    elif len(a) == 1 or a.is_cuda:
+        for out, x, y, weights in zip(outs, a, b, c.expand(a.shape[:2]), strict=True):
+            combine_of_layer_(out, x, y, weights)
+    else:
+        a, b, c = a.double(), b.double(), c[..., None, None]
+        a, b = (a * c, b) if a.shape[3] <= b.shape[3] else (a, b * c)
+        foreach_add_(outs, torch.bmm(b.flatten(1, 2).mT, a.flatten(1, 2)).unbind())

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.cost import GramRoute, chunk_bytes
-from ..ops.linear_impl import gram_of_layer
+from ..ops.linear_impl import combine_of_layer_, gradients, gram_of_layer
 from ..ops.numerics import product_dtype
 from .rule import Rule, add_, gram
 
@@ -46,6 +46,8 @@ class Convolution(Rule):
         self.shape = torch.Size((small.shape[2], self.channels, *self.kernel))
         self.dtype = product_dtype(large.dtype, small.dtype)
         self.has_16bit_factor = large.dtype.itemsize == 2 or small.dtype.itemsize == 2
+        # Of the factors: a GPU multiplies 16-bit ones as they are.
+        self.factor = large.dtype if large.is_cuda and large.dtype == small.dtype else self.dtype
 
     def _windows(self, groups: slice, channels: slice, dtype: torch.dtype) -> Tensor:
         """Return the windows [n, groups, channels * kernel, t * positions] of the large image."""
@@ -80,9 +82,10 @@ class Convolution(Rule):
         """Yield per-sample gradients [n, groups * r, channels, kernel] of every span."""
         dtype = torch.float64 if float64 else self.dtype
         for groups, channels in self._spans(dtype):
-            p, q = self._small(groups, dtype), self._windows(groups, channels, dtype)
-            g = torch.matmul(p, q.mT)  # [n, groups, r, channels * kernel]
-            yield groups, channels, g.reshape(self.n, g.shape[1] * g.shape[2], -1, math.prod(self.kernel))
+            factor = dtype if float64 else self.factor
+            p, q = self._small(groups, factor), self._windows(groups, channels, factor)
+            g = gradients(q.flatten(0, 1).mT, p.flatten(0, 1).mT, dtype)  # [n groups, r, channels * kernel]
+            yield groups, channels, g.view(self.n, p.shape[1] * p.shape[2], -1, math.prod(self.kernel))
 
     def _part(self, u: Tensor, groups: slice, channels: slice) -> Tensor:
         """Return the view of a tensor [..., *shape] that belongs to a block."""
@@ -105,7 +108,7 @@ class Convolution(Rule):
 
     def _linear(self, u: Tensor | None, float64: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield K and v of every span: with one group, its windows are the inputs of a linear layer."""
-        dtype = torch.float64 if float64 else self.dtype
+        dtype = torch.float64 if float64 else self.factor
         small = self._small(slice(0, 1), dtype)[:, 0]  # [n, r, t * positions]
         for groups, channels in self._spans(dtype):
             windows = self._windows(groups, channels, dtype)[:, 0]  # [n, channels * kernel, t * positions]
@@ -150,6 +153,12 @@ class Convolution(Rule):
 
     def _combine_windows_(self, out: Tensor, c: Tensor) -> None:
         for groups, channels in self._spans(self.dtype):
+            if self.groups == 1:
+                windows, small = self._windows(groups, channels, self.factor), self._small(groups, self.factor)
+                g = out.new_zeros((small.shape[2], windows.shape[2]), dtype=self.dtype)
+                combine_of_layer_(g, windows[:, 0].mT, small[:, 0].mT, c)
+                add_(self._part(out, groups, channels), g)
+                continue
             p = self._small(groups, self.dtype) * c.to(self.dtype).view(-1, 1, 1, 1)
             g = torch.einsum("nhrl,nhcl->hrc", p, self._windows(groups, channels, self.dtype))
             add_(self._part(out, groups, channels), g)

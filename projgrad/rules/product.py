@@ -58,7 +58,7 @@ class Product(Rule):
         else:
             q = self.q.unflatten(2, right).narrow(2 + first - len(left), rows.start, length).flatten(2)
             right[first - len(left)] = length
-        g = torch.bmm(p.to(dtype).mT, q.to(dtype)).view(self.n, *left, *right)
+        g = linear_impl.gradients(q, p, dtype).view(self.n, *left, *right)
         return g.permute(0, *(1 + d for d in self.inverse)).reshape(self.n, length, self.cols)
 
     def matrix(self, u: Tensor) -> Tensor:
@@ -169,8 +169,8 @@ class Grouped(Rule):
 
     def chunk(self, rows: slice, float64: bool = False) -> Tensor:
         dtype = torch.float64 if float64 else self.dtype
-        p, q = self.p.movedim(1, 3).to(dtype), self.q.movedim(1, 2).to(dtype)  # [n, h, left, t], [n, h, t, right]
-        g = torch.matmul(p, q).reshape(self.n, *self.sizes).permute(0, *(1 + d for d in self.inverse))
+        p, q = (x.movedim(1, 2).flatten(0, 1) for x in (self.p, self.q))  # [n h, t, left], [n h, t, right]
+        g = linear_impl.gradients(q, p, dtype).view(self.n, *self.sizes).permute(0, *(1 + d for d in self.inverse))
         return g.reshape(self.n, self.rows, self.cols)[:, rows]
 
     def gram(self, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Tensor]:

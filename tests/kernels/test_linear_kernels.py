@@ -1,4 +1,4 @@
-"""The kernels of linear_combine and linear_moments against the reference, on a GPU or in the interpreter."""
+"""The kernel of linear_moments against the reference, on a GPU or in the interpreter."""
 
 import pytest
 import torch
@@ -9,11 +9,11 @@ from projgrad.ops import reference
 if not TRITON:
     pytest.skip("triton has no build for this system", allow_module_level=True)
 
-from projgrad.kernels import linear_combine, linear_moments, weight_tiles
+from projgrad.kernels import linear_moments, weight_tiles
 
 pytestmark = pytest.mark.same_without_extension
 
-F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (BF16, F32), (F16, BF16)]
 INPUTS = [(name, pair) for name in ("random", "long") for pair in DTYPES]
 INPUTS += [(name, (F32, F32)) for name in FACTORS if name not in ("random", "long")]
@@ -46,13 +46,6 @@ def check(out, expected, scale, plain, dtype=F32):
     assert worst(out) <= 2 * worst(plain) + 4 * torch.finfo(dtype).eps
 
 
-def check_combine(out, before, a, b, c):
-    expected = before.double() + reference.linear_combine(a.double(), b.double(), c[None])[0]
-    scale = before.double().abs() + reference.linear_combine(a.abs().double(), b.abs().double(), c.abs()[None])[0]
-    x, y = a.float().flatten(0, 1), (b.float() * c.float()[:, None, None]).flatten(0, 1)
-    check(out, expected, scale, (before.float() + y.mT @ x).to(out.dtype), out.dtype)
-
-
 def check_moments(sums, a, b):
     scales = reference.linear_moments(a.abs().double(), b.abs().double())
     rows = per_sample(a.float(), b.float())
@@ -63,50 +56,9 @@ def check_moments(sums, a, b):
 
 
 @pytest.mark.parametrize("name, dtypes", INPUTS, ids=str)
-def test_the_combine_kernel_equals_the_loop_over_positions(name, dtypes, device):
-    a, b = layer(name, dtypes, device)
-    c = torch.randn(a.shape[0], dtype=F64, device=device)
-    before = torch.randn(b.shape[2], a.shape[2], device=device)
-    out = before.clone()
-    linear_combine.linear_combine_(out, a, b, c)
-    check_combine(out, before, a, b, c)
-
-
-@pytest.mark.parametrize("name, dtypes", INPUTS, ids=str)
 def test_the_moments_kernel_equals_the_loop_over_positions(name, dtypes, device):
     a, b = layer(name, dtypes, device)
     check_moments(linear_moments.linear_moments(a, b), a, b)
-
-
-@pytest.mark.parametrize("target", ["transposed", "every_other", "bfloat16", "float16"])
-@pytest.mark.parametrize("dtypes", [(BF16, BF16), (BF16, F32)], ids=str)
-@pytest.mark.parametrize("name", ["random", "long"])
-def test_combine_into_any_gradient(name, dtypes, target, device):
-    """Rounded once, also where the sum is split over programs."""
-    a, b = layer(name, dtypes, device)
-    c = torch.randn(a.shape[0], dtype=F64, device=device)
-    before = torch.randn(b.shape[2], a.shape[2], device=device).to(getattr(torch, target, F32))
-    out = before.clone()
-    if target == "transposed":
-        out = before.mT.contiguous().mT
-    if target == "every_other":
-        out = before.new_full((2 * before.shape[0], 3 * before.shape[1]), 7.0)[::2, ::3].copy_(before)
-    linear_combine.linear_combine_(out, a, b, c)
-    check_combine(out, before, a, b, c)
-
-
-@pytest.mark.parametrize("t", [1, 5, 16, 17])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_combine_with_weights_outside_float32(t, dtype, device):
-    """The coefficients of a projection on tiny gradients: c is 1e50, c g is not."""
-    a, b = samples(6, t, 20, 30, dtype, device)
-    b, c = b * 1e-25, torch.full((6,), -1e45, dtype=F64, device=device)
-    c[1], c[2] = 1e45, 0
-    out = torch.zeros(30, 20, device=device)
-    linear_combine.linear_combine_(out, a, b, c)
-    expected = reference.linear_combine(a.double(), b.double(), c[None])[0]
-    scale = reference.linear_combine(a.abs().double(), b.abs().double(), c.abs()[None])[0]
-    check(out, expected, scale, expected)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -116,30 +68,20 @@ def test_sums_split_anywhere_are_exact_and_repeat_their_bits(n, t, dtype, device
     monkeypatch.setattr(weight_tiles, "PROGRAMS", 6)
     monkeypatch.setattr(linear_moments, "RUN", 5)
     a, b = samples(n, t, 10, 70, dtype, device)
-    c, before = torch.randn(n, dtype=F64, device=device), torch.randn(70, 10, device=device)
-    out, again = before.clone(), before.clone()
-    for x in (out, again):
-        linear_combine.linear_combine_(x, a, b, c)
-    check_combine(out, before, a, b, c)
-    assert torch.equal(out, again)
-    check_moments(linear_moments.linear_moments(a, b), a, b)
+    sums = linear_moments.linear_moments(a, b)
+    assert all(map(torch.equal, sums, linear_moments.linear_moments(a, b)))
+    check_moments(sums, a, b)
 
 
-def test_combine_and_moments_are_exact_in_large_tiles(device):
+def test_moments_are_exact_in_large_tiles(device):
     a, b = samples(3, 18, 70, 133, BF16, device)
-    c, out = torch.randn(3, dtype=F64, device=device), torch.zeros(133, 70, device=device)
-    linear_combine.linear_combine_(out, a, b, c)
-    check_combine(out, torch.zeros_like(out), a, b, c)
     check_moments(linear_moments.linear_moments(a, b), a, b)
 
 
 def test_factors_that_repeat_a_position(device):
     """Strides of zero."""
     a, b = samples(3, 1, 20, 9, F32, device)
-    a, b, c = a.expand(3, 4, 20), b.expand(3, 4, 9), torch.ones(3, dtype=F64, device=device)
-    out = torch.zeros(9, 20, device=device)
-    linear_combine.linear_combine_(out, a, b, c)
-    check_combine(out, torch.zeros_like(out), a, b, c)
+    a, b = a.expand(3, 4, 20), b.expand(3, 4, 9)
     check_moments(linear_moments.linear_moments(a, b), a, b)
 
 
@@ -147,13 +89,12 @@ def test_factors_that_repeat_a_position(device):
 def test_follows_the_precision_of_torch(precision, device):
     """As little as TF32 keeps, 10 bits of each factor, where the user allows it."""
     a, b = samples(4, 3, 20, 30, F32, device)
-    c, out = torch.ones(4, dtype=F64, device=device), torch.zeros(30, 20, device=device)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        linear_combine.linear_combine_(out, a, b, c)
+        total, _ = linear_moments.linear_moments(a, b)
     finally:
         torch.set_float32_matmul_precision(before)
-    scale = reference.linear_combine(a.abs().double(), b.abs().double(), c[None])[0]
-    error = (out - reference.linear_combine(a.double(), b.double(), c[None])[0]).abs()
+    scale, _ = reference.linear_moments(a.abs().double(), b.abs().double())
+    error = (total - reference.linear_moments(a.double(), b.double())[0]).abs()
     assert (error <= 2**-9 * scale).all()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from projgrad.ops import linear_impl, reference
 from projgrad.ops.cost import group_bytes, layers_at_once
@@ -138,3 +139,25 @@ def test_only_small_layers_are_stacked_on_a_cpu():
         n, t, i, o = size
         assert layers_at_once(*size) * 8 * n * t * (i + o) <= group_bytes("cpu")
     assert layers_at_once(4, 512, 2048, 512, 2, "cuda") >= 1
+
+
+@pytest.mark.parametrize("t", [1, 5])
+def test_a_group_takes_as_many_calls_as_a_layer(t):
+    """Its time is that of calls: about ten, however many layers there are."""
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += not func.is_view
+            return func(*args, **(kwargs or {}))
+
+    def calls(l):
+        a, b, u, c = layers(l, 4, t, 6, 7)
+        outs, found = list(torch.zeros_like(u)), []
+        for call in (lambda: linear_impl.linear_gram(a, b, u), lambda: linear_impl.linear_combine_(outs, a, b, c)):
+            with Count() as count:
+                count.calls = 0
+                call()
+            found.append(count.calls)
+        return found
+
+    assert calls(3) == calls(9) and max(calls(9)) <= 12
