@@ -43,7 +43,14 @@ def calls() -> Iterator[str]:
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(shape).to(dtype).to(device)
 
-    for n in (5, 17, 33, 70, 97, 130):  # every kernel of gram_solve; 130 takes all steps of large systems twice and more
+    for n in (
+        5,
+        17,
+        33,
+        70,
+        97,
+        130,
+    ):  # every kernel of gram_solve; 130 takes all steps of large systems twice and more
         for dtype in (torch.float32, torch.float64) if n in (17, 130) else (torch.float32,):
             A = torch.randn(2, n, n + 3, dtype=dtype)
             A[0, n // 2] = A[0, 0]  # singular

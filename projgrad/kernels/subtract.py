@@ -110,12 +110,12 @@ def subtract_(
     add_partial_sums(part, total, todo=todo)
 
 
-def subtract(u: Tensor, G: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out [m, p], r [n, m] and squares [2, m]."""
+def subtract(u: Tensor, G: Tensor, c: Tensor, narrow: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out [m, p], r [n, m] and squares [2, m], in float32 arithmetic if `narrow`."""
     (m, p), n = u.shape, len(G)
     out = torch.empty((m, p), dtype=u.dtype, device=u.device)
     total = c.new_zeros((n + 2) * m)
     if m and p:
-        subtract_(out, total, u, G, c)
+        subtract_(out, total, u, G, c, narrow=narrow)
     r, squares = views(total, n, m)
     return out, r, squares.clone()  # outputs of an op must not share memory

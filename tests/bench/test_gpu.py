@@ -51,7 +51,7 @@ def test_a_failing_part_stops_no_other(tmp_path):
 def test_a_part_prints_no_more_than_100_lines(tmp_path):
     """Its beginning and its end; the log has all."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/bash\ncase $* in *--calls*|*harness*) ;; *sanitize*) seq 1 500 ;; esac\n')
+    python.write_text("#!/bin/bash\ncase $* in *--calls*|*harness*) ;; *sanitize*) seq 1 500 ;; esac\n")
     python.chmod(0o755)
     done = script("--tiny", "sanitize:memcheck", OUT=str(tmp_path), PYTHON=str(python))
     printed = done.stdout.splitlines()
