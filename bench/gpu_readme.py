@@ -161,9 +161,8 @@ def _layers(rows: list[dict]) -> list[str]:
 def _steps(rows: list[dict]) -> list[str]:
     lines = [
         f"Whole steps in bfloat16 with SGD on one {_about(rows)}. Plain is the same two batches without projection; "
-        "memory is the allocator's peak over all steps, model included (in parentheses above the loaded model)."
-        " Host is the "
-        "time until a step returned to Python, device the sum of all kernels and copies of one step:",
+        "memory is the allocator's peak over all steps, model included (in parentheses above the loaded model). "
+        "Host is the time until a step returned to Python, device the sum of all kernels and copies of one step:",
         "",
         *_table("model", "contender", "ms", "host", "device", "time / plain", "memory in GB", "memory / plain"),
     ]

@@ -1,4 +1,4 @@
-"""project_out of 16-bit input as a GPU computes it: in float32 first, and the residual tells where that is not enough."""
+"""project_out of 16-bit input as a GPU computes it: in float32 first, as long as the residual says that is enough."""
 
 import pytest
 import torch
@@ -48,8 +48,15 @@ def _hard_halves(name):
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 @pytest.mark.parametrize(
     "name",
-    "random, in the span, a little is left, tiny and huge, terms that cancel, products too small, "
-    "coefficients too large".split(", "),
+    [
+        "random",
+        "in the span",
+        "a little is left",
+        "tiny and huge",
+        "terms that cancel",
+        "products too small",
+        "coefficients too large",
+    ],
 )
 def test_float32_arithmetic_on_halves_is_seen_through(name, damping, device):
     """The residual is at most 4 eps (float32) by the float64 truth too, before the last rounding to 16 bits."""
