@@ -140,7 +140,7 @@ def compile_cuda(file: Path, arch: int) -> list[Code]:
     if shutil.which("c++filt"):
         names = subprocess.run(["c++filt", *names], check=True, capture_output=True, text=True).stdout.splitlines()
     for code, name in zip(codes, names, strict=True):
-        short = re.sub(r"\(anonymous namespace\)::|\b\w+::|^void ", "", name).partition("(")[0].replace(" >", ">")
+        short = re.sub(r"\(anonymous namespace\)::|\b\w+::|^void ", "", name).rpartition("(")[0].replace(" >", ">")
         code.name = f"{short.replace('_kernel', '')} (CUDA)"
         if code.local:
             code.faults.append(f"spills {code.local} bytes")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import projgrad
 from projgrad import projectors
+from projgrad.kernels.register import triton
 from projgrad.ops import reference
 from projgrad.ops.t_test import feasibility_thresholds
 
@@ -175,6 +176,13 @@ def op_rows(
         yield row | meets(row, (targets or {}).get(name, []))
 
 
+def first_subtract(u: Tensor, G: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Subtract as the first pass of project_out does: 16-bit input in float32 on a GPU."""
+    if DEVICE == "cuda" and G.element_size() == 2:
+        return triton("subtract")(u, G, c, True)
+    return ops.subtract(u, G, c)
+
+
 def flat_rows(case: GPUCase, most: Ceilings, clock: Clock) -> Iterator[dict]:
     """Yield the rows of project_out and of its two halves, gram and subtract."""
     u, G = case.inputs()
@@ -190,7 +198,7 @@ def flat_rows(case: GPUCase, most: Ceilings, clock: Clock) -> Iterator[dict]:
     about, rounding = case.about | {"op": "gram"}, {"error": 4 * torch.finfo(F32).eps}
     yield from op_rows(about, calls, truth.of_gram, rounding, clock, seconds=1.5, floor=products)
     calls = {
-        "projgrad": lambda: ops.subtract(u[None], G, truth.c),
+        "projgrad": lambda: first_subtract(u[None], G, truth.c),
         "plain": lambda: u - truth.c[:, 0].to(G.dtype) @ G,
     }
     check = lambda result: truth.of_projection(result[0][0] if isinstance(result, tuple) else result)  # noqa: E731

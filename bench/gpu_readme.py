@@ -157,9 +157,10 @@ def _layers(rows: list[dict]) -> list[str]:
 def _steps(rows: list[dict]) -> list[str]:
     lines = [
         f"Whole steps in bfloat16 with SGD on one {_about(rows)}. Plain is the same two batches without projection; "
-        "memory is the allocator's peak over all steps, model included (in parentheses above the loaded model):",
+        "memory is the allocator's peak over all steps, model included (in parentheses above the loaded model). "
+        "Host is the time until a step returned to Python, device the sum of all kernels and copies of one step:",
         "",
-        *_table("model", "contender", "ms", "time / plain", "memory in GB", "memory / plain"),
+        *_table("model", "contender", "ms", "host", "device", "time / plain", "memory in GB", "memory / plain"),
     ]
     for (_,), by_name in _groups(rows, "case").items():
         model = next((row["model"] for row in by_name.values() if row["model"]), "")
@@ -167,6 +168,7 @@ def _steps(rows: list[dict]) -> list[str]:
             memory = ""
             if row["total_mb"]:
                 memory = f"{float(row['total_mb']) / 1e3:.3g} ({float(row['peak_mb']) / 1e3:.3g})"
-            cells = [model, name, _cell(row), _number(row, "time_over_plain"), memory, _number(row, "total_over_plain")]
+            cells = [model, name, _cell(row), _number(row, "host_ms"), _number(row, "device_ms")]
+            cells += [_number(row, "time_over_plain"), memory, _number(row, "total_over_plain")]
             lines.append("| " + " | ".join(cells) + " |")
     return [*lines, *_shortfalls(rows)]

@@ -18,6 +18,7 @@ ACROSS = 7  # panels of a picture side by side
 SHOWN = {
     "ms": "ms",
     "host_ms": "host",
+    "device_ms": "device",
     "extra_mb": "MB",
     "peak_mb": "MB",
     "total_mb": "with model",

@@ -89,14 +89,16 @@ def subtract() -> Iterator[Specialisation]:
         types = {"u": f"*{dtype}", "G": f"*{dtype}", "out": f"*{dtype}", "c": "*fp64", "part": "*fp64", "todo": "*i1"}
         for n in (1, 16, 64, 128, 512, 513):
             N, block, warps = tile(n, size)
-            constants = {"N": N, "BLOCK": block, "ONCE": n <= N, "PREDICATED": True, "g_column": 1, "u_column": 1}
-            yield Specialisation(
-                f"subtract {dtype} n={n}", subtract_kernel, types, constants, warps,
-                divisible=("p", "per_split", "g_row", "u_row"),
-            )  # fmt: skip
+            constants = {"N": N, "BLOCK": block, "ONCE": n <= N, "g_column": 1, "u_column": 1}
+            for narrow in (False, True) if size == 2 else (False,):
+                constants |= {"PREDICATED": not narrow, "NARROW": narrow}
+                yield Specialisation(
+                    f"subtract {dtype} n={n}{' in float32' if narrow else ''}", subtract_kernel, types,
+                    dict(constants), warps, divisible=("p", "per_split", "g_row", "u_row"),
+                )  # fmt: skip
     types = {name: "*fp64" for name in ("K", "r", "squares", "c", "b", "worst")} | {"rank": "*i64", "todo": "*i1"}
-    types |= {"damping": "fp64", "limit": "fp64", "noise": "fp64"}
-    constants = {"BLOCK": BLOCK, "CHOSEN": True, "COUNTED": True}
+    types |= {"damping": "fp64", "limit": "fp64", "noise": "fp64", "smallest": "fp64"}
+    constants = {"BLOCK": BLOCK, "CHOSEN": True, "COUNTED": True, "NARROW": True}
     yield Specialisation("check_residual", check_residual_kernel, types, constants)
 
 

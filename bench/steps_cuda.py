@@ -9,6 +9,7 @@ on the small model, in float32 and in bfloat16: what is wrong is not timed.
 import contextlib
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,13 +19,13 @@ from projgrad import StepRecord
 
 from .command import Deadline, Failed, Worker, arguments, complain, rows_of, serve, started
 from .contenders import TOKEN_STEPS as CONTENDERS
-from .harness import DEVICE, release, spread, wall_clock
+from .harness import DEVICE, release, spread, synchronize, wall_clock
 from .models import TokenJob, build
 from .report import meets
 
-COLUMNS = ("case", "model", "contender", "ms", "ms_20", "ms_80", "rounds", "first_ms", "time_over_plain", "times_ours")
-COLUMNS += ("target", "met", "peak_mb", "later_mb", "model_mb", "total_mb", "peak_over_plain", "total_over_plain")
-COLUMNS += ("memory_ours", "error", "residual", "note")
+COLUMNS = ("case", "model", "contender", "ms", "ms_20", "ms_80", "host_ms", "device_ms", "rounds", "first_ms")
+COLUMNS += ("time_over_plain", "times_ours", "target", "met", "peak_mb", "later_mb", "model_mb", "total_mb")
+COLUMNS += ("peak_over_plain", "total_over_plain", "memory_ours", "error", "residual", "note")
 KEY = ("case", "contender")
 ROUNDS = {False: 12, True: 3}  # steps that are timed; fewer of what runs alone
 # Relative difference of an update from the explicit one: rounding of float32, and of gradients stored in bfloat16.
@@ -101,8 +102,27 @@ def gate(tiny: bool) -> dict[str, dict]:
     return verdict
 
 
+def step_times(step: Callable[[], object]) -> dict[str, float]:
+    """Return the milliseconds of one step from an idle device to an idle device, and until the call returned."""
+    synchronize()
+    start = time.perf_counter()
+    step()
+    returned = time.perf_counter()
+    synchronize()
+    return {"ms": 1e3 * (time.perf_counter() - start), "host_ms": 1e3 * (returned - start)}
+
+
+def device_time(step: Callable[[], object]) -> float | None:
+    """Return the milliseconds of all kernels and copies of one step, without the gaps between them."""
+    if DEVICE != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        wall_clock(step)
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e3
+
+
 def answers(case: StepCase, name: str, tiny: bool) -> dict[str, Callable[[], dict]]:
-    """Return what a worker answers: "memory" runs a few steps, "time" one; the contender "gate" compares updates."""
+    """Return what a worker answers: "memory" runs a few steps, "time" and "device" one; "gate" compares updates."""
     if name == "gate":
         return {"gate": lambda: gate(tiny)}
     job, title = case.job(tiny, DEVICE)
@@ -128,7 +148,10 @@ def answers(case: StepCase, name: str, tiny: bool) -> dict[str, Callable[[], dic
         about = {"model": title, "first_ms": first_ms, "model_mb": model, "total_mb": total}
         return about | {"peak_mb": total - model, "later_mb": later - model}
 
-    return {"ready": dict, "memory": memory, "time": lambda: {"ms": wall_clock(step)}}
+    def device() -> dict:
+        return {"device_ms": device_time(step)}
+
+    return {"ready": dict, "memory": memory, "time": lambda: step_times(step), "device": device}
 
 
 def work(case: StepCase, name: str, tiny: bool) -> None:
@@ -147,25 +170,28 @@ def start(case: StepCase, name: str, tiny: bool) -> Worker:
 def measured(case: StepCase, names: list[str], tiny: bool, deadline: Deadline) -> dict[str, dict]:
     """Measure memory, then time with one step of each in turn; all of `names` are alive together."""
     rows = {name: {"note": ""} for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     rounds = max(2, ROUNDS[any(CONTENDERS[name].heavy for name in names)] // (4 if tiny else 1))
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(start(case, name, tiny)) for name in names}
-        for i in range(-2, rounds):
+        for i in range(-2, rounds + 1):
             for name in list(workers):
-                if i > 1 and deadline.left() < 0:
+                if 1 < i < rounds and deadline.left() < 0:
                     continue
                 try:
                     if i < 0:  # nobody is measured while others load
                         rows[name] |= workers[name].ask("ready" if i == -2 else "memory")
+                    elif i < rounds:
+                        times[name].append(workers[name].ask("time"))
                     else:
-                        times[name].append(workers[name].ask("time")["ms"])
+                        rows[name] |= workers[name].ask("device")
                 except Failed as error:
                     rows[name]["note"] = str(error).replace(",", ";")[:200]
                     del workers[name]
     for name, row in rows.items():
         if not row["note"]:
-            row |= dict(zip(("ms", "ms_20", "ms_80"), spread(times[name]), strict=True))
+            row |= dict(zip(("ms", "ms_20", "ms_80"), spread([t["ms"] for t in times[name]]), strict=True))
+            row["host_ms"] = spread([t["host_ms"] for t in times[name]])[0]
         row["rounds"] = len(times[name])
     return rows
 
@@ -210,7 +236,7 @@ def main() -> None:
         return profile(cases[args.profile[0]], args.profile[1], args.tiny)
     deadline, failed = Deadline(args.seconds), 0
     rows = rows_of("steps", args, COLUMNS, KEY)
-    chosen = [cases[name] for name in args.case if args.only in name]
+    chosen = [cases[name] for name in args.case if any(part in name for part in args.only.split("|"))]
     with start(CASES[0], "gate", args.tiny) as worker:
         try:
             verdict = worker.ask("gate")

@@ -1,7 +1,7 @@
-// gram_solve on CUDA: l Gram systems in one launch. A warp each for n ≤ 32, a block each above; from shared memory as
-// long as the factor fits there, which is n ≤ 128 on data-centre GPUs (132 KiB) and n ≤ 97 where a block gets 99 KiB.
-// The square is kept, not its triangle: its rows are also what the threads tell each other, so nothing is copied, and
-// the registers that hold the matrix, not shared memory, limit how many systems a multiprocessor takes.
+// gram_solve on CUDA: l Gram systems in one launch. A warp each for n ≤ 32, a block each above, as long as the factor
+// fits into shared memory: n ≤ 128 on data-centre GPUs (132 KiB), n ≤ 97 where a block gets 99 KiB. Larger ones go in
+// steps. The square is kept, not its triangle: its rows are also what the threads tell each other, so nothing is
+// copied, and the registers that hold the matrix, not shared memory, limit how many systems a multiprocessor takes.
 
 #include <cuda_runtime.h>
 
@@ -17,7 +17,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "gram_solve_cuda.cuh"
+#include "gram_solve_large_cuda.cuh"
 
 namespace projgrad {
 namespace {
@@ -33,10 +33,22 @@ __global__ void __launch_bounds__(256) gram_solve_kernel(Systems<T> s, int64_t b
   if (system < s.l) solve_in_registers<T, Matrix>(s, system, reinterpret_cast<double*>(memory + group * bytes));
 }
 
-template <class T>
-__global__ void __launch_bounds__(kLargeThreads) gram_solve_large_kernel(Systems<T> s) {
+template <class T, Step STEP>
+__global__ void __launch_bounds__(kPanelThreads) gram_solve_large_kernel(Systems<T> s) {
   extern __shared__ __align__(16) char memory[];
-  solve_in_memory<T>(s, blockIdx.x, reinterpret_cast<double*>(memory));
+  run_step<STEP>(s, blockIdx.x, reinterpret_cast<double*>(memory));
+}
+
+template <class T>
+void launch_large(const Systems<T>& s, cudaStream_t stream) {
+  in_steps(s.l, s.n, s.m, panel_threads(s.n), [&](Step step, int64_t blocks, int threads, int64_t bytes) {
+    const auto kernel = step == Step::begin    ? gram_solve_large_kernel<T, Step::begin>
+                        : step == Step::scale  ? gram_solve_large_kernel<T, Step::scale>
+                        : step == Step::panel  ? gram_solve_large_kernel<T, Step::panel>
+                        : step == Step::update ? gram_solve_large_kernel<T, Step::update>
+                                               : gram_solve_large_kernel<T, Step::substitute>;
+    kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(s);
+  });
 }
 
 void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "gram_solve: ", cudaGetErrorString(error)); }
@@ -91,7 +103,7 @@ void solve(const Tensor& K, const Tensor& b, Tensor& x, Tensor& rank, Tensor& pi
   if (!launch_small(s, device, stream)) {
     Tensor scratch = torch::stable::new_empty(K, std::vector<int64_t>{l, scratch_size(n, m)}, ScalarType::Double);
     s.scratch = scratch.mutable_data_ptr<double>();
-    gram_solve_large_kernel<T><<<static_cast<unsigned>(l), kLargeThreads, kLargeShared, stream>>>(s);
+    launch_large(s, stream);
   }
   check(cudaGetLastError());
 }

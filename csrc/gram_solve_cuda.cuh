@@ -15,7 +15,7 @@ struct Systems {
   T* x;             // [l, n, m]
   int64_t* rank;    // [l]
   double* pivot;    // [l]
-  double* scratch;  // solve_in_memory: [l, scratch_size]
+  double* scratch;  // large systems: [l, scratch_size]
   int64_t l, n, m;
   double damping, rtol;
 };
@@ -274,97 +274,6 @@ __device__ void solve_in_registers(const Systems<T>& s, int64_t system, double* 
 template <class Matrix>
 constexpr int64_t shared_bytes(int64_t n) {
   return 8 * (n * Matrix::pitch + 2 * Matrix::N) + 4 * Matrix::N;
-}
-
-// Doubles of device memory that solve_in_memory needs for each system.
-__host__ __device__ inline int64_t scratch_size(int64_t n, int64_t m) { return n * (n + 5 + m); }
-constexpr int kLargeThreads = 512;
-constexpr int64_t kLargeShared = 8 * kLargeThreads + 16 * 32;
-
-// One system of any size by the whole block, left-looking: the factor lies in device memory and is read through L2.
-template <class T>
-__device__ void solve_in_memory(const Systems<T>& s, int64_t system, double* shared) {
-  const int64_t n = s.n, m = s.m;
-  const int threads = blockDim.x, thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warps = threads / 32;
-  const int64_t padded = n > 32 ? (n + 31) / 32 * 32 : 32, width = padded < threads ? padded : threads;
-  const int64_t groups = threads / width, group = thread / width, own = thread % width;  // groups share a row's sum
-  const T *K = s.K + system * n * n, *b = s.b + system * n * m;
-  double* factor = s.scratch + system * scratch_size(n, m);
-  double *scale = factor + n * n, *left = scale + n, *inverse = left + n, *weight = inverse + n;
-  int64_t* pivots = reinterpret_cast<int64_t*>(weight + n);
-  double *partial = shared, *columns = weight + 2 * n;
-  Pivot* found = reinterpret_cast<Pivot*>(shared + threads);
-
-  bool finite = true;
-  for (int64_t k = thread; k < n * n; k += threads) finite &= is_finite(K[k]);
-  for (int64_t i = own; group == 0 && i < n; i += width) {
-    const double square = static_cast<double>(K[i * n + i]);
-    left[i] = square > 0 ? 1 + s.damping : 0.0;
-    scale[i] = square > 0 ? rsqrt(square) : 0.0;
-  }
-  finite = __syncthreads_and(finite);
-
-  int64_t rank = 0;
-  double smallest = 1 + s.damping;
-  for (; finite && rank < n; ++rank) {
-    Pivot mine;
-    for (int64_t i = own; group == 0 && i < n; i += width) mine.consider(left[i], static_cast<unsigned>(i), s.rtol);
-    mine = best(mine);
-    if (lane == 0) found[warp] = mine;
-    __syncthreads();
-    const Pivot pivot = best(lane < warps ? found[lane] : Pivot());
-    if (!pivot.bits) break;
-    const int64_t p = pivot.index;
-    const double value = pivot.value(), over = 1 / value;
-    if (value < smallest) smallest = value;
-    for (int64_t q = thread; q < rank; q += threads) weight[q] = factor[q * n + p] * inverse[q];
-    __syncthreads();
-    if (thread == 0) pivots[rank] = p, inverse[rank] = over;
-    for (int64_t base = 0; base < n; base += width) {
-      const int64_t i = base + own;
-      double sum = 0;
-      if (group < groups && i < n)
-#pragma unroll 8
-        for (int64_t q = group; q < rank; q += groups) sum += factor[q * n + i] * weight[q];
-      partial[thread] = sum;
-      if (groups > 1) __syncthreads();  // then one round takes all rows
-      if (group > 0 || i >= n) continue;
-      for (int64_t g = 1; g < groups; ++g) sum += partial[g * width + own];
-      const double raw = static_cast<double>(K[p * n + i]) * scale[p] * scale[i] - sum;
-      const double r = i == p || left[i] == kUsed ? 0.0 : raw;
-      factor[rank * n + i] = r;
-      left[i] = i == p ? kUsed : left[i] - r * r * over;
-    }
-  }
-  __syncthreads();
-
-  for (int64_t d = warp; d < m; d += warps) {
-    double* w = columns + d * n;
-    bool good = finite;
-    for (int64_t i = lane; i < n; i += 32) {
-      good &= is_finite(b[i * m + d]);
-      w[i] = static_cast<double>(b[i * m + d]) * scale[i];
-    }
-    good = __all_sync(kAll, good);
-    for (int64_t k = 0; k < rank; ++k) {
-      __syncwarp();
-      const double top = w[pivots[k]] * inverse[k];  // stays as it is below, where the factor is 0
-      for (int64_t i = lane; i < n; i += 32) w[i] -= factor[k * n + i] * top;
-    }
-    for (int64_t i = lane; i < n; i += 32)
-      if (left[i] > kUsed) w[i] = 0;
-    for (int64_t k = rank - 1; k >= 0; --k) {
-      __syncwarp();
-      double sum = 0;
-      for (int64_t i = lane; i < n; i += 32) sum += factor[k * n + i] * w[i];
-      for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
-      if (lane == 0) w[pivots[k]] = (w[pivots[k]] - sum) * inverse[k];
-    }
-    __syncwarp();
-    const T nan = static_cast<T>(__longlong_as_double(0x7ff8000000000000LL));
-    for (int64_t i = lane; i < n; i += 32) s.x[(system * n + i) * m + d] = good ? static_cast<T>(w[i] * scale[i]) : nan;
-  }
-  if (thread == 0) s.rank[system] = rank, s.pivot[system] = smallest;
 }
 
 }  // namespace projgrad

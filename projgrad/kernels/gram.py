@@ -10,7 +10,11 @@ three products for the precision "highest"; "high" drops l lᵀ, at most 2⁻²�
 keeps h hᵀ, the 11 bits of tf32. Blocks are short because tensor cores cut where others round: a sum of positive
 products loses about 0.2 eps for every 16 columns.
 
-For n = 64 two programs of four warps fit on an SM, with 64 KiB on their way from memory.
+A float32 sum ends with its block, so that its error does not grow with p.
+
+For n = 64 two programs of four warps fit on an SM, with 64 KiB on their way from memory. An H100 took 7.40 ms for
+64 x 50 million in float32, 57 % of what memory allows. Blocks of 128 columns would halve the float64 additions and
+barriers, but spill on sm_80 and sm_100 (40 and 136 bytes) where three products are added.
 """
 
 import torch

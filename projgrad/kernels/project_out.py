@@ -1,7 +1,7 @@
 """project_out from its kernels: gram, gram_solve, subtract.
 
 The reference always multiplies in float64. Here float32 input is multiplied in float32 first, and the residual that
-subtract measures on G decides whether that was enough.
+subtract measures on G decides whether that was enough. On CUDA, subtract of 16-bit input is first in float32 too.
 """
 
 import torch
@@ -49,14 +49,16 @@ def on_device(u: Tensor, G: Tensor, damping: float, rtol: float | None) -> Resul
         return out, c, rank[0], refinement.largest(refinement.cosines(K, r, squares, c)), squares
     out, total = torch.empty((m, p), dtype=u.dtype, device=u.device), c.new_empty((n + 2) * m)
     r, squares = views(total, n, m)
-    subtract_(out, total, u, G, c)
+    narrow = G.element_size() == 2
+    subtract_(out, total, u, G, c, narrow=narrow)
     for attempt in range(refinement.DEVICE_PASSES):
         counted = not float64 and rtol is None and attempt == 0  # a row that looks dependent in float32 may not be
-        b, todo, _ = check_residual(K, r, squares, c, rank, damping, limit, noise, rtol is not None, counted)
+        unseen = p * 2.0**-126 if narrow and attempt == 0 else None  # products below 2⁻¹²⁶ are off by up to 2⁻¹⁵⁰
+        b, todo, _ = check_residual(K, r, squares, c, rank, damping, limit, noise, rtol is not None, counted, unseen)
         if not float64 and attempt == 0:
             launch_gram(G, u[:0], True, todo, K.view(-1))
             if damping:
-                b = r - damping * K.diagonal()[:, None] * c
+                b = (r - damping * K.diagonal()[:, None] * c).where(r.isfinite() | (not narrow), 0.0)
         step, again, *_ = gram_solve_op(K[None], b[None], damping, refinement.rank_tolerance(n, True, rtol))
         c, rank = torch.where(todo, c + step[0], c), torch.where(todo, again, rank)
         subtract_(out, total, u, G, c, todo)

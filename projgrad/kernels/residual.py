@@ -11,13 +11,15 @@ BLOCK = 256
 @triton.jit
 def check_residual_kernel(
     K, r, squares, c, rank, b, todo, worst, n, m, damping: tl.float64, limit: tl.float64, noise: tl.float64,
-    BLOCK: tl.constexpr, CHOSEN: tl.constexpr, COUNTED: tl.constexpr,
+    smallest: tl.float64, BLOCK: tl.constexpr, CHOSEN: tl.constexpr, COUNTED: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Write what the next solve needs, and whether it is needed.
 
     b = r - damping diag(K) c [n, m]: its right-hand side. worst: the largest cosine of r (`refinement.cosines`).
     todo: whether a cosine of b is above limit or, where COUNTED, a row that is not zero was left out.
     CHOSEN: rows with c = 0 were dropped on purpose.
+    NARROW: r was measured in float32, which cannot judge what overflowed, nor ‖g_j‖ ‖out‖ of `smallest` or less. What
+    overflowed is 0 in b: c stays, and the next pass measures it in float64.
     """
     above = 0
     nonzero = 0
@@ -37,7 +39,6 @@ def check_residual_kernel(
             product = tl.load(r + j * m + d, j < n, 0.0)
             weight = tl.load(c + j * m + d, j < n, 0.0)
             remaining = product - damping * square * weight
-            tl.store(b + j * m + d, remaining, j < n)
             length = tl.where(square > 0, tl.sqrt(square), 1.0) * tl.where(norm > 0, norm, 1.0)
             cosine = tl.abs(product) / length
             cosine += tl.where(j < n, norm - norm, 0.0)  # NaN where the norm is infinite
@@ -47,6 +48,11 @@ def check_residual_kernel(
             if CHOSEN:
                 cosine = tl.where(weight != 0, cosine, 0.0)
             above += tl.sum((cosine > limit).to(tl.int32), 0)
+            if NARROW:
+                unseen = tl.where(length > smallest, cosine != cosine, True)
+                above += tl.sum(tl.where(square * norm > 0, unseen, False).to(tl.int32), 0)
+                remaining = tl.where(remaining - remaining == 0, remaining, 0.0)
+            tl.store(b + j * m + d, remaining, j < n)
             nonzero += tl.sum(tl.where(d == 0, square > 0, False).to(tl.int32), 0)
     if COUNTED:
         above += (tl.load(rank) < nonzero).to(tl.int32)
@@ -56,13 +62,16 @@ def check_residual_kernel(
 
 def check_residual(
     K: Tensor, r: Tensor, squares: Tensor, c: Tensor, rank: Tensor, damping: float, limit: float, noise: float,
-    chosen: bool, counted: bool,
+    chosen: bool, counted: bool, smallest: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return b [n, m], the flag todo, and the largest cosine; K [n, n] and r [n, m] must be contiguous."""
+    """Return b [n, m], the flag todo, and the largest cosine; K [n, n] and r [n, m] must be contiguous.
+
+    smallest: given where r was measured in float32; products of lengths up to it do not count as seen.
+    """
     (n, m), b = r.shape, torch.empty_like(r)
     todo, worst = torch.empty((), dtype=torch.bool, device=r.device), r.new_empty(())
     check_residual_kernel[(1,)](
-        K, r, squares, c.contiguous(), rank, b, todo, worst, n, m, damping, limit, noise,
-        BLOCK=BLOCK, CHOSEN=chosen, COUNTED=counted, num_warps=4,
+        K, r, squares, c.contiguous(), rank, b, todo, worst, n, m, damping, limit, noise, smallest or 0.0,
+        BLOCK=BLOCK, CHOSEN=chosen, COUNTED=counted, NARROW=smallest is not None, num_warps=4,
     )  # fmt: skip
     return b, todo, worst

@@ -30,7 +30,7 @@ def script(*arguments, **variables):
 
 def test_the_script_lists_its_parts_and_refuses_others():
     listed = script("--list")
-    assert listed.stdout.split() == ["build", "tests", "sanitize", "flat", "layers", "steps"]
+    assert listed.stdout.split() == ["build", "tests", "steps", "layers", "flat", "sanitize"]
     refused = script("flat", "speed")
     assert refused.returncode == 2 and "no part speed" in refused.stderr
 
@@ -46,6 +46,17 @@ def test_a_failing_part_stops_no_other(tmp_path):
     assert {"ceiling", "linear_dot"} == {row["op"] for row in rows} and {row["commit"] for row in rows} == {"named"}
     assert all(row["ms"] for row in rows if row["contender"] == "projgrad")
     assert "linear_dot  4x1x8x8" in (tmp_path / "gpu_layers.log").read_text()
+
+
+def test_a_part_prints_no_more_than_100_lines(tmp_path):
+    """Its beginning and its end; the log has all."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/bash\ncase $* in *--calls*|*harness*) ;; *sanitize*) seq 1 500 ;; esac\n")
+    python.chmod(0o755)
+    done = script("--tiny", "sanitize:memcheck", OUT=str(tmp_path), PYTHON=str(python))
+    printed = done.stdout.splitlines()
+    assert len(printed) <= 100 and {"1", "50", "... 410 more lines in the log", "461", "500"} <= set(printed)
+    assert (tmp_path / "gpu_sanitize.log").read_text().split() == [str(k) for k in range(1, 501)]
 
 
 def read(path):
@@ -152,6 +163,7 @@ def test_steps_of_every_contender(transformers, tmp_path, monkeypatch):
     assert rows.pop("explicit QR, global")["note"] == "out of memory"
     assert all(row["ms"] and not row["note"] for row in rows.values())
     assert ("own decoder" in rows["plain"]["model"]) != models.TRANSFORMERS
+    assert all(row["host_ms"] for row in rows.values())
     assert float(rows["projgrad global"]["error"]) <= steps_cuda.LIMITS[torch.bfloat16]
 
 

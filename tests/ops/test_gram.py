@@ -147,3 +147,32 @@ def test_nan_and_inf_stay_in_their_row(bad, dtype, device):
     finite = torch.ones(5, dtype=torch.bool, device=device)
     finite[2] = False
     assert torch.equal(K.isfinite(), finite[:, None] & finite) and torch.equal(v[:, 0].isfinite(), finite)
+
+
+@needs_triton
+@pytest.mark.same_without_extension
+@pytest.mark.skipif(torch.cuda.is_available(), reason="emulates what a GPU does by itself")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_sums_do_not_shrink_on_tensor_cores(dtype, monkeypatch):
+    """Tensor cores cut each addition to float32, of 16 columns at once, towards zero: 2⁻²⁵ a step, lost for good.
+
+    Over 2,000 steps that would be 6e-5. A sum ends with its block of at most 128 columns, eight steps.
+    """
+    import numpy
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, d, *_):
+        total, steps = d.data.astype(numpy.float64), range(0, a.data.shape[-1], 16)
+        for k in steps:
+            x, y = (t.data.astype(numpy.float64) for t in (a, b))
+            total = total + x[:, k : k + 16] @ y[k : k + 16]
+            rounded = total.astype(numpy.float32)
+            over = numpy.abs(rounded) > numpy.abs(total)
+            total = numpy.where(over, numpy.nextafter(rounded, numpy.float32(0)), rounded).astype(numpy.float64)
+        return TensorHandle(total.astype(numpy.float32), d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    G = (1 + torch.rand(40, 32_000)).to(dtype)
+    K, _ = _triton(False)(G, G[:0])
+    exact = G.double() @ G.double().mT
+    assert ((K / exact - 1).abs() <= 2 * torch.finfo(torch.float32).eps).all()

@@ -34,7 +34,9 @@ def test_regular_systems_are_solved(l, n, m, dtype, implementation, device):
 
 
 @pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
-@pytest.mark.parametrize("n, rank", [(12, 0), (12, 1), (12, 5), (12, 11), (32, 20), (50, 40), (100, 33), (131, 40)])
+@pytest.mark.parametrize(
+    "n, rank", [(12, 0), (12, 1), (12, 5), (12, 11), (32, 20), (50, 40), (100, 33), (131, 40), (150, 64), (150, 77)]
+)
 def test_singular_systems_are_solved_with_as_many_rows_as_their_rank(n, rank, implementation, device):
     """K x = b for every b in the range of K, with as many nonzero x as the rank."""
     A = torch.randn(4, n, rank, dtype=torch.float64, device=device)

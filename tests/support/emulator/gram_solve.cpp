@@ -3,9 +3,11 @@
 #include <limits>
 
 #include "cuda.h"
-#include "gram_solve_cuda.cuh"
+#include "gram_solve_large_cuda.cuh"
 
 namespace {
+
+using projgrad::Step;
 
 thread_local std::string error;
 
@@ -47,20 +49,28 @@ void solve(projgrad::Systems<T> s, int threads) {
     if (s.n <= 64) return registers<T, projgrad::BlockMatrix<4>>(s, 1);
     if (s.n <= 96) return registers<T, projgrad::BlockMatrix<6>>(s, 1);
     if (s.n <= 128) return registers<T, projgrad::BlockMatrix<8>>(s, 1);
-    threads = projgrad::kLargeThreads;
+    threads = projgrad::panel_threads(s.n);
   }
   std::vector<double> scratch(s.l * projgrad::scratch_size(s.n, s.m), std::numeric_limits<double>::quiet_NaN());
   s.scratch = scratch.data();
-  for (int64_t system = 0; system < s.l && error.empty(); ++system) {
-    Shared shared(8 * threads + 16 * 32);
-    error = emulator::run(system, threads, [&] { projgrad::solve_in_memory<T>(s, system, shared.data()); });
-    shared.check();
-  }
+  projgrad::in_steps(s.l, s.n, s.m, threads, [&](Step step, int64_t blocks, int threads, int64_t bytes) {
+    for (int64_t block = blocks - 1; block >= 0 && error.empty(); --block) {
+      Shared shared(bytes);
+      error = emulator::run(block, threads, [&] {
+        if (step == Step::begin) projgrad::run_step<Step::begin>(s, block, shared.data());
+        if (step == Step::scale) projgrad::run_step<Step::scale>(s, block, shared.data());
+        if (step == Step::panel) projgrad::run_step<Step::panel>(s, block, shared.data());
+        if (step == Step::update) projgrad::run_step<Step::update>(s, block, shared.data());
+        if (step == Step::substitute) projgrad::run_step<Step::substitute>(s, block, shared.data());
+      });
+      shared.check();
+    }
+  });
 }
 
 }  // namespace
 
-// threads: 0 as gram_solve_cuda.cu decides; otherwise the way through device memory, with that many.
+// threads: 0 as gram_solve_cuda.cu decides; otherwise the way of large systems, with that many.
 #define ENTRY(NAME, T)                                                                                          \
   extern "C" const char* NAME(const T* K, const T* b, T* x, int64_t* rank, double* pivot, int64_t l, int64_t n, \
                               int64_t m, double damping, double rtol, int threads) {                            \
