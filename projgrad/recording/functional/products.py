@@ -61,14 +61,16 @@ def contract(y: Tensor, x: Tensor, sx: str, weight: Tensor, sw: str, sy: str, ca
             count = math.prod(shape[s] for s in groups)
             p, q = (where.split(f, n) for f in (p, q))
             t = math.prod(p.shape[1 : 1 + len(positions)])
-            p = p.reshape(n, t, count, math.prod(left_sizes)) * alpha
+            p = p.reshape(n, t, count, math.prod(left_sizes))
+            p = p if alpha == 1 else p * alpha
             q = q.reshape(n, t, count, math.prod(right_sizes))
             if groups:
                 rules.append(Grouped(p, q, [shape[s] for s in groups], left_sizes, right_sizes, order))
             else:
                 rules.append(Product(p[:, :, 0], q[:, :, 0], left_sizes, right_sizes, order))
         if call.follows(added):
-            rules.append(Rows(fold(layout.split(b, n), added.shape) * beta))
+            g = fold(layout.split(b, n), added.shape)
+            rules.append(Rows(g if beta == 1 else g * beta))
         return rules
 
     shared = [sy.index(s) for s in groups] if call.spread(weight) else []
@@ -87,6 +89,8 @@ def matmul(input: Tensor, other: Tensor, *, tape: Recorder) -> Tensor:
 
 
 def _tap_matmul(call, y: Tensor, input: Tensor, other: Tensor, extra=None) -> Tensor:
+    if input.ndim > 1 and other.ndim == 2 and call.follows(other) and not call.follows(input):
+        return _tap_layer(call, y, input, other, *(extra or (None, 1, 1)))
     batch = [chr(ord("A") + d) for d in range(max(input.ndim, other.ndim, 2) - 2)]  # right-aligned
     s1 = "".join(batch[len(batch) - (input.ndim - 2) :] if input.ndim > 2 else "") + ("ic"[2 - min(input.ndim, 2) :])
     s2 = "".join(batch[len(batch) - (other.ndim - 2) :] if other.ndim > 2 else "") + ("co" if other.ndim > 1 else "c")
@@ -96,6 +100,26 @@ def _tap_matmul(call, y: Tensor, input: Tensor, other: Tensor, extra=None) -> Te
         if any(s.isupper() and tensor.shape[d] == 1 != y.shape[sy.index(s)] for d, s in enumerate(letters)):
             return call.tap(y, None, [], (), [])  # broadcast batches of size 1
     return contract(y, x, sx, weight, sw, sy, call, extra)
+
+
+def _tap_layer(call, y: Tensor, x: Tensor, weight: Tensor, added: Tensor | None, beta: float, alpha: float) -> Tensor:
+    """Tap y = alpha x W + beta added, W [i, o]: a linear layer whose weight is stored the other way round."""
+
+    def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
+        p, q = layout.positions(b, n), layout.positions(saved[0], n)
+        rules: list[Rule] = [Product(p if alpha == 1 else p * alpha, q, p.shape[2:], q.shape[2:], (1, 0))]
+        if call.follows(added):
+            g = fold(layout.split(b, n), added.shape)
+            rules.append(Rows(g if beta == 1 else g * beta))
+        return rules
+
+    return call.tap(y, make, [weight, added], _not_along(added if call.follows(added) else None, y), [x], True)
+
+
+def _not_along(added: Tensor | None, y: Tensor) -> list[int]:
+    """Return the dimensions of y but the last that a tensor which is added does not have: it is not spread there."""
+    lead = y.ndim - (0 if added is None else added.ndim)
+    return [a for a in range(y.ndim - 1) if a < lead or added is None or added.shape[a - lead] == 1]
 
 
 def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1, tape: Recorder) -> Tensor:
