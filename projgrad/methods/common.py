@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .._options import kind
 from .._torch_private import BatchNorm
+from ..recording.fixed import modules_of
 from ..recording.host_reads import lengths, to_host
 from ..recording.losses import instead
 from .protocol import SteppingOptimizer
@@ -131,7 +132,8 @@ def check_replicas(module: nn.Module, where: str) -> None:
 
 def check_batch_norm(model: nn.Module) -> None:
     """Check that no batch norm uses the statistics of the batch; raises ValueError."""
-    for name, module in model.named_modules():
+    norms = [m for m in modules_of(model) if isinstance(m, BatchNorm)]
+    for name, module in model.named_modules() if norms else ():
         if isinstance(module, BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
                 f"{name or 'the model'} is a {type(module).__name__} that uses batch statistics: what the model makes "

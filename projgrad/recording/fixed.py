@@ -15,7 +15,7 @@ def fixed_tensors(model: nn.Module, followed: Iterable[Tensor]) -> list[Tensor]:
     """Return buffers, frozen parameters and tables of a model; refuse one of which a part is compiled."""
     ids = {id(p) for p in followed}
     fixed: list[Tensor] = []
-    for module in _modules(model):
+    for module in modules_of(model):
         if is_compiled(module):
             raise ValueError("a compiled model hides its operations: pass the original module (`model._orig_mod`)")
         if compiles_itself(module):
@@ -30,7 +30,7 @@ def fixed_tensors(model: nn.Module, followed: Iterable[Tensor]) -> list[Tensor]:
     return fixed
 
 
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
     """Yield every module once, in no order that matters; `modules()` takes five times as long."""
     seen, waiting = set(), [model]
     while waiting:

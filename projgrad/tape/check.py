@@ -72,6 +72,14 @@ class Checks(HostReads):
     def __init__(self) -> None:
         super().__init__()
         self.worst: dict[str, float] = defaultdict(float)
+        self._tolerances: dict[tuple[torch.dtype, bool], float] = {}
+
+    def _tolerance(self, dtype: torch.dtype, cuda: bool) -> float:
+        """Return `tolerance_of`, asked for once."""
+        key = dtype, cuda
+        if key not in self._tolerances:
+            self._tolerances[key] = tolerance_of(dtype, cuda)
+        return self._tolerances[key]
 
     def check(
         self,
@@ -89,7 +97,7 @@ class Checks(HostReads):
         for quantity, measured in zip(Outcome._fields, outcome, strict=True):
             if measured is None:
                 continue
-            limit = tolerance_of(precision.compared, measured.numbers.is_cuda)
+            limit = self._tolerance(precision.compared, measured.numbers.is_cuda)
 
             def compare(values: list[float], quantity=quantity, measured=measured, limit=limit) -> None:
                 value = measured.value(values)
@@ -105,7 +113,7 @@ class Checks(HostReads):
 
         K: of this parameter alone. squared_norm: of Σ_j w_j g_j. total: Σ_j |w_j| ‖g_j‖ over all parameters.
         """
-        limit = tolerance_of(precision.compared, K.is_cuda)
+        limit = self._tolerance(precision.compared, K.is_cuda)
 
         def compare(values: list[float]) -> None:
             *stats, squared_norm, total = values

@@ -65,7 +65,7 @@ def project_(
             steps = {block.name: _steps(block, solver, access.rates, squares) for block in blocks}
             done = solver.run(steps, blocks)
             reads.flush()  # if there was nothing to solve
-            _check_squares(squares)
+            _check_squares(squares)  # also of tensors that the losses do not use
             access.check_watched(checks)
             checks.flush()
             for name, projection in done.items():
@@ -122,7 +122,7 @@ def _defer_squares(parameters: Mapping[str, Tensor], factors: ForgetFactors, rea
 
 
 def _check_squares(squares: Mapping[str, float]) -> None:
-    """Check ‖p.grad‖², also of tensors that the losses do not use."""
+    """Check that every ‖p.grad‖² is a number."""
     if not all(map(math.isfinite, squares.values())):
         raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
 
@@ -142,7 +142,7 @@ def _steps(block: Block, solver: Solver, rates: Mapping[str, float], squares: Ma
         return max(u2 + 2 * solved.projection.product + solved.projection.squared_norm, 0.0) ** 0.5
 
     solved = yield Solve(float64)
-    _check_squares(squares)
+    _check_squares({name: squares.get(name, 0.0) for name in block.parameters})
     u2 = block.square = sum(rates.get(name, 1.0) * squares.get(name, 0.0) for name in block.parameters)
     if not solved.finite:
         check_finite(solver.K[block.name], solver.v[block.name])

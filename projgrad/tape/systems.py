@@ -177,8 +177,8 @@ def solve(K: Tensor, v: Tensor, damping: float, cut: float, shifts: tuple[Tensor
 
 
 def _solved(w: Tensor, numbers: list[float]) -> Solved:
-    weights = [WeightStats(*numbers[k:15:3]) for k in range(3)]
     residual, spread, used, rank, finite = numbers[15:]
+    weights = WeightStats(*numbers[0:15:3]), WeightStats(*numbers[1:15:3]), WeightStats(*numbers[2:15:3])
     return Solved(w, *weights, residual, spread, int(used), int(rank), math.isfinite(finite))
 
 
