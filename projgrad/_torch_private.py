@@ -26,6 +26,16 @@ def version(t: Tensor) -> int:
     return t._version
 
 
+def base_of(t: Tensor) -> Tensor | None:
+    """Return the tensor that autograd knows this one as a view of."""
+    return t._base
+
+
+def untracked_view(t: Tensor) -> Tensor:
+    """Return the same numbers as a tensor that autograd takes for no view: nobody may hold what it is a view of."""
+    return torch.ops.aten._unsafe_view.default(t, t.shape)
+
+
 def storage_id(t: Tensor) -> int:
     """Return the address of a tensor's storage object, 0 if it has none."""
     return t.untyped_storage()._cdata

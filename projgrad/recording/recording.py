@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from .._torch_private import has_gradient_hooks, inside_transform, saved_tensors_hooks, storage_id
+from .._torch_private import (
+    base_of,
+    has_gradient_hooks,
+    inside_transform,
+    saved_tensors_hooks,
+    storage_id,
+    untracked_view,
+)
 from .host_reads import HostReads
 from .refusals import NESTED_TENSORS
 from .sites import Make, Packed, Saved, Site, Source
@@ -67,7 +74,10 @@ class Call:
             saved = [hooks[0](t) for t in saved]
         if recording.recomputing:  # checkpointing repeats a forward pass for what it saves alone
             return y
-        if y.grad_fn in recording.site_of:
+        base = base_of(y)
+        if base is not None and not base.is_leaf and id(base) not in recording.sources and not is_in_place(self.name):
+            y = untracked_view(y)  # a change in place of a view, or of its base, would take its node out of the graph
+        elif y.grad_fn in recording.site_of:
             y = y.view_as(y)
         kept = Saved(saved) if hooks is None else Packed(saved, hooks[1])
         edge = GradientEdge(y.grad_fn, y.output_nr)

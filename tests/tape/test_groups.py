@@ -182,17 +182,24 @@ def test_hooks_on_nodes_change_what_comes_to_a_site():
             assert (g - expected[name]).abs().max() <= 1e-8 * u[name].norm()
 
 
-def test_outputs_changed_in_place_after_a_layer():
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(N, D), (N, 3, D)])
+def test_outputs_changed_in_place_after_a_layer(shape, bias):
+    """With positions and a bias a layer's output is a view: what is done to it in place belongs to its base."""
     torch.manual_seed(0)
-    model, x = nn.ModuleList(nn.Linear(D, D) for _ in range(3)).double(), torch.randn(N, D, dtype=torch.float64)
+    model = nn.ModuleList(nn.Linear(D, D, bias) for _ in range(4)).double()
+    x = torch.randn(shape, dtype=torch.float64)
 
     def closure():
         y = model[0](x).mul_(2)
-        y += 1
-        z = model[1](torch.tanh(y))
-        z[:, :2].mul_(3)
-        left, right = model[2](torch.tanh(z)).chunk(2, 1)
-        return (left.square() + right).sum(1)
+        y += x
+        z = model[1](F.relu_(y))
+        z[..., :2].mul_(3)
+        w = model[2](z)
+        w.view(N, -1)[:, 1:].add_(1)
+        left, right = model[3](torch.tanh(w)).chunk(2, -1)
+        return (left.square() + right).flatten(1).sum(1)
 
     check(model, closure)
 
