@@ -42,7 +42,7 @@ class Call:
         """Return whether this argument may already have been spread over the samples."""
         return self.follows(t) and self.sources[id(t)].spread
 
-    def tap(
+    def note(
         self,
         y: Tensor,
         make: Make | None,

@@ -30,8 +30,8 @@ def geometry(weight: Tensor, stride, padding, dilation) -> tuple[Sequence[int], 
     return kernel, _numbers(stride, dims), gaps, pad
 
 
-def _tap(call, y: Tensor, input: Tensor, weight: Tensor, bias, where: tuple, groups: int, transposed: bool) -> Tensor:
-    """Tap the result of a convolution, plain or transposed; where: its `geometry`."""
+def _note(call, y: Tensor, input: Tensor, weight: Tensor, bias, where: tuple, groups: int, transposed: bool) -> Tensor:
+    """Note the result of a convolution, plain or transposed; where: its `geometry`."""
 
     def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
         g = layout.split(b, n)
@@ -45,7 +45,7 @@ def _tap(call, y: Tensor, input: Tensor, weight: Tensor, bias, where: tuple, gro
         return rules
 
     saved = [input] if call.follows(weight) else []
-    return call.tap(y, make, [weight, bias] if y.ndim == weight.ndim else [], (0,), saved, bool(saved))
+    return call.note(y, make, [weight, bias] if y.ndim == weight.ndim else [], (0,), saved, bool(saved))
 
 
 def _convolve(function):
@@ -53,7 +53,7 @@ def _convolve(function):
         call = tape.call(function.__name__, input, weight, bias)
         y = function(input, weight, bias, stride, padding, dilation, groups)
         where = geometry(weight, stride, padding, dilation)
-        return _tap(call, y, input, weight, bias, where, groups, transposed=False)
+        return _note(call, y, input, weight, bias, where, groups, transposed=False)
 
     conv.__name__ = function.__name__
     conv.__doc__ = f"`torch.nn.functional.{function.__name__}`, padding as numbers or a string."
@@ -67,7 +67,7 @@ def _convolve_transposed(function):
         call = tape.call(function.__name__, input, weight, bias)
         y = function(input, weight, bias, stride, padding, output_padding, groups, dilation)
         where = geometry(weight, stride, padding, dilation)
-        return _tap(call, y, input, weight, bias, where, groups, transposed=True)
+        return _note(call, y, input, weight, bias, where, groups, transposed=True)
 
     conv_transpose.__name__ = function.__name__
     conv_transpose.__doc__ = f"`torch.nn.functional.{function.__name__}`."

@@ -61,7 +61,7 @@ def _sum(name: str, function: Callable, signs: tuple[int, int], input: Any, othe
         return [Rows(fold(g, shape) * factor) for shape, factor in terms]
 
     terms = [(t.shape, signs[0] if t is input else signs[1] * alpha) for t in claimed]
-    return call.tap(y, make, claimed, _free(y, *claimed), [])
+    return call.note(y, make, claimed, _free(y, *claimed), [])
 
 
 def add(input: Tensor, other: Tensor, *, alpha: float = 1, tape: Recorder) -> Tensor:
@@ -88,7 +88,7 @@ def mul(input: Tensor, other: Tensor, *, tape: Recorder) -> Tensor:
     y = torch.mul(input, other)
     p, x = (input, other) if call.follows(input) else (other, input)
     if call.follows(x) or not isinstance(x, Tensor):
-        return call.tap(y, None, [], (), [])
+        return call.note(y, None, [], (), [])
     shape = p.shape
 
     def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
@@ -102,7 +102,7 @@ def mul(input: Tensor, other: Tensor, *, tape: Recorder) -> Tensor:
             return [Rows(parts[0] if len(parts) == 1 else torch.cat(parts))]
         return [Rows(fold(g * (layout.split(x, n, b.ndim) if spread else x), shape))]
 
-    return call.tap(y, make, [p], _free(y, p), [x])
+    return call.note(y, make, [p], _free(y, p), [x])
 
 
 def spread(function: Callable, input: Tensor, *args: Any, tape: Recorder, **kwargs: Any) -> Tensor:
@@ -116,7 +116,7 @@ def spread(function: Callable, input: Tensor, *args: Any, tape: Recorder, **kwar
 
     lead = y.ndim - len(shape)
     axes = [a for a in range(y.ndim) if a < lead or y.shape[a] != shape[a - lead]]
-    return call.tap(y, make, [input], axes, [])
+    return call.note(y, make, [input], axes, [])
 
 
 def local(function: Callable, args: tuple, kwargs: dict, aligned: bool, tape: Recorder) -> Tensor:
@@ -157,7 +157,7 @@ def local(function: Callable, args: tuple, kwargs: dict, aligned: bool, tape: Re
 
     spread = any(t.ndim == y.ndim and t.shape[0] > 1 for t in claimed)  # a parameter that lies along the samples
     axes = _free(y, *claimed) if aligned else () if spread else (0,)
-    return call.tap(y, make, claimed, axes, [flat[i] for i in tensors])
+    return call.note(y, make, claimed, axes, [flat[i] for i in tensors])
 
 
 vmap_broadcast = functools.partial(local, aligned=True)

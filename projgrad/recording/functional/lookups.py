@@ -43,7 +43,7 @@ def embedding(
 
 
 def lookup(call, y: Tensor, ids: Tensor, weight: Tensor, padding: int | None = None) -> Tensor:
-    """Tap y = weight[ids]."""
+    """Note y = weight[ids]."""
 
     def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
         ids = saved[0].to(b.device)  # a table on a GPU may be indexed from the CPU
@@ -54,7 +54,7 @@ def lookup(call, y: Tensor, ids: Tensor, weight: Tensor, padding: int | None = N
         return [Lookup(read.flatten(1), g.flatten(1, g.ndim - len(weight_shape)), weight_shape)]
 
     weight_rows, weight_shape = len(weight), weight.shape
-    return call.tap(y, make, [weight], range(ids.ndim), [ids], True)
+    return call.note(y, make, [weight], range(ids.ndim), [ids], True)
 
 
 def embedding_bag(weight: Tensor, input: Tensor, offsets: Tensor, *args, tape: Recorder) -> tuple[Tensor, ...]:
@@ -91,4 +91,4 @@ def embedding_bag(weight: Tensor, input: Tensor, offsets: Tensor, *args, tape: R
 
     saved = [input, offsets, *([scale] if scale is not None else [])]
     claimed = [weight] if mode in (0, 1) else []
-    return call.tap(y, make, claimed, (0,) if claimed else (), saved, True), bag, sizes, largest
+    return call.note(y, make, claimed, (0,) if claimed else (), saved, True), bag, sizes, largest

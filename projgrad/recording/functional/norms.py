@@ -15,7 +15,7 @@ from .elementwise import blocks, fold
 
 
 def _normalise(tape: Recorder, name: str, function, x: Tensor, weight, bias, axes, where, again=None) -> Tensor:
-    """Tap y = function(x, weight, bias), x normalised times weight plus bias.
+    """Note y = function(x, weight, bias), x normalised times weight plus bias.
 
     where: the output's dimensions that weight and bias span. again: the function that makes x normalised once more.
     """
@@ -37,7 +37,7 @@ def _normalise(tape: Recorder, name: str, function, x: Tensor, weight, bias, axe
             rules.append(Rows(fold(g, shape).reshape(n, *spanned)))
         return rules
 
-    return call.tap(y, make, [weight, bias], axes, [x] if call.follows(weight) else [])
+    return call.note(y, make, [weight, bias], axes, [x] if call.follows(weight) else [])
 
 
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, tape: Recorder) -> Tensor:

@@ -31,11 +31,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, tape: R
         return rules
 
     saved = [input] if call.follows(weight) else []
-    return call.tap(y, make, [weight, bias] if weight.ndim == 2 else [], range(y.ndim - 1), saved, bool(saved))
+    return call.note(y, make, [weight, bias] if weight.ndim == 2 else [], range(y.ndim - 1), saved, bool(saved))
 
 
 def contract(y: Tensor, x: Tensor, sx: str, weight: Tensor, sw: str, sy: str, call, extra=None) -> Tensor:
-    """Tap y = einsum(sx, sw -> sy), one letter a dimension. `extra`: (parameter added to y, its factor, y's factor)."""
+    """Note y = einsum(sx, sw -> sy), one letter a dimension. `extra`: (parameter added to y, its factor, y's factor)."""
     positions = [s for s in sy if s in sx and s not in sw]
     left = [s for s in sw if s in sy and s not in sx]
     right = [s for s in sw if s in sx and s not in sy]
@@ -78,19 +78,19 @@ def contract(y: Tensor, x: Tensor, sx: str, weight: Tensor, sw: str, sy: str, ca
     if call.follows(added):  # it may not be spread along the samples
         axes = [a for a in axes if a - len(sy) + added.ndim < 0 or added.shape[a - len(sy) + added.ndim] == 1]
     saved = [x] if claimed and call.follows(weight) else []
-    return call.tap(y, make, [*claimed, added], axes, saved, bool(saved), shared)
+    return call.note(y, make, [*claimed, added], axes, saved, bool(saved), shared)
 
 
 def matmul(input: Tensor, other: Tensor, *, tape: Recorder) -> Tensor:
     """`torch.matmul` with a parameter on either side."""
     call = tape.call("matmul", input, other)
     y = torch.matmul(input, other)
-    return _tap_matmul(call, y, input, other)
+    return _note_matmul(call, y, input, other)
 
 
-def _tap_matmul(call, y: Tensor, input: Tensor, other: Tensor, extra=None) -> Tensor:
+def _note_matmul(call, y: Tensor, input: Tensor, other: Tensor, extra=None) -> Tensor:
     if input.ndim > 1 and other.ndim == 2 and call.follows(other) and not call.follows(input):
-        return _tap_layer(call, y, input, other, *(extra or (None, 1, 1)))
+        return _note_layer(call, y, input, other, *(extra or (None, 1, 1)))
     batch = [chr(ord("A") + d) for d in range(max(input.ndim, other.ndim, 2) - 2)]  # right-aligned
     s1 = "".join(batch[len(batch) - (input.ndim - 2) :] if input.ndim > 2 else "") + ("ic"[2 - min(input.ndim, 2) :])
     s2 = "".join(batch[len(batch) - (other.ndim - 2) :] if other.ndim > 2 else "") + ("co" if other.ndim > 1 else "c")
@@ -98,12 +98,12 @@ def _tap_matmul(call, y: Tensor, input: Tensor, other: Tensor, extra=None) -> Te
     (x, sx), (weight, sw) = ((input, s1), (other, s2)) if call.follows(other) else ((other, s2), (input, s1))
     for tensor, letters in ((x, sx), (weight, sw)):
         if any(s.isupper() and tensor.shape[d] == 1 != y.shape[sy.index(s)] for d, s in enumerate(letters)):
-            return call.tap(y, None, [], (), [])  # broadcast batches of size 1
+            return call.note(y, None, [], (), [])  # broadcast batches of size 1
     return contract(y, x, sx, weight, sw, sy, call, extra)
 
 
-def _tap_layer(call, y: Tensor, x: Tensor, weight: Tensor, added: Tensor | None, beta: float, alpha: float) -> Tensor:
-    """Tap y = alpha x W + beta added, W [i, o]: a linear layer whose weight is stored the other way round."""
+def _note_layer(call, y: Tensor, x: Tensor, weight: Tensor, added: Tensor | None, beta: float, alpha: float) -> Tensor:
+    """Note y = alpha x W + beta added, W [i, o]: a linear layer whose weight is stored the other way round."""
 
     def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
         p, q = layout.positions(b, n), layout.positions(saved[0], n)
@@ -113,7 +113,7 @@ def _tap_layer(call, y: Tensor, x: Tensor, weight: Tensor, added: Tensor | None,
             rules.append(Rows(g if beta == 1 else g * beta))
         return rules
 
-    return call.tap(y, make, [weight, added], _not_along(added if call.follows(added) else None, y), [x], True)
+    return call.note(y, make, [weight, added], _not_along(added if call.follows(added) else None, y), [x], True)
 
 
 def _not_along(added: Tensor | None, y: Tensor) -> list[int]:
@@ -126,7 +126,7 @@ def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1, tape: R
     """`torch.addmm` and `torch.baddbmm`."""
     call = tape.call("addmm", input, mat1, mat2)
     y = (torch.addmm if mat1.ndim == 2 else torch.baddbmm)(input, mat1, mat2, beta=beta, alpha=alpha)
-    return _tap_matmul(call, y, mat1, mat2, (input, beta, alpha))
+    return _note_matmul(call, y, mat1, mat2, (input, beta, alpha))
 
 
 def einsum(equation: str, *operands: Tensor, tape: Recorder) -> Tensor:
@@ -136,7 +136,7 @@ def einsum(equation: str, *operands: Tensor, tape: Recorder) -> Tensor:
     y = torch.einsum(equation, *operands)
     sides = _subscripts(equation, operands)
     if len(operands) != 2 or sides is None or len(sides[2]) != y.ndim:
-        return call.tap(y, None, [], (), [])
+        return call.note(y, None, [], (), [])
     (x, sx), (weight, sw) = zip(operands, sides[:2], strict=True)
     if not call.follows(weight):
         x, sx, weight, sw = weight, sw, x, sx
@@ -170,4 +170,4 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
             rules.append(Rows(p.sum(1)))
         return rules
 
-    return call.tap(y, make, [weight, bias], range(y.ndim - 1), [input1, input2])
+    return call.note(y, make, [weight, bias], range(y.ndim - 1), [input1, input2])
