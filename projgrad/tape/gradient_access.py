@@ -75,14 +75,18 @@ class GradientAccess:
         return self.rates.get(name, 1.0)
 
     def norms(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
-        """Return ‖p.grad‖ of every parameter as it is now, each times the root of its rate, by block."""
-        grads = [g for block in blocks for g in block.grads().items()]
-        if not grads:
+        """Return ‖p.grad‖ of every parameter that has one, as it is now, by block."""
+        grads = {block.name: list(block.grads().values()) for block in blocks}
+        counts, every = [len(some) for some in grads.values()], [g for some in grads.values() for g in some]
+        if not every:
             return {}
-        norms, roots = lengths([g for _, g in grads]), [self.rate(name) ** 0.5 for name, _ in grads]
-        norms = norms if all(root == 1 for root in roots) else norms * norms.new_tensor(roots)
-        counts = [len(block.grads()) for block in blocks]
-        return {block.name: some for block, some in zip(blocks, norms.split(counts), strict=True) if len(some)}
+        return dict(zip(grads, lengths(every).split(counts), strict=True))
+
+    def square(self, block: Block, norms: Sequence[float]) -> float:
+        """Return ‖p.grad‖² of a block, from its `norms` on the host."""
+        if not self.rates:
+            return sum(norm * norm for norm in norms)  # inf where norm**2 is an OverflowError
+        return sum(self.rate(name) * norm * norm for name, norm in zip(block.grads(), norms, strict=True))
 
     def products(self, blocks: Sequence[Block], float64: bool) -> tuple[Tensor, Tensor]:
         """Return K = G Gᵀ [l, n, n] and v = G u [l, n] for u = p.grad, multiplied in float64 if that is set."""
@@ -240,18 +244,16 @@ class KeptGradients(GradientAccess):
         for group in groups:
             k, w = self._of_group(group, float64, gram)
             if gram and not watched_before:
-                for use, one in zip(group, k, strict=True):
-                    self.watched = self.watched + one if use.name == self.watch else self.watched
-            if any(use.name in self.rates for use in group):
-                rates = zero.new_tensor([self.rate(use.name) for use in group])
-                k, w = k * rates[:, None, None], w * rates[:, None]
-            if len(blocks) == 1:
+                for index in [index for index, use in enumerate(group) if use.name == self.watch]:
+                    self.watched = self.watched + k[index]
+            if len(blocks) == 1 and not self.rates:
                 K[0].append(k.sum(0) if len(group) > 1 else k[0])
                 v[0].append(w.sum(0) if len(group) > 1 else w[0])
                 continue
             for use, one, other in zip(group, k, w, strict=True):
-                K[place[use.name]].append(one)
-                v[place[use.name]].append(other)
+                rate = self.rate(use.name)
+                K[place[use.name]].append(one if rate == 1 else rate * one)
+                v[place[use.name]].append(other if rate == 1 else rate * other)
         return _stacked(K, zero.new_zeros(n, n)), _stacked(v, zero)
 
     def _of_group(self, group: Group, float64: bool, gram: bool) -> tuple[Tensor, Tensor]:
@@ -276,12 +278,19 @@ class KeptGradients(GradientAccess):
         for block in blocks:  # p.grad is about to change
             for name in block.parameters:
                 self.factors.pop(name, None)
-        parameters = self.passes.recording.parameters
+        parameters, rows = self.passes.recording.parameters, w.unbind()
         for group in groups:
             outs = [_grad_of(parameters[use.name]) for use in group]
-            group.combine_(outs, w[0] if len(blocks) == 1 else w[[place[use.name] for use in group]], float64)
+            # Picking rows by their indices would wait for a GPU.
+            c = w[0] if len(blocks) == 1 else torch.stack([rows[place[use.name]] for use in group])
+            group.combine_(outs, c, float64)
         norms = self.norms(blocks)
-        return [Outcome(growth=_growth(norms[block.name], block.square)) for block in blocks]
+        return [Outcome(growth=self._growth(block, norms[block.name])) for block in blocks]
+
+    def _growth(self, block: Block, norms: Tensor) -> Measured:
+        """Measure how much ‖p.grad‖² is above what it was."""
+        before = block.square
+        return Measured(norms, lambda values: self.square(block, values) - before)
 
     def check_watched(self, checks: Checks) -> None:
         """Check Σ_j g_j of the parameter `watch`, from plain autograd, against its K."""
@@ -302,15 +311,6 @@ class KeptGradients(GradientAccess):
 def _stacked(parts: Sequence[Sequence[Tensor]], zero: Tensor) -> Tensor:
     """Return the sums of the parts of every block, [l, ...]."""
     return torch.stack([sum(some[1:], some[0]) if some else zero for some in parts])
-
-
-def _growth(norms: Tensor, before: float) -> Measured:
-    """Measure how much ‖p.grad‖² is above `before`."""
-    return Measured(norms, lambda values: sum_of_squares(values) - before)
-
-
-def sum_of_squares(norms: Sequence[float]) -> float:
-    return sum(norm * norm for norm in norms)  # inf where norm**2 is an OverflowError
 
 
 def _grad_of(p: Tensor) -> Tensor:

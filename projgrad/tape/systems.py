@@ -155,7 +155,7 @@ class Solver:
         lengths = self.access.norms(blocks)
         numbers = iter(to_host(cosines, v @ self.add, *(lengths[block.name] for block in blocks)))
         worst, products = ([next(numbers) for _ in blocks] for _ in range(2))
-        squares = [sum(next(numbers) ** 2 for _ in lengths[block.name]) for block in blocks]
+        squares = [self.access.square(block, [next(numbers) for _ in lengths[block.name]]) for block in blocks]
         return [Left(*of_block) for of_block in zip(v, squares, worst, products, strict=True)]
 
 

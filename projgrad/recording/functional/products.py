@@ -35,7 +35,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, tape: R
 
 
 def contract(y: Tensor, x: Tensor, sx: str, weight: Tensor, sw: str, sy: str, call, extra=None) -> Tensor:
-    """Note y = einsum(sx, sw -> sy), one letter a dimension. `extra`: (parameter added to y, its factor, y's factor)."""
+    """Note y = einsum(sx, sw -> sy), one letter a dimension. `extra`: (what is added to y, its factor, y's)."""
     positions = [s for s in sy if s in sx and s not in sw]
     left = [s for s in sw if s in sy and s not in sx]
     right = [s for s in sw if s in sx and s not in sy]
