@@ -192,7 +192,9 @@ class Gpu(TorchDispatchMode):
                 continue
             if packet in (aten.copy_, aten.copy, aten._foreach_copy_):
                 self.waits("copy between devices")
-            elif not any(t is index for index in indices):  # a tensor on a GPU may be indexed from the CPU
+            elif any(t is index for index in indices):  # a tensor on a GPU may be indexed from the CPU, by a copy
+                self.waits(f"{packet.__name__} with indices from the CPU")
+            else:
                 raise RuntimeError(f"{packet}: a tensor on the CPU {tuple(t.shape)} meets one on {DEVICE}")
         if packet in WAITS and not (packet is aten.repeat_interleave and kwargs.get("output_size") is not None):
             self.waits(packet.__name__)
