@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import refinement
-from ..ops.gram import gram_op
+from ..ops.gram import gram_pass
 from ..ops.gram_solve import gram_solve_op
 from ..ops.numerics import default_rtol, in_range
 from ..ops.project_out import subtract_op
@@ -20,7 +20,7 @@ def on_host(u: Tensor, G: Tensor, damping: float, rtol: float | None) -> Result:
     """Project; the host looks at the residual and decides whether to refine."""
     return refinement.project_refined(
         len(G),
-        lambda float64: gram_op(G, u, float64),
+        lambda float64: gram_pass(G, u, float64),
         lambda c: subtract_op(u, G, c),
         gram_solve_op,
         u.dtype,

@@ -8,14 +8,19 @@ from torch import Tensor
 from . import reference
 from .checks import check_flat
 from .numerics import multiply_in_float64
-from .registration import call, define_op
+from .registration import call, define_op, device_op
 
 # Inside the op u is always [m, p]; K and v are float64.
 
 
-def _default(G: Tensor, u: Tensor, float64: bool) -> tuple[Tensor, Tensor]:
+@device_op("gram_pass(Tensor G, Tensor u, bool float64) -> (Tensor, Tensor)")
+def gram_pass(G: Tensor, u: Tensor, float64: bool) -> tuple[Tensor, Tensor]:
     """Compute K and v; float64: multiply in float64 even where G is narrower, as the reference always does."""
     return reference.gram(G, u)
+
+
+def _default(G: Tensor, u: Tensor, float64: bool) -> tuple[Tensor, Tensor]:
+    return gram_pass(G, u, float64)
 
 
 def _shapes(G: Tensor, u: Tensor, float64: bool) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._torch_private import foreach_add_
 from .cost import GramRoute, chunk_bytes
-from .gram import gram_op
+from .gram import gram_pass
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Tensor cores cut where others round. Added to one number, k / 16 products lose up to k / 16 x 2^-25 of it: for 8192
@@ -71,7 +71,7 @@ def token_gram(a: Tensor, b: Tensor, samples: int) -> Tensor:
     """Return K [l, n, n], from tiles of `samples` samples with themselves and the samples after them."""
     l, n, t, _ = a.shape
     if l == t == 1:  # the kernel scales by itself
-        return (gram_op(a[0, :, 0], a[0, :0, 0], False)[0] * gram_op(b[0, :, 0], b[0, :0, 0], False)[0])[None]
+        return (gram_pass(a[0, :, 0], a[0, :0, 0], False)[0] * gram_pass(b[0, :, 0], b[0, :0, 0], False)[0])[None]
     (a, p), (b, q) = _scaled(a), _scaled(b)
     K = a.new_empty((l, n, n), dtype=torch.float64)
     for s in range(0, n, samples):
@@ -143,7 +143,7 @@ def gram_of_chunks(a: Tensor, b: Tensor, u: Tensor | None, route: GramRoute) -> 
             rows, columns = slice(r, r + route.rows), slice(c, c + route.columns)
             g = gradients(a[..., columns].flatten(0, 1), b[..., rows].flatten(0, 1), dtype).view(l, n, -1)
             w = g[:, :0] if u is None else u[:, rows, columns].to(dtype).reshape(l, 1, -1)
-            found = [gram_op(x, d, False) for x, d in zip(g, w, strict=True)]
+            found = [gram_pass(x, d, False) for x, d in zip(g, w, strict=True)]
             k, d = (x[0][None] if l == 1 else torch.stack(x) for x in zip(*found, strict=True))
             K, v = K + k, v + d
             del g, w  # before the next one is made

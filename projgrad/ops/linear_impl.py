@@ -13,7 +13,7 @@ from torch import Tensor
 from .._torch_private import foreach_add_
 from . import linear_cuda
 from .cost import GramRoute, chunk_bytes, linear_route
-from .gram import gram_op
+from .gram import gram_pass
 from .numerics import exponents, product_dtype
 from .registration import device_op
 
@@ -50,7 +50,7 @@ def gram_of_chunks(a: Tensor, b: Tensor, u: Tensor, float64: bool, route: GramRo
     """Return K [n, n] and v [n, m] from one pass over the per-sample gradients."""
     dtype, parts = product_dtype(a.dtype, b.dtype, float64=float64), None
     for (r, c), g in _blocks(a, b, route.rows, route.columns, dtype):
-        one = gram_op(g.flatten(1), u[:, r, c].to(dtype).flatten(1), float64)
+        one = gram_pass(g.flatten(1), u[:, r, c].to(dtype).flatten(1), float64)
         parts = one if parts is None else tuple(map(torch.add, parts, one))
     return parts or tuple(a.new_zeros((len(a), k), dtype=torch.float64) for k in (len(a), len(u)))
 
@@ -61,7 +61,7 @@ def gram_of_chunks_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, route: G
     dtype = product_dtype(a.dtype, b.dtype)
     blocks = (_blocks(*factors, route.rows, route.columns, dtype) for factors in ((a, b), (a2, b2)))
     for (_, g), (_, g2) in zip(*blocks, strict=True):
-        K += gram_op(g.flatten(1), g2.flatten(1), dtype == torch.float64)[1]
+        K += gram_pass(g.flatten(1), g2.flatten(1), dtype == torch.float64)[1]
     return K
 
 
@@ -84,7 +84,7 @@ def token_gram(a: Tensor, b: Tensor, float64: bool, samples: int) -> Tensor:
     K = a.new_empty((n, n), dtype=torch.float64)
     for s in range(0, n, samples):
         e = min(n, s + samples)
-        (own_a, rest_a), (own_b, rest_b) = (gram_op(x[s * t : e * t], x[e * t :], float64) for x in (A, B))
+        (own_a, rest_a), (own_b, rest_b) = (gram_pass(x[s * t : e * t], x[e * t :], float64) for x in (A, B))
         own = _pair_sums(own_a, own_b, e - s, e - s)
         K[s:e, s:e] = own if t == 1 else (own + own.mT) / 2  # sums of tokens round differently
         if e < n:
@@ -101,7 +101,7 @@ def token_gram_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, samples: int
     for s in range(0, n, samples):
         e = min(n, s + samples)
         tokens = slice(s * t, e * t)
-        K[s:e] = _pair_sums(*(gram_op(x[tokens], y, float64)[1] for x, y in ((A, A2), (B, B2))), e - s, n2)
+        K[s:e] = _pair_sums(*(gram_pass(x[tokens], y, float64)[1] for x, y in ((A, A2), (B, B2))), e - s, n2)
     return K
 
 

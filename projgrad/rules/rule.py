@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._torch_private import foreach_add_
 from ..ops.cost import GramRoute, chunk_bytes, group_bytes
-from ..ops.gram import gram_op
+from ..ops.gram import gram_pass
 from ..ops.numerics import product_dtype
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def gram(g: Tensor, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Te
     """Return K and v of an explicit chunk g [n, ...], u [m, ...] or None."""
     flat = g.reshape(len(g), -1)
     u = flat.new_empty((0, flat.shape[1])) if u is None else u.reshape(len(u), -1)
-    return gram_op(flat, u.to(flat.dtype), float64)
+    return gram_pass(flat, u.to(flat.dtype), float64)
 
 
 class Rows(Rule):

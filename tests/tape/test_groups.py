@@ -204,6 +204,23 @@ def test_outputs_changed_in_place_after_a_layer(shape, bias):
     check(model, closure)
 
 
+def test_a_residual_added_in_place_to_a_view():
+    """Three layers whose outputs change in place, the second by the first: the first had to stay in the graph."""
+    torch.manual_seed(0)
+    model, x = nn.ModuleList(nn.Linear(D, D) for _ in range(3)).double(), torch.randn(N, 3, D, dtype=torch.float64)
+
+    def closure():
+        y = model[0](x)
+        y[..., ::2] *= 2
+        z = model[1](torch.tanh(y))
+        z += y
+        w = model[2](z)
+        w.copy_(w * 2)
+        return w.sum((1, 2))
+
+    check(model, closure)
+
+
 def test_tapes_side_by_side():
     """Two tapes follow parts of one forward pass, and neither sees the sites of the other."""
     torch.manual_seed(0)
