@@ -11,6 +11,8 @@ from torch import Tensor
 from ..rules.layout import Layout
 from .sites import Site
 
+PIECE = 1 << 20  # entries of a gradient whose signature is made at once
+
 
 class Codes:
     """Weights of the samples for a few backward passes, by which the gradient says whose it is.
@@ -80,20 +82,40 @@ class Signatures:
         self.directions: dict[tuple, Tensor] = {}
 
     def of(self, b: Tensor, axes: Sequence[int]) -> Tensor:
-        """Return the signature [indices along `axes`, q] of b [*shape]."""
-        rest = [d for d in range(b.ndim) if d not in axes]
-        sizes = [math.prod(b.shape[d] for d in dims) for dims in (axes, rest)]
-        rows = b.permute(*axes, *rest).reshape(sizes)
-        # Scaling by powers of two commutes with the rounding of bfloat16; float16 has not the range for sums.
-        rows = rows.float() if rows.dtype.itemsize == 2 else rows
-        size, count = rows.shape[1], 4
+        """Return the signature [indices along `axes`, q] of b [*shape].
+
+        Of large gradients a piece at a time: one of logits is as large as all else that a backward pass holds.
+        """
+        rest = sorted((d for d in range(b.ndim) if d not in axes), key=lambda d: -b.shape[d])
+        indices, size = (math.prod(b.shape[d] for d in dims) for dims in (axes, rest))
+        b, count = b.permute(*axes, *rest), 4
         if size <= count:
-            return rows
-        key = size, rows.dtype, rows.device
+            return _wide(b.reshape(indices, size))
+        length = b.shape[len(axes)]
+        width = max(1, length * max(PIECE, b.numel() // 64) // max(1, b.numel()))  # 64: at most so many pieces, or so
+        total, factors = None, self._directions(-(-length // width), count, b)
+        for piece, factor in zip(b.split(width, len(axes)), factors, strict=True):
+            rows = _wide(piece.reshape(indices, -1))
+            part = (rows @ self._directions(size // length * width, count, rows)[: rows.shape[1]]).mul_(factor)
+            total = part if total is None else total.add_(part)
+        return total
+
+    def _directions(self, size: int, count: int, like: Tensor) -> Tensor:
+        """Return random numbers [size, count], the same every time."""
+        dtype = like.dtype if like.dtype.itemsize > 2 else torch.float32
+        key = size, dtype, like.device
         if key not in self.directions:
-            z = torch.randn((size, count), generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
-            self.directions[key] = z.to(b.device)
-        return rows @ self.directions[key]
+            z = torch.randn((size, count), generator=torch.Generator().manual_seed(0), dtype=dtype)
+            self.directions[key] = z.to(like.device)
+        return self.directions[key]
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """Return numbers in float32 or better.
+
+    Scaling by powers of two commutes with the rounding of bfloat16; float16 has not the range for sums.
+    """
+    return rows.float() if rows.dtype.itemsize == 2 else rows
 
 
 def axes_of(site: Site, layouts: Sequence[Layout]) -> list[int]:
