@@ -11,7 +11,7 @@ from torch import Tensor
 from ..rules.layout import Layout
 from .sites import Site
 
-PIECE = 1 << 20  # entries of a gradient whose signature is made at once
+PIECE = 1 << 20  # entries of a gradient that are looked at together, or a 64th of all
 
 
 class Codes:
@@ -84,20 +84,22 @@ class Signatures:
     def of(self, b: Tensor, axes: Sequence[int]) -> Tensor:
         """Return the signature [indices along `axes`, q] of b [*shape].
 
-        Of large gradients a piece at a time: one of logits is as large as all else that a backward pass holds.
+        A large gradient is taken in pieces of its longest other dimension. Wide copies of the logits' gradient alone
+        would be more than all else that a backward pass holds.
         """
-        rest = sorted((d for d in range(b.ndim) if d not in axes), key=lambda d: -b.shape[d])
+        rest, count = [d for d in range(b.ndim) if d not in axes], 4
         indices, size = (math.prod(b.shape[d] for d in dims) for dims in (axes, rest))
-        b, count = b.permute(*axes, *rest), 4
-        if size <= count:
-            return _wide(b.reshape(indices, size))
-        length = b.shape[len(axes)]
-        width = max(1, length * max(PIECE, b.numel() // 64) // max(1, b.numel()))  # 64: at most so many pieces, or so
-        total, factors = None, self._directions(-(-length // width), count, b)
-        for piece, factor in zip(b.split(width, len(axes)), factors, strict=True):
-            rows = _wide(piece.reshape(indices, -1))
-            part = (rows @ self._directions(size // length * width, count, rows)[: rows.shape[1]]).mul_(factor)
-            total = part if total is None else total.add_(part)
+        if size <= count or not indices:
+            return _wide(b.permute(*axes, *rest).reshape(indices, size))
+        longest = max(rest, key=lambda d: b.shape[d])
+        length, entries = b.shape[longest], max(PIECE, b.numel() // 64)
+        step = max(1, min(length, length * entries // b.numel()))
+        pieces = b.split(step, longest)
+        z, factors = (self._directions(k, count, b) for k in (size // length * step, len(pieces)))
+        total = 0.0
+        for piece, factor in zip(pieces, factors, strict=True):  # random numbers z, times others for every piece
+            rows = z[: piece.numel() // indices]
+            total = total + (_wide(piece.permute(*axes, *rest).reshape(indices, -1)) @ rows) * factor
         return total
 
     def _directions(self, size: int, count: int, like: Tensor) -> Tensor:
