@@ -11,6 +11,8 @@ from torch import Tensor
 from ..rules.layout import Layout
 from .sites import Site
 
+PIECE = 1 << 20  # entries of a gradient that are looked at together, or a 64th of all
+
 
 class Codes:
     """Weights of the samples for a few backward passes, by which the gradient says whose it is.
@@ -80,20 +82,42 @@ class Signatures:
         self.directions: dict[tuple, Tensor] = {}
 
     def of(self, b: Tensor, axes: Sequence[int]) -> Tensor:
-        """Return the signature [indices along `axes`, q] of b [*shape]."""
-        rest = [d for d in range(b.ndim) if d not in axes]
-        sizes = [math.prod(b.shape[d] for d in dims) for dims in (axes, rest)]
-        rows = b.permute(*axes, *rest).reshape(sizes)
-        # Scaling by powers of two commutes with the rounding of bfloat16; float16 has not the range for sums.
-        rows = rows.float() if rows.dtype.itemsize == 2 else rows
-        size, count = rows.shape[1], 4
-        if size <= count:
-            return rows
-        key = size, rows.dtype, rows.device
+        """Return the signature [indices along `axes`, q] of b [*shape].
+
+        A large gradient is taken in pieces of its longest other dimension. Wide copies of the logits' gradient alone
+        would be more than all else that a backward pass holds.
+        """
+        rest, count = [d for d in range(b.ndim) if d not in axes], 4
+        indices, size = (math.prod(b.shape[d] for d in dims) for dims in (axes, rest))
+        if size <= count or not indices:
+            return _wide(b.permute(*axes, *rest).reshape(indices, size))
+        longest = max(rest, key=lambda d: b.shape[d])
+        length, entries = b.shape[longest], max(PIECE, b.numel() // 64)
+        step = max(1, min(length, length * entries // b.numel()))
+        pieces = b.split(step, longest)
+        z, factors = (self._directions(k, count, b) for k in (size // length * step, len(pieces)))
+        total = 0.0
+        for piece, factor in zip(pieces, factors, strict=True):  # random numbers z, times others for every piece
+            rows = z[: piece.numel() // indices]
+            total = total + (_wide(piece.permute(*axes, *rest).reshape(indices, -1)) @ rows) * factor
+        return total
+
+    def _directions(self, size: int, count: int, like: Tensor) -> Tensor:
+        """Return random numbers [size, count], the same every time."""
+        dtype = like.dtype if like.dtype.itemsize > 2 else torch.float32
+        key = size, dtype, like.device
         if key not in self.directions:
-            z = torch.randn((size, count), generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
-            self.directions[key] = z.to(b.device)
-        return rows @ self.directions[key]
+            z = torch.randn((size, count), generator=torch.Generator().manual_seed(0), dtype=dtype)
+            self.directions[key] = z.to(like.device)
+        return self.directions[key]
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """Return numbers in float32 or better.
+
+    Scaling by powers of two commutes with the rounding of bfloat16; float16 has not the range for sums.
+    """
+    return rows.float() if rows.dtype.itemsize == 2 else rows
 
 
 def axes_of(site: Site, layouts: Sequence[Layout]) -> list[int]:
