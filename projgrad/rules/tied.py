@@ -1,19 +1,12 @@
 """The rule of a table that is looked up and multiplied with: tied embedding and output head."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..ops.cost import GramRoute
 from ..ops.numerics import product_dtype
 from .lookup import Lookup, near_one, tile_tokens, token_products
-from .rule import Sum
-
-if TYPE_CHECKING:
-    from .product import Product
+from .rule import Rule, Sum
 
 
 class Tied(Sum):
@@ -23,7 +16,7 @@ class Tied(Sum):
     is as large as the table. Where chunks are faster for the lookup they are for both.
     """
 
-    def __init__(self, table: Lookup, head: Product) -> None:
+    def __init__(self, table: Lookup, head: Rule) -> None:
         super().__init__([table, head])
 
     def gram(self, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Tensor]:
@@ -43,8 +36,8 @@ class Tied(Sum):
         return table._replace(flops=flops, bytes=max(table.bytes, head.bytes))
 
 
-def head_factors(head: Product) -> tuple[Tensor, Tensor]:
-    """Return p [n, t, V] and q [n, t, d]: a product with the transposed table has them the other way round."""
+def head_factors(head: Rule) -> tuple[Tensor, Tensor]:
+    """Return p [n, t, V] and q [n, t, d] of a `Product`; one with the transposed table has them exchanged."""
     factors = head.p.flatten(2), head.q.flatten(2)
     return factors if head.order == (0, 1) else factors[::-1]
 

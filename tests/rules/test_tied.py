@@ -31,7 +31,7 @@ def draw(name, n=5, t=7, V=30):
     if name == "repeated":
         return torch.full((n, t), 3), V
     ids = torch.randint(V, (n, t))
-    ids[0], ids[1, 2], ids[2:, -1] = -1, -5, -1
+    ids[0], ids[1, 2], ids[2:, -1] = -1, -500, -1
     return ids, V
 
 
@@ -144,7 +144,14 @@ def test_tiny_and_huge_gradients_keep_their_digits(dtype, route):
     sizes = torch.tensor([1.0, 1e-20, 1e15, 1e-12, 1e18])[:, None, None]
     u = torch.rand(2, V, D) * torch.tensor([1e-25, 1e20])[:, None, None]
     exact = {"rtol": 1e-6, "atol": 0}
-    for given in ((b * sizes,), (b * sizes, p * sizes, q), (b * sizes, p, q * sizes), (1e-25 * b, 1e18 * p, 1e18 * q)):
+    for given in (
+        (1e-25 * b,),
+        (1e25 * b,),
+        (b * sizes,),
+        (b * sizes, p * sizes, q),
+        (b * sizes, p, q * sizes),
+        (1e-25 * b, 1e18 * p, 1e18 * q),
+    ):
         given = [x.to(dtype) for x in given]
         K, v = run(lambda rule: rule.gram(Pretend(u)), ids, V, *given)
         g = truth(ids, V, *given)[0].flatten(1)
@@ -154,6 +161,7 @@ def test_tiny_and_huge_gradients_keep_their_digits(dtype, route):
 
 @pairs
 def test_what_two_uses_have_in_common_keeps_its_digits(route):
+        (1e-20, 3e37, 1e-20),
     """Of factors whose products leave float32."""
     torch.manual_seed(0)
     ids, V = draw("small")
@@ -170,6 +178,15 @@ def test_what_two_uses_have_in_common_keeps_its_digits(route):
             C = values(across(*map(Pretend, (ids, x * b, y * p, z * q))))
         assert not gpu.waited
         torch.testing.assert_close(C, expected * x * y * z, rtol=2e-6, atol=0)
+
+
+def test_what_meets_float64_is_multiplied_in_float64():
+    torch.manual_seed(0)
+    ids, V = draw("small")
+    b, p, q = factors(ids, V, (F32, F64, F32))
+    expected = torch.einsum("jvd,kvd->jk", looked_up(ids, V, b), p.mT @ q.double())
+    with Gpu():
+        torch.testing.assert_close(values(across(*map(Pretend, (ids, b, p, q)))), expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("route", ["factors", "chunks"], indirect=True)
