@@ -15,7 +15,9 @@ from torch import Tensor
 from ..ops import linear_impl
 from ..ops.cost import GramRoute, layers_at_once, linear_route
 from ..ops.numerics import product_dtype
+from .lookup import Lookup
 from .rule import Rule, Sum, add_, groups_of
+from .tied import Tied
 
 
 class Product(Rule):
@@ -190,4 +192,8 @@ def joined(rules: Sequence[Rule]) -> Rule:
     if all(isinstance(r, Product) and r.form == first.form for r in rules):
         p, q = (torch.cat([getattr(r, name).flatten(2) for r in rules], 1) for name in "pq")
         return Product(p, q, first.left, first.right, first.order)
+    tables = [r for r in rules if isinstance(r, Lookup)]
+    heads = [r for r in rules if isinstance(r, Product) and len(r.left) == len(r.right) == 1]
+    if len(rules) == 2 and len(tables) == len(heads) == 1:
+        return Tied(tables[0], heads[0])
     return Sum(rules)

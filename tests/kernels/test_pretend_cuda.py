@@ -87,10 +87,9 @@ def check(first, second, relative):
     assert again.retain_loss == pytest.approx(record.retain_loss, rel=1e-6)
 
 
-# Where a step waits: for the solution, together with the losses and the lengths of p.grad, and for the self-check. What
-# a graph is like was found in the first step. Besides, for whether positions that are looked up occur once each, and
-# for the ids of every table.
-SOLVED, END, POSITIONS, TABLE = "tape/systems.py", "tape/project.py", "recording/structure.py", "rules/lookup.py"
+# Where a step waits: for the solution together with the losses and the lengths of p.grad, and for the self-check. What
+# a graph is like was found in the first step. Besides, for whether positions that are looked up occur once each.
+SOLVED, END, POSITIONS = "tape/systems.py", "tape/project.py", "recording/structure.py"
 MODES = {
     "global": {},
     "two_passes": {"keep_output_gradients": False, "alpha": 0.0, "ascend": False},
@@ -110,7 +109,7 @@ def test_waits_of_a_decoder(mode, layers, tied):
     *both, gpu = on_both(Decoder(layers, tied).double(), ids, next_token, 2, **options)
     check(*both, 1e-9)
     found = [where.split(":")[0] for where, count in gpu.waited.items() for _ in range(count)]
-    assert sorted(found) == sorted([SOLVED, END, POSITIONS, TABLE])
+    assert sorted(found) == sorted([SOLVED, END, POSITIONS])
 
 
 @pytest.mark.parametrize("mode", ["global", "per_tensor"])
