@@ -117,6 +117,30 @@ def steps() -> str:
     return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in summary(rows)])
 
 
+def host() -> str:
+    """Return the table of host time and launches."""
+    rows = read_csv(RESULTS / "host_cpu.csv")
+    lines = [
+        f"Host time of a step in multiples of the same step without projection, one thread, {rows[0]['device']}, "
+        f"torch {rows[0]['torch']}, commit {rows[0]['commit']}; targets in parentheses:",
+        "",
+        "| model | plain | global | per_tensor | launches, plain | launches, global | launches, per_tensor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        plain, *ours = [row for row in rows if row["case"] == case]
+        cells = [plain["model"], f"{_ms(plain)} ms", *(_against(row, "over_plain", "at_most") for row in ours)]
+        cells += [plain["launches"], *(_against(row, "launches_over_plain", "launches_at_most") for row in ours)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _against(row: dict, column: str, limit: str) -> str:
+    """Return a multiple of the plain step with its target."""
+    missed = row[limit] and float(row[column]) > float(row[limit])
+    return f"{float(row[column]):.3g}" + (f" (≤ {row[limit]}{', MISSED' if missed else ''})" if row[limit] else "")
+
+
 OURS = ("projgrad global", "projgrad two passes", "projgrad per_tensor")
 
 
@@ -167,7 +191,7 @@ def _where(row: dict) -> str:
 
 SECTIONS = {
     "README.md": {"numbers": numbers},
-    "docs/benchmarks.md": {"steps": steps, "flat": flat},
+    "docs/benchmarks.md": {"steps": steps, "host": host, "flat": flat},
     "docs/comparison.md": {"compare": compare},
     "docs/gpu.md": {"gpu": gpu},
     "docs/scenarios.md": {"scenarios": scenarios},
