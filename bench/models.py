@@ -177,10 +177,13 @@ class TokenLosses(torch.autograd.Function):
 
 
 class TokenJob:
-    """A language model with SGD, and two batches of n sequences, in any dtype."""
+    """A language model with SGD, and two batches of n sequences, in any dtype.
 
-    def __init__(self, model: nn.Module, n: int, tokens: int, vocabulary: int) -> None:
-        self.model, self.n = model, n
+    frugal: with `TokenLosses` in the place of torch's cross entropy of float32 logits.
+    """
+
+    def __init__(self, model: nn.Module, n: int, tokens: int, vocabulary: int, frugal: bool = True) -> None:
+        self.model, self.n, self.frugal = model, n, frugal
         device = next(model.parameters()).device
         self.samples = [torch.randint(vocabulary, (n, tokens + 1), device=device) for _ in range(2)]
         self.optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
@@ -189,7 +192,12 @@ class TokenJob:
         """Return the mean cross-entropy of the tokens of each sequence [n]."""
         x, y = ids[:, :-1], ids[:, 1:]
         logits = self.model(x) if isinstance(self.model, Decoder) else self.model(x, use_cache=False).logits
-        return TokenLosses.apply(logits.flatten(0, 1), y.flatten()).view(len(ids), -1).mean(1)
+        logits, y = logits.flatten(0, 1), y.flatten()
+        if self.frugal:
+            tokens = TokenLosses.apply(logits, y)
+        else:
+            tokens = nn.functional.cross_entropy(logits.float(), y, reduction="none")
+        return tokens.view(len(ids), -1).mean(1)
 
     def forget(self) -> Tensor:
         return self.losses(self.samples[0]).mean()

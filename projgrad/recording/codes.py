@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ops.linear_cuda import product
 from ..rules.layout import Layout
 from .sites import Site
 
 PIECE = 1 << 20  # entries of a gradient that are looked at together, or a 64th of all
+
+
+class Owners(NamedTuple):
+    """Whose every entry of a gradient is.
+
+    owner: sample of every entry [r], -1: nobody's. mixed: whether it is a mixture [r]. size: its length [r].
+    faint: entries below this share of the largest one of their sample may be anybody's.
+    """
+
+    owner: Tensor
+    mixed: Tensor
+    size: Tensor
+    faint: float = 0.0
 
 
 class Codes:
@@ -45,8 +60,8 @@ class Codes:
         """Return the weights [n] of every pass."""
         return [self.base, *(self.base * f for f in self.factors)]
 
-    def owners(self, passes: Sequence[Tensor], tolerance: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return whose every entry is [r] (-1: nobody's, its gradient is zero), and whether it is a mixture [r].
+    def owners(self, passes: Sequence[Tensor], tolerance: float, noise: Tensor) -> Owners:
+        """Return whose every entry is; nobody's is one whose gradient is zero.
 
         passes: signatures [r, q], one for every pass.
         tolerance: by how much an entry may miss its factor, relative. noise: by how much at any rate, but for 0.3 of
@@ -55,7 +70,7 @@ class Codes:
         before = passes[0].double()
         size = before.norm(dim=1)
         zero = size <= torch.finfo(passes[0].dtype).tiny / torch.finfo(passes[0].dtype).eps
-        size = size.where(~zero, 1)
+        length, size = size, size.where(~zero, 1)
         owner, mixed = torch.zeros_like(zero, dtype=torch.int64), torch.zeros_like(zero)
         for k, after in enumerate(passes[1:]):
             after = after.double()
@@ -69,7 +84,7 @@ class Codes:
             mixed |= torch.where(zero, appeared, ~(off <= allowed))
             owner += digit * (2 * self.powers) ** k
         mixed |= ~zero & (owner >= self.n)
-        return owner.where(~zero & ~mixed, -1), mixed
+        return Owners(owner.where(~zero & ~mixed, -1), mixed, length)
 
 
 class Signatures:
@@ -89,26 +104,29 @@ class Signatures:
         """
         rest, count = [d for d in range(b.ndim) if d not in axes], 4
         indices, size = (math.prod(b.shape[d] for d in dims) for dims in (axes, rest))
+        rows = b.permute(*axes, *rest)
         if size <= count or not indices:
-            return _wide(b.permute(*axes, *rest).reshape(indices, size))
+            return _wide(rows.reshape(indices, size))
+        if b.is_cuda and b.dtype.itemsize == 2 and rows.is_contiguous():
+            return product(rows.view(1, indices, size), self._directions(size, 8, b, b.dtype)[None])[0]
         longest = max(rest, key=lambda d: b.shape[d])
         length, entries = b.shape[longest], max(PIECE, b.numel() // 64)
         step = max(1, min(length, length * entries // b.numel()))
         pieces = b.split(step, longest)
-        z, factors = (self._directions(k, count, b) for k in (size // length * step, len(pieces)))
+        z, factors = (self._directions(k, count, b, _wide(b[:0]).dtype) for k in (size // length * step, len(pieces)))
         total = 0.0
         for piece, factor in zip(pieces, factors, strict=True):  # random numbers z, times others for every piece
             rows = z[: piece.numel() // indices]
             total = total + (_wide(piece.permute(*axes, *rest).reshape(indices, -1)) @ rows) * factor
         return total
 
-    def _directions(self, size: int, count: int, like: Tensor) -> Tensor:
+    def _directions(self, size: int, count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Return random numbers [size, count], the same every time."""
-        dtype = like.dtype if like.dtype.itemsize > 2 else torch.float32
         key = size, dtype, like.device
         if key not in self.directions:
-            z = torch.randn((size, count), generator=torch.Generator().manual_seed(0), dtype=dtype)
-            self.directions[key] = z.to(like.device)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            z = torch.randn((size, count), generator=torch.Generator().manual_seed(0), dtype=wide)
+            self.directions[key] = z.to(like.device, dtype)
         return self.directions[key]
 
 
@@ -127,20 +145,24 @@ def axes_of(site: Site, layouts: Sequence[Layout]) -> list[int]:
 
 def owners_of(
     codes: Codes, site: Site, passes: Sequence[Tensor], coarsest: torch.dtype, tolerance: float | None = None
-) -> tuple[Tensor, Tensor]:
+) -> Owners:
     """Return `Codes.owners` of one site, with the tolerances of its device and types.
 
-    On the CPU nothing rounds differently in another pass, unless float16 runs out of digits.
+    On the CPU nothing rounds differently in another pass, unless float16 runs out of digits. On CUDA sums may come in
+    another order, as those of attention do: where terms cancel, as for the first of the positions that are attended to,
+    the rest is rounding, which does not grow with the weight of a loss.
     """
     first, limits = passes[0], torch.finfo(passes[0].dtype)
     exact = {torch.float64: 1e-12}.get(coarsest, 1e-6)
     noise = first.new_tensor(limits.tiny / limits.eps, dtype=torch.float64)
     if coarsest == torch.float16:  # 64 times its smallest number, in every entry
         noise = noise + 64 * 2.0**-24 * (math.prod(site.shape) / max(1, len(first))) ** 0.5
-    if first.is_cuda and first.numel():  # sums in no fixed order
+    faint = 0.0
+    if first.is_cuda and first.numel():
+        faint = {torch.float64: 1e-12, torch.float32: 1e-5}.get(coarsest, 2.0**-7)
         exact = {torch.float64: 1e-10, torch.float32: 1e-4}.get(coarsest, 1e-2)
         noise = noise.maximum(16 * torch.finfo(coarsest).eps * first.abs().max())
-    return codes.owners(passes, exact if tolerance is None else tolerance, noise)
+    return codes.owners(passes, exact if tolerance is None else tolerance, noise)._replace(faint=faint)
 
 
 def changed(once: Tensor, twice: Tensor, coarsest: torch.dtype) -> bool:
@@ -149,12 +171,17 @@ def changed(once: Tensor, twice: Tensor, coarsest: torch.dtype) -> bool:
     return not bool((twice - 2 * once).norm() <= tolerance * (twice.norm() + 2 * once.norm()))
 
 
-def matches(owner: Tensor, axes: Sequence[int], layout: Layout, site: Site, n: int) -> bool:
-    """Return whether the owners [indices along `axes`] are those of a layout; what is nobody's may be anybody's."""
+def matches(found: Owners, axes: Sequence[int], layout: Layout, site: Site, n: int) -> bool:
+    """Return whether the owners along `axes` are those of a layout; what is nobody's or faint may be anybody's."""
+    owner, mixed, size = (x.view([site.shape[d] for d in axes]) for x in found[:3])
     expected = layout.owner(site.shape[layout.axis], n, owner.device)
-    expected = expected.view([-1 if d == layout.axis else 1 for d in axes])
-    owner = owner.view([site.shape[d] for d in axes])
-    return bool(((owner == expected) | (owner < 0)).all())
+    expected = expected.view([-1 if d == layout.axis else 1 for d in axes]).expand(owner.shape)
+    right = ~mixed & ((owner == expected) | (owner < 0))
+    if found.faint:
+        whose = expected.clamp_min(0)
+        largest = size.new_zeros(n).scatter_reduce_(0, whose.flatten(), size.flatten(), "amax")
+        right |= size <= found.faint * largest[whose]
+    return bool(right.all())
 
 
 def leading(site: Site) -> set[int]:

@@ -127,16 +127,16 @@ class Search:
         if not axes:
             return None
         # The factors are a power of two apart, or have another sign: what is proven is only to be confirmed.
-        owner, mixed = owners_of(self.codes, site, passes, self.coarsest, 0.3 if site in self.proven else None)
-        if mixed.any():
-            return None
+        found = owners_of(self.codes, site, passes, self.coarsest, 0.3 if site in self.proven else None)
         first = [self.proven[site]] if site in self.proven else []
         for layout in [*first, *self.possible[site]]:
             if layout.axis not in axes or (layout.axis in site.shared and not made_before):
                 continue  # the samples would share one parameter's elements out among them
-            if matches(owner, axes, layout, site, n):
+            if matches(found, axes, layout, site, n):
                 return layout
-        return None if site.derived else self._anywhere(site, owner.view([site.shape[d] for d in axes]))
+        if site.derived or found.mixed.any():
+            return None
+        return self._anywhere(site, found.owner.view([site.shape[d] for d in axes]))
 
     def _anywhere(self, site: Site, owner: Tensor) -> Layout | None:
         """Return the layout of rows in no regular order (experts that pick tokens, sequences packed into one row)."""
@@ -171,7 +171,8 @@ class Search:
         if last in mixed and self.possible[last]:
             everywhere = {last: range(len(last.shape))}
             passes = [self._pass(w, everywhere)[last] for w in self.codes.weights]
-            if owners_of(self.codes, last, passes, self.coarsest)[1].any():
+            found = owners_of(self.codes, last, passes, self.coarsest)
+            if (found.mixed & (found.size > found.faint * found.size.max())).any():
                 raise ValueError(
                     f"the gradient at the last {last.name} mixes samples: the losses share terms (a mean over the "
                     "batch, a contrastive loss, batch statistics), so there is no gradient of one sample to protect. "

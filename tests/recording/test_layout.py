@@ -1,11 +1,12 @@
 """The weights by which a gradient says whose it is."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from projgrad.recording.codes import Codes
+from projgrad.recording.codes import Codes, matches
 from projgrad.rules.layout import Layout, gather
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -17,7 +18,7 @@ def passes(codes, shares):
 
 
 def owners(codes, shares):
-    return codes.owners(passes(codes, shares), 1e-10, torch.tensor(1e-300))
+    return codes.owners(passes(codes, shares), 1e-10, torch.tensor(1e-300))[:2]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 7, 31, 36, 37, 96, 97, 300])
@@ -79,3 +80,45 @@ def test_rows_of_a_sample_are_split_out_of_any_order(owner):
         if len(expected):
             filled = layout.split(x, 3, fill=None)[j]
             assert torch.equal(filled[len(expected) :], expected[:1].expand(len(filled) - len(expected), 2))
+
+
+def found_owners(sizes, mixing, noise, faint):
+    """Owners of n samples with t rows each, sizes [n, t]: some are partly another sample's, some noise in each pass."""
+    n, t = sizes.shape
+    codes = Codes(n, torch.zeros(n, dtype=torch.float64), torch.bfloat16)
+    shares = torch.eye(n, dtype=torch.float64)[:, None] * sizes[..., None] + mixing[..., None] / n
+    random = torch.Generator().manual_seed(0)
+    signatures = [
+        ((shares * w.double()).sum(-1) + noise * torch.randn(n, t, generator=random).double()).view(-1, 1)
+        for w in codes.weights
+    ]
+    return codes.owners(signatures, 1e-2, torch.tensor(1e-300))._replace(faint=faint)
+
+
+@pytest.mark.parametrize("axes", [[0, 1], [1, 0]])
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_rows_of_mere_rounding_may_be_anybodys(scale, axes):
+    """Where attention's terms cancel the gradient is rounding: no weight of a loss scales it."""
+    sizes = torch.tensor([[1.0, 2.0, 0.5], [3.0, 0.7, 1.0]], dtype=torch.float64)
+    sizes[1] *= scale
+    nothing, site = torch.zeros(2, 3, dtype=torch.float64), SimpleNamespace(shape=(2, 3))
+    layout = Layout()
+    if axes == [1, 0]:
+        site.shape, layout = (3, 2), Layout(1)
+
+    def right(mixing, noise, faint):
+        found = found_owners(sizes.where(noise == 0, 0), mixing, noise, faint)
+        if axes == [1, 0]:
+            found = found._replace(**{k: getattr(found, k).view(2, 3).mT.flatten() for k in ("owner", "mixed", "size")})
+        return matches(found, [0, 1], layout, site, 2)
+
+    noise = nothing.clone()
+    noise[:, 0] = 1e-3 * sizes[:, 1]
+    assert right(nothing, nothing, 0.0) and right(nothing, noise, 2.0**-7) and not right(nothing, noise, 0.0)
+    for j in (0, 1):  # beside the largest row of its own sample
+        mixing = nothing.clone()
+        mixing[j, 1] = 0.2 * sizes[j, 1]
+        assert not right(mixing, nothing, 2.0**-7)
+        noise = nothing.clone()
+        noise[j, 0] = 0.1 * sizes[j, 1]
+        assert not right(nothing, noise, 2.0**-7)
