@@ -37,6 +37,15 @@ def orthograd(**options: object) -> Callable[[Job], Callable[[], object]]:
     return start
 
 
+def graphed(job: TokenJob) -> Callable[[], object]:
+    """Start steps whose gradients come from one CUDA graph."""
+    unlearner = projgrad.OrthoGrad(job.model, job.optimizer, alpha=ALPHA)
+    step = unlearner.graphed(lambda ids: job.losses(ids).mean(), job.losses, *job.samples)
+    if step.reason and job.samples[0].is_cuda:
+        raise RuntimeError(step.reason)
+    return lambda: step(*job.samples)
+
+
 def vmap_qr(job: Job) -> Callable[[], object]:
     """Start steps by QR of all per-sample gradients at once, as the paper's formula reads."""
 
@@ -280,12 +289,13 @@ def explicit(project: Callable[[Tensor, Tensor], Tensor], whole: bool) -> Callab
 class TokenContender:
     """One way to step a language model.
 
-    heavy: it holds all per-sample gradients and runs alone.
+    heavy: it holds all per-sample gradients and runs alone. graph: it needs losses of torch's own operations.
     truth: the contender whose update this one must equal.
     """
 
     start: Callable[[TokenJob], Callable[[], object]]
     heavy: bool = False
+    graph: bool = False
     truth: str | None = None
 
 
@@ -293,6 +303,7 @@ TOKEN_STEPS = {
     "plain": TokenContender(plain),
     "projgrad global": TokenContender(orthograd(scope="global"), truth="explicit QR, global"),
     "projgrad per_tensor": TokenContender(orthograd(scope="per_tensor"), truth="explicit QR, per tensor"),
+    "projgrad graph": TokenContender(graphed, graph=True, truth="explicit QR, global"),
     "explicit QR, per tensor": TokenContender(explicit(projectors.qr, whole=False), heavy=True),
     "explicit Gram-Schmidt, per tensor": TokenContender(
         explicit(gram_schmidt, whole=False), heavy=True, truth="explicit QR, per tensor"

@@ -65,7 +65,7 @@ CASES = [
     StepCase("gpt2", 32, frugal=False),
     StepCase("llama", 16),
 ]
-GATE = StepCase("gpt2", 4, 128)
+GATE = StepCase("gpt2", 4, 128, frugal=False)
 
 
 def pairs() -> Iterator[tuple[str, str]]:
@@ -256,7 +256,8 @@ def main() -> None:
     baselines: dict[str, tuple[dict, dict]] = {}
     turns = [(case, False) for case in chosen] + [(case, True) for case in chosen]
     for case, heavy in turns:
-        names = [name for name, contender in CONTENDERS.items() if contender.heavy == heavy]
+        possible = {name: one for name, one in CONTENDERS.items() if not (one.graph and case.frugal)}
+        names = [name for name, contender in possible.items() if contender.heavy == heavy]
         for group in [[name] for name in names] if heavy else [names]:
             if deadline.passed(f"{case.name}: {', '.join(group)}"):
                 continue

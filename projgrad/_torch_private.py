@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of all batch norms
 CompiledModule = torch._dynamo.eval_frame.OptimizedModule  # what `torch.compile` makes of a module

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import _options
+from ..recording.fixed import modules_of
+from ..recording.host_reads import Impossible, Script
 from ..recording.losses import check_shape, check_values
 from ..tape.factors import ForgetFactors
 from ..tape.per_sample import per_sample
 from ..tape.records import Projection
 from .closures import Closures
 from .common import check_batch_norm, clear_grads, learning_rates, loss_value, scalar_loss, trainable_parameters
+from .graphed import GraphedStep
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ class OrthoGrad:
         self.keep_output_gradients, self.scaler, self.projector = keep_output_gradients, scaler, projector
         self._factors_help = False  # whether the factors of the forget gradient saved work in the step before
         self._factors = ForgetFactors()
+        self._script: Script | None = None
 
     def step(self, forget: Callable[[], Tensor], retain: Callable[[], Tensor]) -> StepRecord:
         """Make one update.
@@ -173,8 +177,7 @@ class OrthoGrad:
         with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures:
             check_batch_norm(self.model)
             try:
-                loss = self._forget(forget, closures)
-                numbers = self._retain(loss, retain, closures)
+                numbers = self._retain(self._forget(forget, closures), retain, closures)
             except FloatingPointError:
                 if self.scaler is None:
                     raise
@@ -184,6 +187,62 @@ class OrthoGrad:
                 numbers = SKIPPED
             self._apply(closures.params)
         return StepRecord(**numbers, seconds=time.perf_counter() - start)
+
+    def graphed(
+        self,
+        forget: Callable[[Any], Tensor],
+        retain: Callable[[Any], Tensor],
+        forget_batch: Any,
+        retain_batch: Any,
+    ) -> GraphedStep:
+        """Return a step for batches of fixed shapes whose gradients come from one CUDA graph; see `GraphedStep`.
+
+        Args:
+            forget: returns the scalar forget loss of a batch. retain: returns the losses (n,) of a batch.
+            forget_batch, retain_batch: examples, with the shapes and types of all that follow; tensors on the GPU, in
+                any nesting of dictionaries, lists and tuples.
+
+        Returns:
+            A function of a forget batch and a retain batch, which makes one update like `step` and returns its record.
+
+        Example:
+            >>> step = unlearner.graphed(forget_loss, retain_losses, *next(batches))  # doctest: +SKIP
+            >>> for forget_batch, retain_batch in batches:  # doctest: +SKIP
+            ...     record = step(forget_batch, retain_batch)
+        """
+        batches = forget_batch, retain_batch
+        return GraphedStep(self.step, self._write, self._finish, self._state, (forget, retain), batches)
+
+    def _write(
+        self, forget: Callable[[], Tensor], retain: Callable[[], Tensor], script: Script | None
+    ) -> dict[str, nn.Parameter]:
+        """Set p.grad to what the optimizer is to apply; return the parameters. script: for `GraphedStep`."""
+        if self.projector is not None or not self.keep_output_gradients:
+            raise Impossible("a projector, or keep_output_gradients=False, has no graph")
+        with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures:
+            check_batch_norm(self.model)
+            self._script, self._factors_help = script, False
+            try:
+                self._retain(self._forget(forget, closures), retain, closures)
+            finally:
+                self._script = None
+            return closures.params
+
+    def _finish(self, projection: Projection, losses: Sequence[float], start: float) -> StepRecord:
+        """Let the optimizer apply p.grad."""
+        self._apply(trainable_parameters(self.model, self.optimizer))
+        return StepRecord(**_fields(projection, losses), seconds=time.perf_counter() - start)
+
+    def _state(self) -> Hashable:
+        """Return what a graph holds as it was at the capture."""
+        options = self.alpha, self.sign, self.scope, self.damping, self.rtol, id(self.scaler), id(self.projector)
+        params = trainable_parameters(self.model, self.optimizer)
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        held = [(name, t.data_ptr(), t.requires_grad, id(params.get(name))) for name, t in tensors]
+        training = [module.training for module in modules_of(self.model)]
+        rates = learning_rates(self.optimizer, params)
+        precision = torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cuda")
+        return options, tuple(held), tuple(training), tuple(rates.items()), precision
 
     def _forget(self, forget: Callable[[], Tensor], closures: Closures) -> Tensor:
         """Set p.grad to ± (1 - α) u; return the loss, not looked at yet: the device may still be busy with it."""
@@ -207,8 +266,10 @@ class OrthoGrad:
         closures.compare(losses, lambda names: [params[name].grad for name in names])
         if not tape.recording.sites:
             closures.check_made_inside(losses, retain)
-        values: list[float] = []  # of the forget loss and of the retain losses, once the tape has read them
-        reads = tape.recording.host_reads
+        reads, script = tape.recording.host_reads, self._script
+        reads.script = script
+        # Of the forget loss and of the retain losses, once the tape has read them.
+        values: list[float] = [] if script is None else script.losses
         reads.defer(loss, lambda numbers: values.append(loss_value(numbers[0])))
         reads.defer(losses, lambda numbers: values.extend(check_values(numbers)))
         if all(p.grad is None for p in params.values()):
@@ -235,8 +296,7 @@ class OrthoGrad:
                 factors=factors,
             )
             self._factors_help = factors.useful
-        fields = {name: value for name, value in vars(projection).items() if name != "squares"}
-        return fields | {"forget_loss": values[0], "retain_loss": sum(values[1:]) / n}
+        return _fields(projection, values)
 
     def _apply(self, params: dict[str, nn.Parameter]) -> None:
         if self.scaler is not None:
@@ -248,3 +308,9 @@ class OrthoGrad:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+
+
+def _fields(projection: Projection, losses: Sequence[float]) -> dict[str, Any]:
+    """Return the fields of a record; losses: of the forget batch, and of every retain sample."""
+    fields = {name: value for name, value in vars(projection).items() if name != "squares"}
+    return fields | {"forget_loss": losses[0], "retain_loss": sum(losses[1:]) / (len(losses) - 1)}

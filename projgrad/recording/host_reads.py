@@ -5,8 +5,10 @@ On a GPU every wait empties the queue of work: a step may have a few, but not on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,19 +18,76 @@ from .._torch_private import foreach_norms
 SMALL = 1 << 20  # numbers
 
 
-class HostReads:
-    """Numbers on the device and what to do with them; all of them are brought to the host at once.
+class Impossible(Exception):
+    """A run on the device that cannot be captured."""
 
-    urgent: whether some are needed before the samples can be found.
+
+class Differs(Exception):
+    """The numbers of a replay ask for another way than the one that was captured."""
+
+
+class Script:
+    """The host's part of a run on the device that is captured and replayed.
+
+    First a run is rehearsed: its numbers are read, and noted. In the capture, where nothing can be read, they are given
+    again, so that the host takes the same way. What it would have read is kept, and each replay fills it anew.
+
+    deferred: what was kept, what to do with it, and the numbers of the rehearsal where they decided the way.
+    again: goes through the host's part once more, with reads of its own.
+    losses: of the forget batch and of the retain samples, as they were read last.
     """
 
     def __init__(self) -> None:
-        self._deferred: list[tuple[Tensor, Callable[[list[float]], object]]] = []
-        self.urgent = False
+        self._numbers: list[list[float]] = []
+        self._given: Iterator[list[float]] | None = None
+        self.deferred: list[tuple[Tensor, Callable[[list[float]], object], list[float] | None]] = []
+        self.again: Callable[[HostReads], Any] | None = None
+        self.losses: list[float] = []
+
+    def capture(self) -> None:
+        """Give the numbers of the rehearsal from now on."""
+        self._given, self.deferred = iter(self._numbers), []
+        self.losses.clear()
+
+    def replay(self) -> Any:
+        """Return what the host's part returns for what the device computed last; raises Differs."""
+        self.losses.clear()
+        reads = HostReads()
+        for numbers, callback, known in self.deferred:
+            reads.defer(numbers, callback if known is None else functools.partial(_same, known))
+        return self.again(reads)
+
+    def read(self, deferred: Sequence[tuple], more: Sequence[Tensor], keep: bool) -> list[float]:
+        """Return the numbers that are asked for; keep: note what is deferred, for the replays."""
+        if self._given is None:
+            self._numbers.append(to_host(*(numbers for numbers, *_ in deferred), *more))
+            return self._numbers[-1]
+        answers = next(self._given, None)
+        if answers is None:
+            raise Impossible("two steps on the same batches read different numbers of the device")
+        if keep:
+            at = iter(answers)
+            for numbers, callback, urgent in deferred:
+                known = list(islice(at, len(numbers)))
+                self.deferred.append((numbers, callback, known if urgent else None))
+        return answers
+
+
+class HostReads:
+    """Numbers on the device and what to do with them; all of them are brought to the host at once.
+
+    urgent: whether some are needed before the samples can be found. script: of a run that is to be replayed.
+    """
+
+    replayed = True  # whether replays go through what is deferred
+
+    def __init__(self, script: Script | None = None) -> None:
+        self._deferred: list[tuple[Tensor, Callable[[list[float]], object], bool]] = []
+        self.urgent, self.script = False, script
 
     def defer(self, numbers: Tensor, callback: Callable[[list[float]], object], urgent: bool = False) -> None:
         """Call back with these numbers at the next `flush`."""
-        self._deferred.append((numbers.detach().flatten(), callback))
+        self._deferred.append((numbers.detach().flatten(), callback, urgent))
         self.urgent = self.urgent or urgent
 
     def flush(self, *more: Tensor) -> list[float]:
@@ -40,10 +99,18 @@ class HostReads:
         deferred, self._deferred, self.urgent = self._deferred, [], False
         if not deferred and not more:
             return []
-        values = iter(to_host(*(numbers for numbers, _ in deferred), *more))
-        for numbers, callback in deferred:
+        if self.script is None:
+            values = iter(to_host(*(numbers for numbers, *_ in deferred), *more))
+        else:
+            values = iter(self.script.read(deferred, more, self.replayed))
+        for numbers, callback, _ in deferred:
             callback(list(islice(values, len(numbers))))
         return list(values)
+
+
+def _same(known: list[float], numbers: list[float]) -> None:
+    if numbers != known:
+        raise Differs
 
 
 def to_host(*numbers: Tensor) -> list[float]:

@@ -13,6 +13,7 @@ from .backward import recomputing
 from .carry import of_torch
 from .codes import Codes, Signatures, axes_of, matches, owners_of
 from .graph import audit, coarsest_of, ends_of, fingerprint, nodes_of
+from .host_reads import Impossible
 from .losses import check_shape, check_values
 from .recording import Recording
 from .search import Search
@@ -81,6 +82,12 @@ def structure_of(recording: Recording, losses: Tensor, known: dict[int, Structur
         known[key] = structure if structure.lasting else replace(structure, layouts=[])
         while len(known) > KNOWN:
             del known[next(iter(known))]
+    elif recording.host_reads.script is not None and structure.anchors:
+        found = sorted({recording.sites[index].name for index in structure.anchors})
+        raise Impossible(
+            "a loss or another operation is not torch's own, so that the samples at "
+            f"{', '.join(found)} are confirmed in every step"
+        )
     else:
         for site, layout in zip(recording.sites, structure.layouts, strict=True):
             site.layout = layout

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..recording.host_reads import HostReads
+from ..recording.host_reads import HostReads, Script
 
 
 class WeightStats(NamedTuple):
@@ -49,11 +49,11 @@ class Measured(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Measured effect of u += Gᵀ w: ‖Gᵀ w‖², ⟨u, Gᵀ w⟩ and the growth of ‖u‖²; None where it was not measured."""
+    """Measured effect of u += Gᵀ w: ‖Gᵀ w‖², ⟨u, Gᵀ w⟩, and ‖u‖² afterwards; None where it was not measured."""
 
     squared_norm: Measured | None = None
     product: Measured | None = None
-    growth: Measured | None = None
+    square: Measured | None = None
 
 
 class Precision(NamedTuple):
@@ -69,8 +69,10 @@ class Precision(NamedTuple):
 class Checks(HostReads):
     """Self-checks of one projection, made together at its end. `worst`: the largest discrepancy, by parameter."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    replayed = False  # a replay checks anew, against what it predicts itself
+
+    def __init__(self, script: Script | None = None) -> None:
+        super().__init__(script)
         self.worst: dict[str, float] = defaultdict(float)
         self._tolerances: dict[tuple[torch.dtype, bool], float] = {}
 
@@ -86,13 +88,15 @@ class Checks(HostReads):
         outcome: Outcome,
         weights: WeightStats,
         u2: float,
+        before: float,
         precision: Precision,
         name: str = "",
         blame: Callable[[], str] = str,
     ) -> None:
         """Check the measured outcome of u += Gᵀ w against what the rules predict.
 
-        weights: of w. u2: ‖u‖² before. name: of the parameter, "" for all. blame: what to add to a refusal's message.
+        weights: of w. u2: ‖u‖² at the beginning, before: just before. name: of the parameter, "" for all. blame: what
+        to add to a refusal's message.
         """
         for quantity, measured in zip(Outcome._fields, outcome, strict=True):
             if measured is None:
@@ -100,20 +104,15 @@ class Checks(HostReads):
             limit = self._tolerance(precision.compared, measured.numbers.is_cuda)
 
             def compare(values: list[float], quantity=quantity, measured=measured, limit=limit) -> None:
-                value = measured.value(values)
+                value = measured.value(values) - (before if quantity == "square" else 0.0)
                 error = check_relative_error(quantity, value, weights, u2, limit, precision.products, blame)
                 self.worst[name] = max(self.worst[name], error)
 
             self.defer(measured.numbers, compare)
 
-    def check_parameter(
-        self, name: str, w: Tensor, K: Tensor, squared_norm: Tensor, total: Tensor, precision: Precision
-    ) -> None:
-        """Check Σ_j w_j g_j of one parameter, from plain autograd, against its K.
-
-        K: of this parameter alone. squared_norm: of Σ_j w_j g_j. total: Σ_j |w_j| ‖g_j‖ over all parameters.
-        """
-        limit = self._tolerance(precision.compared, K.is_cuda)
+    def check_parameter(self, name: str, numbers: Tensor, precision: Precision) -> None:
+        """Check Σ_j w_j g_j of one parameter, from plain autograd, against its K; see `of_parameter`."""
+        limit = self._tolerance(precision.compared, numbers.is_cuda)
 
         def compare(values: list[float]) -> None:
             *stats, squared_norm, total = values
@@ -124,7 +123,15 @@ class Checks(HostReads):
             )
             self.worst[""] = max(self.worst[""], error)
 
-        self.defer(torch.cat([weight_stats_of(w, K), torch.stack([squared_norm, total])]), compare)
+        self.defer(numbers, compare)
+
+
+def of_parameter(w: Tensor, K: Tensor, squared_norm: Tensor, total: Tensor) -> Tensor:
+    """Return the numbers for `Checks.check_parameter`.
+
+    K: of this parameter alone. squared_norm: of Σ_j w_j g_j. total: Σ_j |w_j| ‖g_j‖ over all parameters.
+    """
+    return torch.cat([weight_stats_of(w, K), torch.stack([squared_norm, total])])
 
 
 def tolerance_of(dtype: torch.dtype, cuda: bool) -> float:
@@ -176,7 +183,7 @@ def check_relative_error(
     expected, size = {
         "squared_norm": (weights.squared_norm, scale**2),
         "product": (weights.product, scale * u),
-        "growth": (weights.squared_norm + 2 * weights.product, (scale + u) ** 2),
+        "square": (weights.squared_norm + 2 * weights.product, (scale + u) ** 2),  # by how much it grew
     }[quantity]
     lost = weights.sum_abs * 1e3 * torch.finfo(dtype).tiny  # near the smallest numbers digits are missing
     error = abs(value - expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from ..ops.numerics import product_dtype
 from ..recording.backward import recomputing
 from ..recording.graph import coarser
 from ..recording.host_reads import inner, length, lengths
-from .check import Checks, Measured, Outcome, Precision, exact_convolutions
+from .check import Measured, Outcome, Precision, exact_convolutions, of_parameter
 from .consumers import CollectRules, Products, part
 from .factors import ForgetFactors, few_positions
 from .grouping import Group, Use, grouped
@@ -48,7 +49,6 @@ class Block:
 
     def erase(self) -> None:
         """Set every p.grad to zero."""
-        self.square = 0.0
         for g in self.grads().values():
             g.zero_()
 
@@ -82,11 +82,9 @@ class GradientAccess:
             return {}
         return dict(zip(grads, lengths(every).split(counts), strict=True))
 
-    def square(self, block: Block, norms: Sequence[float]) -> float:
-        """Return ‖p.grad‖² of a block, from its `norms` on the host."""
-        if not self.rates:
-            return sum(norm * norm for norm in norms)  # inf where norm**2 is an OverflowError
-        return sum(self.rate(name) * norm * norm for name, norm in zip(block.grads(), norms, strict=True))
+    def square_of(self, block: Block) -> Callable[[Sequence[float]], float]:
+        """Return the function of the `norms` of a block, on the host, that gives its ‖p.grad‖²."""
+        return functools.partial(_square, [self.rate(name) for name in block.grads()])
 
     def products(self, blocks: Sequence[Block], float64: bool) -> tuple[Tensor, Tensor]:
         """Return K = G Gᵀ [l, n, n] and v = G u [l, n] for u = p.grad, multiplied in float64 if that is set."""
@@ -104,8 +102,8 @@ class GradientAccess:
         """Return what to say where `apply(w)` came out wrong; it holds nothing of this object that is large."""
         return str
 
-    def check_watched(self, checks: Checks) -> None:
-        """Check one parameter against plain autograd, where `apply` does not go through it."""
+    def watched_numbers(self) -> tuple[str, Tensor, Precision] | None:
+        """Return what `Checks.check_parameter` takes for one parameter, where `apply` did not go through autograd."""
 
 
 class TwoPasses(GradientAccess):
@@ -285,17 +283,12 @@ class KeptGradients(GradientAccess):
             c = w[0] if len(blocks) == 1 else torch.stack([rows[place[use.name]] for use in group])
             group.combine_(outs, c, float64)
         norms = self.norms(blocks)
-        return [Outcome(growth=self._growth(block, norms[block.name])) for block in blocks]
+        return [Outcome(square=Measured(norms[block.name], self.square_of(block))) for block in blocks]
 
-    def _growth(self, block: Block, norms: Tensor) -> Measured:
-        """Measure how much ‖p.grad‖² is above what it was."""
-        before = block.square
-        return Measured(norms, lambda values: self.square(block, values) - before)
-
-    def check_watched(self, checks: Checks) -> None:
-        """Check Σ_j g_j of the parameter `watch`, from plain autograd, against its K."""
+    def watched_numbers(self) -> tuple[str, Tensor, Precision] | None:
+        """Compare Σ_j g_j of the parameter `watch`, from plain autograd, with its K."""
         if not self.watch:
-            return
+            return None
         total = self.row_squares.clamp_min(0).sqrt().sum()
         grad, p = self.grad_of_watch, self.passes.recording.parameters[self.watch]
         squared_norm = torch.zeros_like(total) if grad is None else length(grad).square()
@@ -303,9 +296,12 @@ class KeptGradients(GradientAccess):
         precision = self.precision(Block(self.watch, {self.watch: p}, has_16bit_factor=half))
         coarsest = self.passes.structure(self.losses).coarsest  # in which autograd may have summed over the samples
         precision = precision._replace(compared=coarser(precision.compared, coarsest))
-        checks.check_parameter(
-            self.watch, torch.ones_like(self.row_squares), self.watched, squared_norm, total, precision
-        )
+        numbers = of_parameter(torch.ones_like(self.row_squares), self.watched, squared_norm, total)
+        return self.watch, numbers, precision
+
+
+def _square(rates: Sequence[float], norms: Sequence[float]) -> float:
+    return sum(rate * norm * norm for rate, norm in zip(rates, norms, strict=True))  # norm**2 may be an OverflowError
 
 
 def _stacked(parts: Sequence[Sequence[Tensor]], zero: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .factors import ForgetFactors
 from .gradient_access import Block, KeptGradients, TwoPasses
 from .passes import Passes
 from .records import Projection
-from .systems import Correct, Look, Solve, Solver, Steps
+from .systems import COMBINED, PROJECTION, RETAIN_TERM, Correct, Erase, Look, Replay, Solve, Solver, Steps
 from .verify import next_watched, verify
 
 RESIDUAL = 1e-6  # max_j |cos(g_j, result)| that float32 promises; above it the result is projected again
@@ -60,21 +60,35 @@ def project_(
             else:
                 access = TwoPasses(passes, losses, rates, factors)
                 blocks = [Block("", parameters)]
-            checks = Checks()
-            solver = Solver(access, reads, checks, damping, rtol, add)
-            steps = {block.name: _steps(block, solver, access.rates, squares) for block in blocks}
-            done = solver.run(steps, blocks)
-            reads.flush()  # if there was nothing to solve
-            _check_squares(squares)  # also of tensors that the losses do not use
-            access.check_watched(checks)
-            checks.flush()
-            for name, projection in done.items():
-                projection.discrepancy = checks.worst[name]
-            return _of_all(done, squares, parameters) if per_tensor else done[""]
+            solver = Solver(access, reads, Checks(reads.script), damping, rtol, add)
+            return go_through(solver, blocks, squares, parameters, per_tensor)
         except BaseException:
             for p in parameters.values():
                 p.grad = None  # half-made: nothing that an optimizer should see
             raise
+
+
+def go_through(
+    solver: Solver,
+    blocks: Sequence[Block],
+    squares: Mapping[str, float],
+    parameters: Mapping[str, Tensor],
+    per_tensor: bool,
+) -> Projection:
+    """Project all blocks and check what came of it; squares: ‖p.grad‖² by parameter, once a system is solved."""
+    if solver.reads.script is not None:
+        replay = Replay(solver)
+        again = lambda reads: go_through(replay.start(reads), blocks, squares, parameters, per_tensor)  # noqa: E731
+        solver.reads.script.again = again
+    steps = {block.name: _steps(block, solver, squares) for block in blocks}
+    done = solver.run(steps, blocks)
+    solver.reads.flush()  # if there was nothing to solve
+    _check_squares(squares)  # also of tensors that the losses do not use
+    solver.check_watched()
+    solver.checks.flush()
+    for name, projection in done.items():
+        projection.discrepancy = solver.checks.worst[name]
+    return _of_all(done, squares, parameters) if per_tensor else done[""]
 
 
 def _check_gradients(parameters: Mapping[str, Tensor]) -> None:
@@ -127,12 +141,12 @@ def _check_squares(squares: Mapping[str, float]) -> None:
         raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
 
 
-def _steps(block: Block, solver: Solver, rates: Mapping[str, float], squares: Mapping[str, float]) -> Steps:
+def _steps(block: Block, solver: Solver, squares: Mapping[str, float]) -> Steps:
     """Project p.grad, repeat while the residual exceeds rounding, then add Gᵀ add.
 
     squares: ‖p.grad‖² by parameter, once a system is solved.
     """
-    rtol, n = solver.rtol, len(solver.add)
+    rtol, n, rates = solver.rtol, len(solver.add), solver.rates
     plain = not solver.damping and rtol is None
     float64 = starts_in_float64(n, block.dtype, rtol)
 
@@ -159,18 +173,18 @@ def _steps(block: Block, solver: Solver, rates: Mapping[str, float], squares: Ma
     residual = (solved.residual + rounding) / (max(after, noise) or 1.0)
     rank, refinements, before = solved.rank, 0, float("inf")
     if plain and rank >= block.numel():  # nothing is orthogonal to that many
-        block.erase()
+        yield Erase()
         if solved.retain_term.max_abs:
-            yield Correct(solved.w[2], solved.retain_term._replace(product=0.0), False, u2)
+            yield Correct(RETAIN_TERM, solved.retain_term._replace(product=0.0), False, u2)
         return _projection(rank, u2, 0.0, 0.0, refinements)
     if not plain or block.has_16bit_factor or residual <= limit or not u2:
         if solved.combined.max_abs != 0:
-            yield Correct(solved.w[1], solved.combined, False, u2)
+            yield Correct(COMBINED, solved.combined, False, u2)
         return _projection(rank, u2, after, residual, 0)
     applied_in_float64 = False
     while True:
         if solved.projection.max_abs != 0:
-            yield Correct(solved.w[0], solved.projection, applied_in_float64, u2)
+            yield Correct(PROJECTION, solved.projection, applied_in_float64, u2)
         left = yield Look(float64)
         block.square, after = left.square, left.square**0.5
         residual = left.cosine / (max(after, noise) or 1.0)
@@ -181,13 +195,13 @@ def _steps(block: Block, solver: Solver, rates: Mapping[str, float], squares: Ma
         float64 = applied_in_float64 = True
         rank, before = max(rank, solved.rank), residual
         if rank >= block.numel():
-            block.erase()
+            yield Erase()
             if solved.retain_term.max_abs:
-                yield Correct(solved.w[2], solved.retain_term._replace(product=0.0), False, u2)
+                yield Correct(RETAIN_TERM, solved.retain_term._replace(product=0.0), False, u2)
             return _projection(rank, u2, 0.0, 0.0, refinements)
         refinements += 1
     if solved.retain_term.max_abs != 0:
-        yield Correct(solved.w[2], solved.retain_term._replace(product=left.product), False, u2)
+        yield Correct(RETAIN_TERM, solved.retain_term._replace(product=left.product), False, u2)
     return _projection(rank, u2, after, residual, refinements)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .check import Checks, check_finite, exact_convolutions
+from .check import Checks, check_finite, exact_convolutions, of_parameter
 from .consumers import PerParameter
 from .gradient_access import Block, TwoPasses
 from .passes import Passes
@@ -49,5 +49,6 @@ def _compare(passes: Passes, losses: Tensor) -> None:
     checks, nothing, total = Checks(), torch.zeros_like(K), w.abs() @ norms
     for name in passes.recording.parameters:
         squared_norm, _ = access.measured.get(name, (nothing[0, 0], None))
-        checks.check_parameter(name, w, consumer.K.get(name, nothing), squared_norm, total, access.precision(block))
+        numbers = of_parameter(w, consumer.K.get(name, nothing), squared_norm, total)
+        checks.check_parameter(name, numbers, access.precision(block))
     checks.flush()

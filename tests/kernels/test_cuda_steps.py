@@ -101,6 +101,77 @@ def test_a_step_repeats_its_bits(device):
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
 
 
+def graphed(name, dtype, scope, device, dropout=0.0, **options):
+    """A model, its graphed step with batches for it, and a copy of the model with a plain unlearner."""
+    model, batches = data(name, dtype)
+    model = nn.Sequential(model, nn.Dropout(dropout)).to(device)
+    (xf, yf), (x, y) = [(x.to(device), y.to(device)) for x, y in batches]
+    other = copy.deepcopy(model)
+    unlearners = [
+        projgrad.OrthoGrad(m, torch.optim.AdamW(m.parameters(), lr=0.01), scope=scope) for m in (model, other)
+    ]
+    forget, retain = (lambda b, m=model, r=r: F.cross_entropy(m(b[0]), b[1], reduction=r) for r in ("mean", "none"))
+    step = unlearners[0].graphed(forget, retain, (xf, yf), (x, y))
+    return unlearners, step, ((xf, yf), (x, y))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("scope", ["global", "per_tensor"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_graphed_step_is_a_step(name, scope, dtype, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    if device == "cpu":
+        pytest.skip("a graph needs a GPU; tests/methods/test_graphed.py has the host's part")
+    (mine, theirs), step, ((xf, yf), (x, y)) = graphed(name, dtype, scope, device)
+    assert step.reason == ""
+    model, replays = theirs.model, torch.cuda.CUDAGraph.replay
+    counted = []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (counted.append(1), replays(graph))[1])
+    for shift in range(4):
+        xf, x = xf.roll(shift, 0), x.roll(shift, 0)
+        done = step((xf, yf), (x, y))
+        wanted = theirs.step(
+            lambda xf=xf: F.cross_entropy(model(xf), yf), lambda x=x: F.cross_entropy(model(x), y, reduction="none")
+        )
+        assert done.rank == wanted.rank
+        assert done.forget_loss == pytest.approx(wanted.forget_loss, rel=1e-2 if dtype == BF16 else 1e-4)
+    for p, q in zip(mine.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0.05 if dtype == BF16 else 1e-3)
+    assert len(counted) == 4
+
+
+def test_a_graphed_step_that_is_refused_changes_nothing(device):
+    if device == "cpu":
+        pytest.skip("a graph needs a GPU")
+    (mine, _), step, ((xf, yf), (x, y)) = graphed("mlp", F32, "global", device)
+    step((xf, yf), (x, y))
+    before = copy.deepcopy(mine.model.state_dict())
+    with pytest.raises(FloatingPointError):
+        step((xf, yf), (x * float("nan"), y))
+    torch.testing.assert_close(mine.model.state_dict(), before, rtol=0, atol=0)
+    assert step((xf, yf), (x, y)).residual <= 1e-6
+
+
+def test_dropout_of_a_graphed_step_draws_anew(device):
+    if device == "cpu":
+        pytest.skip("a graph needs a GPU")
+    (mine, _), step, batches = graphed("mlp", F32, "global", device, dropout=0.5)
+    for group in mine.optimizer.param_groups:
+        group["lr"] = 0.0
+    assert len({step(*batches).forget_loss for _ in range(5)}) > 1
+
+
+def test_why_there_is_no_graph(device):
+    if device == "cpu":
+        pytest.skip("a graph needs a GPU")
+    (mine, _), _, batches = graphed("mlp", F32, "global", device)
+    retain = lambda b: F.cross_entropy(mine.model(b[0]), b[1], reduction="none")  # noqa: E731
+    with pytest.warns(UserWarning, match="waits for the device"):
+        step = mine.graphed(lambda b: retain(b).mean() * (1 + 0 * b[0].sum().item()), retain, *batches)
+    assert step(*batches).residual <= 1e-6
+    torch.testing.assert_close(torch.randn(3, device=device).isfinite().all(), torch.tensor(True, device=device))
+
+
 def exhausted(device):
     """Ask for more memory than there is."""
     if device == "cpu":
