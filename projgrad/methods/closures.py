@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -22,7 +23,8 @@ _running: list[tuple[Closures, str]] = []  # the closures that run now, from the
 class Closures:
     """The closures of one step, a context that begins with every `.grad` of the optimizer set to None.
 
-    An error inside it, or here, leaves them so. While a closure runs no parameter has a `.grad`: `zero_grad()` in it
+    An error inside it, or here, leaves them so. Python's garbage collector pauses inside it: what a step makes dies with
+    it, but would be walked through several times, together with all that the process ever imported. While a closure runs no parameter has a `.grad`: `zero_grad()` in it
     does no harm, and what is there afterwards the closure left behind.
 
     params: what is updated, by name. watched: these and all others that the optimizer holds.
@@ -57,12 +59,16 @@ class Closures:
             raise RuntimeError("a step needs gradients: call it outside torch.inference_mode()")
         check_alone(model, self.params, optimizer)
         self.changed: dict[str, dict[str, Tensor]] = {}
-        self._inside = False
+        self._inside = self._collects = False
 
     def __enter__(self) -> Closures:
+        self._collects = gc.isenabled()
+        gc.disable()
         return self
 
     def __exit__(self, _, error: BaseException | None, __) -> None:
+        if self._collects:
+            gc.enable()
         if error is None:
             return
         clear_grads(self.optimizer)

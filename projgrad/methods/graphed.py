@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import gc
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -111,7 +113,7 @@ def captured(write: Callable[[Script | None], dict[str, nn.Parameter]], inputs: 
         raise Impossible("the batches are not tensors on a GPU")
     script, stream = Script(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), told_of_a_capture():
         write(None)  # inspects the graph and compiles kernels
         write(script)
         script.capture()
@@ -120,7 +122,7 @@ def captured(write: Callable[[Script | None], dict[str, nn.Parameter]], inputs: 
         try:
             write(script)
         except RuntimeError as error:
-            raise Impossible(f"a function waits for the device ({str(error).splitlines()[0]})") from error
+            raise Impossible(f"{_place(error)} waits for the device") from error
         finally:
             torch.cuda.set_sync_debug_mode(before)
     torch.cuda.current_stream().wait_stream(stream)
@@ -137,3 +139,20 @@ def captured(write: Callable[[Script | None], dict[str, nn.Parameter]], inputs: 
     for p, _ in grads:
         p.grad = None
     return script, graph, grads
+
+
+@contextmanager
+def told_of_a_capture() -> Iterator[None]:
+    """Tell those who ask that a capture is under way: transformers then makes masks without looking at numbers."""
+    asked = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = asked
+
+
+def _place(error: BaseException) -> str:
+    """Name the line that raised an error."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno} ({frame.line})"

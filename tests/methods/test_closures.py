@@ -1,5 +1,7 @@
 """What closures may do besides returning losses, with every method: right, or refused with nothing half done."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -181,3 +183,27 @@ def test_a_step_of_another_model_inside_a_closure():
     found = problem.after("orthograd", retain=lambda o: nested.step(other.forget, other.retain) and problem.retain())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
     torch.testing.assert_close(other.parameters(), theirs, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_garbage_collector_pauses_and_goes_on_as_before(name, enabled):
+    """A step keeps thousands of objects: full collections meanwhile took as long as the step itself."""
+    problem, seen = Problem(), []
+    collects = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+
+        def watched(optimizer):
+            seen.append(gc.isenabled())
+            return problem.retain()
+
+        problem.after(name, retain=watched)
+        assert gc.isenabled() is enabled
+        if name == "orthograd":
+            assert seen == [False]
+        with pytest.raises(KeyError):
+            problem.after(name, forget=lambda o: {}["nothing"])
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if collects else gc.disable)()
