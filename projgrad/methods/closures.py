@@ -24,8 +24,8 @@ class Closures:
     """The closures of one step, a context that begins with every `.grad` of the optimizer set to None.
 
     An error inside it, or here, leaves them so. While a closure runs no parameter has a `.grad`: `zero_grad()` in it
-    does no harm, and what is there afterwards the closure left behind. Python's garbage collector pauses meanwhile: what
-    a step makes dies with it, and would be walked through again and again with all that the process ever imported.
+    does no harm, and what is there afterwards the closure left behind. Python's garbage collector pauses meanwhile: all
+    that a step makes dies with it, and would be walked through again and again with all that was ever imported.
 
     params: what is updated, by name. watched: these and all others that the optimizer holds.
     changed: by closure, the parameters that it changed in place, as they were after it.
