@@ -21,14 +21,18 @@ struct FewRows {
 
 constexpr int kFewRows = 8;  // without u
 constexpr int kFewThreads = 256, kFewWarps = kFewThreads / 32;
-constexpr int kFewColumns = 128;      // of a thread
-constexpr int64_t kFewBlocks = 1024;  // of all layers, while a thread has two rounds: 8 on each of 128 multiprocessors
+constexpr int kFewColumns = 128;  // of a thread, at most
+// Blocks that all layers together aim at, 8 for each of 128 multiprocessors. There are fewer where a thread would have
+// less than two rounds, and more where it would have more than kFewColumns.
+constexpr int64_t kFewBlocks = 1024;
 constexpr unsigned kWarp = 0xffffffffu;
-// Products below 2^-126 are rounded to multiples of 2^-149, by 2^-150 at most. A slice has up to 2^15 of them, so a
-// square of 2^-95 or more, and every product of two such rows, keeps a relative 2^-40.
+// The smallest square of a row in one slice that float32 gives. Products below 2^-126 are rounded to multiples of
+// 2^-149, by 2^-150 at most. A slice has up to 2^15 of them, so a square of 2^-95 or more, and every product of two
+// such rows, keeps a relative 2^-40.
 constexpr float kSafeSquare = 0x1p-95f;
 
-// Blocks that are to fit on a multiprocessor, for 32 KB and more on their way from memory.
+// Blocks that share a multiprocessor, which bounds their registers. With 16 bytes of every row on their way to a
+// thread, 32 to 86 KB are on their way to a multiprocessor.
 __host__ __device__ constexpr int few_blocks(int rows) { return rows == 1 ? 8 : rows <= 5 ? 4 : rows <= 7 ? 3 : 2; }
 
 inline void cut_into_slices(FewRows& f) {
@@ -52,7 +56,8 @@ struct HalfPair {
 };
 
 // Adds COUNT numbers over the lanes of a warp into out [COUNT]. In every step a lane gives away half of its numbers and
-// gets its partner's share of the others: COUNT exchanges a lane in all, not 5 COUNT. `left` of them are meant.
+// gets its partner's share of the others: about COUNT exchanges a lane in all, not 5 COUNT. Where COUNT is odd a lane
+// gets a zero too much; only the first `left` numbers are written.
 template <int COUNT, int STEP, class T>
 __device__ void add_lanes(const T (&x)[COUNT], int lane, int left, double* out) {
   if constexpr (STEP == 0) {
@@ -86,7 +91,8 @@ __device__ double add_threads(const T (&x)[COUNT], double* shared) {
   return total;
 }
 
-// The products of M rows in one slice of the columns of one layer. shared: kFewWarps M (M + 1) / 2 numbers.
+// Adds the products of M rows in one slice of the columns of one layer. In shared memory: sums, kFewWarps M (M + 1) / 2
+// of them, and a mask for every warp.
 template <class Pair, int M>
 __device__ void add_slice(const FewRows& f, int64_t block, double* shared, unsigned* masks) {
   constexpr int V = M * (M + 1) / 2;
@@ -134,14 +140,14 @@ __device__ void add_slice(const FewRows& f, int64_t block, double* shared, unsig
   for (int w = 0; w < kFewWarps; ++w) mask |= masks[w];
   bool good = true;
 #pragma unroll
-  for (int i = 0; i < M; ++i)  // Infinity and NaN are neither
+  for (int i = 0; i < M; ++i)  // thread i (i + 3) / 2 has the square of row i; infinity and NaN are not good
     if (thread == i * (i + 3) / 2 && mask >> i & 1) good = total >= kSafeSquare && total - total == 0;
   double* part = f.part + layer * V * f.slices + slice;
   if (__syncthreads_and(good)) {
     if (thread < V) part[thread * f.slices] = total;
     return;
   }
-  // Once more in float64, row by row.
+  // The square of a row is out of range: once more in float64, row by row.
 #pragma unroll 1
   for (int i = 0; i < M; ++i) {
     double products[M] = {};
@@ -164,7 +170,7 @@ __device__ void add_slice(const FewRows& f, int64_t block, double* shared, unsig
   }
 }
 
-// One warp adds the slices of one product of two rows, and writes it to K or v.
+// Adds the slices of one product of two rows and writes it to K or v: one warp.
 __device__ inline void add_slices(const FewRows& f, int64_t index) {
   const int64_t rows = f.n + f.m, size = rows * (rows + 1) / 2, layer = index / size;
   const double* part = f.part + index * f.slices;
