@@ -56,6 +56,11 @@ def calls() -> Iterator[str]:
             A[0, n // 2] = A[0, 0]  # singular
             projgrad.gram_solve((A @ A.mT).to(device), normal(2, n, 2, dtype=dtype))
         yield f"gram_solve n={n}"
+    for n, p, m in ((1, 8, 0), (4, 4200, 1), (8, 520, 1)):
+        g = torch.randn(2, n, p)
+        g[0, 0] *= 1e-20  # summed again in float64
+        torch.ops.projgrad.gram_few(g.bfloat16().to(device), normal(2, m, p, dtype=torch.bfloat16))
+    yield "gram_few"
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for n, p, m in ((17, 333, 1), (70, 261, 6)) if dtype != torch.float64 else ((3, 70, 2),):
             G, u = torch.randn(n, p), normal(m, p, dtype=dtype)

@@ -14,7 +14,7 @@ import torch
 
 from ..ops.basis_project import basis_project_op
 from ..ops.feasible import feasible_pass
-from ..ops.gram import gram_pass
+from ..ops.gram import gram_few, gram_pass
 from ..ops.gram_solve import gram_solve_op
 from ..ops.linear_impl import linear_moments
 from ..ops.project_out import project_out_op, subtract_op
@@ -59,6 +59,7 @@ CPP, CUDA, TRITON = BUILT is not None, BUILT is not None and BUILT["cuda"], find
 KERNELS = (
     Kernel(gram_pass, "cpu", "csrc/gram.cpp", CPP),
     Kernel(gram_pass, "cuda", triton("gram"), TRITON),
+    Kernel(gram_few, "cuda", "csrc/gram_few_cuda.cu", CUDA),
     Kernel(gram_solve_op, "cpu", "csrc/gram_solve.cpp", CPP),
     Kernel(gram_solve_op, "cuda", "csrc/gram_solve_cuda.cu", CUDA),
     Kernel(subtract_op, "cpu", "csrc/subtract.cpp", CPP),

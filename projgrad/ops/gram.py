@@ -19,6 +19,25 @@ def gram_pass(G: Tensor, u: Tensor, float64: bool) -> tuple[Tensor, Tensor]:
     return reference.gram(G, u)
 
 
+@device_op("gram_few(Tensor g, Tensor u) -> (Tensor, Tensor)")
+def gram_few(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute K [l, n, n] and v [l, n, m], float64, for g [l, n, p] and u [l, m, p] that `suits_gram_few` accepts."""
+    return gram_of_each(g, u)
+
+
+def suits_gram_few(g: Tensor, u: Tensor) -> bool:
+    """Return whether `gram_few` takes these: up to 8 rows of 16-bit numbers, at most one u, columns in eights."""
+    n, p = g.shape[1:]
+    return g.dtype.itemsize == 2 and 1 <= n <= 8 and u.shape[1] <= 1 and p % 8 == 0
+
+
+def gram_of_each(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return K [l, n, n] and v [l, n, m], one matrix after another."""
+    parts = [gram_pass(x, d, False) for x, d in zip(g, u, strict=True)]
+    K, v = (x[0][None] if len(g) == 1 else torch.stack(x) for x in zip(*parts, strict=True))
+    return K, v
+
+
 def _default(G: Tensor, u: Tensor, float64: bool) -> tuple[Tensor, Tensor]:
     return gram_pass(G, u, float64)
 

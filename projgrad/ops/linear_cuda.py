@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._torch_private import foreach_add_
 from .cost import GramRoute, chunk_bytes
-from .gram import gram_pass
+from .gram import gram_few, gram_of_each, gram_pass, suits_gram_few
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Tensor cores cut where others round. Added to one number, k / 16 products lose up to k / 16 x 2^-25 of it: for 8192
@@ -146,18 +146,17 @@ def _aligned(x: Tensor) -> Tensor:
 def gram_of_chunks(a: Tensor, b: Tensor, u: Tensor | None, route: GramRoute) -> tuple[Tensor, Tensor]:
     """Return K [l, n, n] and v [l, n, 1], or [l, n, 0], from one pass over the per-sample gradients."""
     (l, n, _, i), o, dtype = a.shape, b.shape[3], BF16 if narrow_chunks(a, b, u) else F32
-    K, v = 0.0, 0.0
+    total = None
     for r in range(0, o, route.rows):
         for c in range(0, i, route.columns):
             rows, columns = slice(r, r + route.rows), slice(c, c + route.columns)
             x, y = (_aligned(z).flatten(0, 1) for z in (a[..., columns], b[..., rows]))
             g = gradients(x, y, dtype).view(l, n, -1)
             w = g[:, :0] if u is None else u[:, rows, columns].to(dtype).reshape(l, 1, -1)
-            found = [gram_pass(x, d, False) for x, d in zip(g, w, strict=True)]
-            k, d = (x[0][None] if l == 1 else torch.stack(x) for x in zip(*found, strict=True))
-            K, v = K + k, v + d
+            part = (gram_few if suits_gram_few(g, w) else gram_of_each)(g, w)
+            total = part if total is None else tuple(map(torch.add, total, part))
             del g, w  # before the next one is made
-    return K, v
+    return total
 
 
 def linear_combine_(outs: Sequence[Tensor], a: Tensor, b: Tensor, c: Tensor) -> None:

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import projgrad
+from projgrad.ops.gram import gram_few
 
 CUDA = torch.cuda.is_available()
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 needs_two = pytest.mark.skipif(not CUDA or torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SYNC_DEBUG = "error"  # torch raises where an operation waits for the device
 
 
@@ -38,6 +39,17 @@ def systems(l, n, dtype=F32):
     def make(device):
         A = torch.randn(l, n, n + 2, dtype=dtype, device=device)
         return A @ A.mT, torch.randn(l, n, dtype=dtype, device=device)
+
+    return make
+
+
+def few(l, n, m, dtype=BF16):
+    """g and u; row 0 is outside of float32's range of squares."""
+
+    def make(device):
+        g, u = torch.randn(l, n, 9000, device=device), torch.randn(l, m, 9000, device=device)
+        g[:, 0] *= 1e-20 if dtype == BF16 else 1
+        return g.to(dtype), u.to(dtype)
 
     return make
 
@@ -79,6 +91,9 @@ GRAPHS = {
     "project_out_float64": (project, flat(5, 301, F64)),
     "project_out_refined": (project, flat(6, 1001, parallel=1e-5)),
     **{f"gram_and_solve_{n}": (gram_and_solve, flat(n, 3001)) for n in (8, 40, 130)},
+    **{f"gram_few_{n}": (gram_few, few(3, n, 1)) for n in (1, 4, 8)},
+    "gram_few_float16": (gram_few, few(2, 5, 0, F16)),
+    "gram_few_unaligned": (lambda g, u: gram_few(g[..., 1:-7], u[..., 1:-7]), few(2, 4, 1)),
     **{f"gram_solve_{n}": (projgrad.gram_solve, systems(3, n)) for n in (16, 64, 100)},
     **{f"feasible_{name}": (feasible, coordinates(4099, t)) for name, t in (("float32", F32), ("bfloat16", BF16))},
 }

@@ -40,3 +40,18 @@ def gram_solve(K, b, damping, rtol, threads=0):
     error = solve(*addresses, *sizes, ctypes.c_double(damping), ctypes.c_double(rtol), ctypes.c_int(threads))
     assert not error, error.decode()
     return x.to(device), rank.to(device), pivot.to(device)
+
+
+def gram_few(g, u):
+    """The kernels of csrc/gram_few_cuda.cu, on rows as its launcher passes them on."""
+    (l, n, p), m = g.shape, u.shape[1]
+    call = library("gram_few.cpp").gram_few
+    call.restype = ctypes.c_char_p
+    device, g, u = g.device, g.cpu().contiguous(), u.cpu().contiguous()
+    assert p % 8 == 0 and g.data_ptr() % 16 == u.data_ptr() % 16 == 0
+    K, v = torch.empty(l, n, n, dtype=torch.float64), torch.empty(l, n, m, dtype=torch.float64)
+    addresses = [ctypes.c_void_p(t.data_ptr()) for t in (g, u, K, v)]
+    sizes = [ctypes.c_int64(size) for size in (l, n, p, m)]
+    error = call(*addresses, *sizes, ctypes.c_int(g.dtype == torch.float16))
+    assert not error, error.decode()
+    return K.to(device), v.to(device)

@@ -227,6 +227,22 @@ inline long long __double_as_longlong(double x) {
 
 inline double __longlong_as_double(long long x) { return emulator::unpacked<double>(static_cast<uint64_t>(x)); }
 
+inline float __uint_as_float(unsigned x) { return emulator::unpacked<float>(x); }
+
+struct __half {
+  unsigned short bits;
+};
+
+inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
+
+inline float __half2float(__half x) {
+  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                     : exponent     ? std::ldexp(1024.0f + fraction, exponent - 25)
+                                    : std::ldexp(static_cast<float>(fraction), -24);
+  return x.bits >> 15 ? -size : size;
+}
+
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 
 template <class T>
