@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch_private import tree_flatten, tree_unflatten
-from ..recording.host_reads import Impossible, Script
+from ..recording.host_reads import Differs, Impossible, Script
 
 
 class GraphedStep:
@@ -62,7 +62,7 @@ class GraphedStep:
         self._graph.replay()
         try:
             projection = self._script.replay()
-        except Exception:  # refused, or another way than the captured one: `step` says it, or takes it
+        except (Differs, ArithmeticError, ValueError):  # another way, or refused: `step` takes it, or says why
             return self._without(batches)
         for p, grad in self._grads:
             p.grad = grad

@@ -12,7 +12,7 @@ from .. import _options
 from ..ops.refinement import TAPE_PASSES, starts_in_float64
 from ..recording.host_reads import HostReads, lengths
 from ..recording.losses import check_shape, check_weights
-from .check import Checks, check_finite
+from .check import Checks
 from .factors import ForgetFactors
 from .gradient_access import Block, KeptGradients, TwoPasses
 from .passes import Passes
@@ -159,7 +159,7 @@ def _steps(block: Block, solver: Solver, squares: Mapping[str, float]) -> Steps:
     _check_squares({name: squares.get(name, 0.0) for name in block.parameters})
     u2 = block.square = sum(rates.get(name, 1.0) * squares.get(name, 0.0) for name in block.parameters)
     if not solved.finite:
-        check_finite(solver.K[block.name], solver.v[block.name])
+        solver.check_finite(block.name)
     eps = torch.finfo(block.dtype).eps / 2
     limit = RESIDUAL if block.dtype != torch.float64 else 64 * torch.finfo(torch.float64).eps
     noise = 16 * n * eps * (u2**0.5 + solved.projection.weighted_norms)  # a result this short has no direction

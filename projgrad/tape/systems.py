@@ -13,7 +13,7 @@ from ..ops.gram_solve import gram_solve_op
 from ..ops.numerics import in_range
 from ..ops.refinement import rank_tolerance
 from ..recording.host_reads import Differs, HostReads
-from .check import Checks, WeightStats, weight_stats
+from .check import Checks, WeightStats, check_finite, weight_stats
 from .gradient_access import Block, GradientAccess
 from .records import Projection
 
@@ -194,9 +194,13 @@ class Solver:
         self.result((Erase, _names(blocks)), lambda: [block.erase() for block in blocks])
         return [None] * len(blocks)
 
+    def check_finite(self, name: str) -> None:
+        """Refuse the products of a block if there is NaN or Inf in them."""
+        check_finite(self.K[name], self.v[name])
+
     def check_watched(self) -> None:
         """Check one parameter against plain autograd, where the corrections did not go through it."""
-        watched = self.result(("watched",), self.access.watched_numbers)
+        watched = self.result(("watched",), lambda: self.access.watched_numbers())
         if watched is not None:
             self.checks.check_parameter(*watched)
 
@@ -229,6 +233,9 @@ class Replay(Solver):
         if known != key:
             raise Differs
         return result
+
+    def check_finite(self, name: str) -> None:
+        raise Differs  # the matrix is gone
 
 
 def _names(blocks: Sequence[Block]) -> tuple[str, ...]:

@@ -46,15 +46,23 @@ class PretendGraph:
             old.copy_(new)
 
 
+class Made(list):
+    def __init__(self):
+        super().__init__()
+        self.without = []
+
+
 @pytest.fixture(autouse=True)
 def graphs(monkeypatch):
-    made = []
+    """All graphs that were made; `without`: the batches of the steps that were made without one."""
+    made, without = Made(), graphed.GraphedStep._without
 
     def captured(write, inputs):
         made.append(PretendGraph(write))
         return made[-1].script, made[-1], made[-1].grads
 
     monkeypatch.setattr(graphed, "captured", captured)
+    monkeypatch.setattr(graphed.GraphedStep, "_without", lambda self, b: (made.without.append(b), without(self, b))[1])
     return made
 
 
@@ -120,7 +128,7 @@ def test_replays_are_steps(graphs, options, scope, dtype):
         torch.equal(a, b) for a, b in zip(*(list(u.model.parameters()) for u in (plain, replayed)), strict=True)
     )
     compare(plain, replayed, step, some)
-    assert graphs[0].replays == 5 and len(graphs) == 1
+    assert graphs[0].replays == 5 and len(graphs) == 1 and not graphs.without
 
 
 def test_decisions_that_differ_are_taken_without_the_graph(graphs):
@@ -158,9 +166,9 @@ def test_other_shapes_are_steps_without_the_graph(graphs):
     plain, replayed = pair()
     step = graphed_step(replayed, batches(1)[0])
     compare(plain, replayed, step, [(f[:, :5], r[:2]) for f, r in batches(2)])
-    assert graphs[0].replays == 0
+    assert graphs[0].replays == 0 and len(graphs.without) == 2
     compare(plain, replayed, step, batches(1))
-    assert graphs[0].replays == 1
+    assert graphs[0].replays == 1 and len(graphs.without) == 2
 
 
 CHANGES = {
@@ -183,7 +191,7 @@ def test_what_changes_between_steps_is_captured_anew(graphs, change):
     for unlearner in (plain, replayed):
         CHANGES[change](unlearner)
     compare(plain, replayed, step, some[2:])
-    assert len(graphs) == 2
+    assert len(graphs) == 2 and not graphs.without
 
 
 def test_a_learning_rate_of_all_is_not_part_of_the_graph(graphs):
@@ -194,7 +202,7 @@ def test_a_learning_rate_of_all_is_not_part_of_the_graph(graphs):
         compare(plain, replayed, step, [batch])
         for unlearner in (plain, replayed):
             unlearner.optimizer.param_groups[0]["lr"] *= 0.5
-    assert len(graphs) == 1 and graphs[0].replays == 3
+    assert len(graphs) == 1 and graphs[0].replays == 3 and not graphs.without
 
 
 def test_batches_of_any_form(graphs):
@@ -208,7 +216,7 @@ def test_batches_of_any_form(graphs):
 
     step = replayed.graphed(forget, retain, *form(some[0]))
     compare(plain, replayed, lambda f, r: step(*form((f, r))), some)
-    assert graphs[0].replays == 3
+    assert graphs[0].replays == 3 and not graphs.without
     step({"ids": some[0][0], "name": "b"}, form(some[0])[1])
     assert graphs[0].replays == 3
 
@@ -250,3 +258,48 @@ def test_errors_of_the_functions_are_those_of_a_step():
         unlearner.graphed(lambda ids: losses(model, ids).mean(), lambda ids: losses(model, ids).mean(), *batch)
     with pytest.raises(ValueError, match="scalar"):
         unlearner.graphed(lambda ids: losses(model, ids), lambda ids: losses(model, ids), *batch)
+
+
+def test_another_way_than_the_captured_one_is_taken_by_step(graphs):
+    """Retain gradients that vanish leave nothing to correct, where a correction was captured."""
+    plain, replayed = pair(alpha=0.0)
+    model, some = replayed.model, batches(3)
+    step = replayed.graphed(
+        lambda ids: losses(model, ids).mean(),
+        lambda b: losses(model, b[0]) * b[1],
+        some[0][0],
+        (some[0][1], torch.ones(3)),
+    )
+    for (forget, retain), scale in zip(some, (1.0, 0.0, 1.0), strict=True):
+        before = len(graphs.without)
+        mine = step(forget, (retain, torch.full((3,), scale)))
+        assert len(graphs.without) - before == (scale == 0)
+        theirs = plain.step(
+            lambda f=forget: losses(plain.model, f).mean(), lambda r=retain, s=scale: losses(plain.model, r) * s
+        )
+        assert (mine.rank, mine.refinements) == (theirs.rank, theirs.refinements)
+        for a, b in zip(plain.model.parameters(), model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_rows_that_are_read_twice_are_another_way(graphs):
+    """Which rows of a table are read decides how its gradients are kept."""
+
+    class Ordered(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("order", torch.arange(6))
+
+        def forward(self, ids):
+            x = self.table(ids) + self.positions(self.order)
+            return self.norm(x + self.inner(x).tanh()) @ self.table.weight.mT
+
+    plain, replayed = pair(build=Ordered)
+    some = batches(4)
+    step = graphed_step(replayed, some[0])
+    compare(plain, replayed, step, some[:2])
+    assert not graphs.without
+    for unlearner in (plain, replayed):
+        unlearner.model.order //= 2
+    compare(plain, replayed, step, some[2:])
+    assert len(graphs.without) == 2 and len(graphs) == 1
