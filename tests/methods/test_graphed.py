@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import projgrad
 from projgrad.methods import graphed
-from projgrad.recording.host_reads import Script
+from projgrad.recording.host_reads import Differs, Script
 
 F64 = torch.float64
 
@@ -303,3 +303,14 @@ def test_rows_that_are_read_twice_are_another_way(graphs):
         unlearner.model.order //= 2
     compare(plain, replayed, step, some[2:])
     assert len(graphs.without) == 2 and len(graphs) == 1
+
+
+def test_numbers_that_decided_the_way_have_to_be_the_same():
+    script, seen = Script(), []
+    script.deferred = [(torch.ones(2), seen.append, None), (torch.ones(1), seen.append, [1.0])]
+    script.again = lambda reads: reads.flush()
+    script.replay()
+    assert seen == [[1.0, 1.0]]
+    script.deferred[1] = (torch.zeros(1), seen.append, [1.0])
+    with pytest.raises(Differs):
+        script.replay()
