@@ -1,7 +1,7 @@
 """Time and memory of a step as n, t and p grow: `python -m bench.growth [--axis NAME ...]`, about ten minutes.
 
 Each axis makes one size of an encoder larger and keeps the others: n samples, t positions, p parameters. A fourth one
-is the small encoder of `bench.steps` at n = 64 and 256. Contenders are plain training, projgrad, and explicit per-sample
+is the small encoder of `bench.steps` at n = 64 and 256. Contenders: plain training, projgrad, and explicit per-sample
 gradients (vmap) with QR or with their Gram matrix. What would not fit into `LIMIT` is not run, and its row says so.
 Memory: the peak of two steps above the loaded model. Time: of the first step, which inspects the model, and the median
 of later ones, in which all contenders take one step each in turn; on the clock, and of the processors. A wrong result
@@ -19,9 +19,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from typing import NamedTuple
 
 import torch
@@ -94,7 +94,7 @@ def work(name: str, folder: str | None) -> None:
         nonlocal at, step
         if question != at:
             at, step = question, None  # of the point before: its memory is free now
-            job = eval_point(question).job()
+            job = named(question).job()
             step = start(job)
             if folder:
                 return two_steps(job, step, Path(folder) / name)
@@ -107,7 +107,8 @@ def work(name: str, folder: str | None) -> None:
         complain(error)
 
 
-def eval_point(question: str) -> Point:
+def named(question: str) -> Point:
+    """Return the point that a question names."""
     axis, *sizes = question.split()
     return Point(axis, *map(int, sizes))
 
@@ -218,7 +219,7 @@ def measure_time(rows: list[dict], rounds: dict[str, int]) -> None:
             )
 
 
-def by_point(rows: Sequence[dict]) -> Iterator[tuple[Point, list[dict]]]:
+def by_point(rows: Iterable[dict]) -> Iterator[tuple[Point, list[dict]]]:
     """Yield every point with its rows, in the order of the rows; as measured or as read from a file."""
     points: dict[Point, list[dict]] = {}
     for row in rows:
@@ -242,12 +243,8 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
     """Return the e of values ~ sizesᵉ, by least squares of the logarithms over the larger half of the points."""
     if len(sizes) < 2:
         return None
-    kept = slice(-(len(sizes) // 2 + 1), None)
-    x, y = ([math.log(v) for v in some[kept]] for some in (sizes, values))
-    middle = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - middle[0]) * (b - middle[1]) for a, b in zip(x, y, strict=True)) / sum(
-        (a - middle[0]) ** 2 for a in x
-    )
+    half = slice(-(len(sizes) // 2 + 1), None)
+    return linear_regression(*([math.log(value) for value in some[half]] for some in (sizes, values))).slope
 
 
 def draw(rows: Sequence[dict], axis: str, path: Path) -> None:
@@ -259,9 +256,8 @@ def draw(rows: Sequence[dict], axis: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
-    for panel, column, title in zip(
-        axes, ("ms", "peak_mb"), ("milliseconds of a step", "peak MB above the model"), strict=True
-    ):
+    titles = {"ms": "milliseconds of a step", "peak_mb": "peak MB above the model"}
+    for panel, (column, title) in zip(axes, titles.items(), strict=True):
         for name, color in zip(NAMES, ("0.6", "C0", "C1", "C3"), strict=True):
             panel.loglog(*curve(rows, axis, name, column), "o-", color=color, label=name, markersize=4)
         panel.set_xlabel(LETTERS[axis])
@@ -275,9 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--axis", nargs="+", choices=LETTERS, default=list(LETTERS), help="what grows")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for growth_cpu.csv and its pictures")
-    parser.add_argument(
-        "--tiny", action="store_true", help="a few small sizes, to try the command; into growth_cpu_tiny"
-    )
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the command; into growth_cpu_tiny")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
