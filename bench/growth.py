@@ -1,10 +1,10 @@
 """Time and memory of a step as n, t and p grow: `python -m bench.growth [--axis NAME ...]`, about ten minutes.
 
 Each axis makes one size of an encoder larger and keeps the others: n samples, t positions, p parameters. A fourth one
-is the small encoder of `bench.steps` at n = 64 and 256. Contenders: plain training, projgrad, and explicit per-sample
+is the small encoder of `bench.steps` at n = 256. Contenders: plain training, projgrad, and explicit per-sample
 gradients (vmap) with QR or with their Gram matrix. What would not fit into `LIMIT` is not run, and its row says so.
-Memory: the peak of two steps above the loaded model. Time: of the first step, which inspects the model, and the median
-of later ones, in which all contenders take one step each in turn; on the clock, and of the processors. A wrong result
+Memory: the peak of a first step, which inspects the model, above the loaded model. Time: of the first step, and the
+median of later ones, in which all contenders take one step each in turn; on the clock, and of the processors. A wrong result
 is not timed.
 """
 
@@ -37,7 +37,7 @@ from .steps import RESIDUAL_LIMIT, THREADS, UPDATE_LIMIT
 
 LIMIT = 10 << 30  # bytes that a contender may take above the model
 NAMES = ("plain", "projgrad global", "vmap + Gram", "vmap + QR")
-ROUNDS = {"plain": 5, "projgrad global": 5, "vmap + Gram": 3, "vmap + QR": 2}
+ROUNDS = {"plain": 4, "projgrad global": 4, "vmap + Gram": 2, "vmap + QR": 1}  # after the first step
 LETTERS = {"n": "samples n", "t": "positions t", "p": "parameters p", "encoder": "samples n, encoder of the README"}
 COLUMNS = ("axis", "contender", "n", "t", "p", "width", "blocks", "ms", "ms_cpu", "first_ms", "first_ms_cpu", "rounds")
 COLUMNS += ("peak_mb", "difference", "residual", "note")
@@ -67,10 +67,10 @@ class Point(NamedTuple):
         return {"t": self.t, "p": self.p}.get(self.axis, self.n)
 
 
-POINTS = [Point("n", n, 32, 256) for n in (8, 16, 32, 64, 128, 256, 512)]
-POINTS += [Point("t", 16, t, 256) for t in (32, 64, 128, 256, 512, 1024)]
-POINTS += [Point("p", 16, 16, width) for width in (320, 512, 896, 1664, 2880)]
-POINTS += [Point("encoder", n, 64, 256, 4) for n in (64, 256)]
+POINTS = [Point("n", n, 16, 256) for n in (8, 32, 128, 256, 512)]
+POINTS += [Point("t", 8, t, 256) for t in (32, 128, 512, 1024)]
+POINTS += [Point("p", 8, 16, width) for width in (320, 896, 1664, 2880)]
+POINTS += [Point("encoder", 256, 64, 256, 4)]
 TINY = [Point("n", n, 4, 16) for n in (4, 8, 16)] + [Point("p", 4, 4, width) for width in (16, 32)]
 
 
@@ -85,7 +85,7 @@ def timed(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def work(name: str, folder: str | None) -> None:
-    """Answer with a step's milliseconds for a point that stays, or with `folder` the memory and result of two steps."""
+    """Answer with a step's milliseconds for a point that stays, or with `folder` the memory and result of one."""
     warnings.filterwarnings("ignore", "There is a performance drop")  # vmap runs attention sample by sample
     torch.set_num_threads(THREADS)
     start, at, step = STEPS[name].start, None, None
@@ -97,7 +97,7 @@ def work(name: str, folder: str | None) -> None:
             job = named(question).job()
             step = start(job)
             if folder:
-                return two_steps(job, step, Path(folder) / name)
+                return one_step(job, step, Path(folder) / name)
         return dict(zip(("ms", "ms_cpu"), timed(step), strict=True))
 
     try:
@@ -113,11 +113,9 @@ def named(question: str) -> Point:
     return Point(axis, *map(int, sizes))
 
 
-def two_steps(job: Job, step: Callable[[], object], file: Path) -> dict:
-    """Return the peak memory of two steps and the residual that projgrad reports; the update is left in a file."""
+def one_step(job: Job, step: Callable[[], object], file: Path) -> dict:
+    """Return the peak memory of a step and the residual that projgrad reports; the update is left in a file."""
     with peak_memory() as peak:
-        step()
-        job.optimizer.zero_grad()
         record = step()
     torch.save(torch.cat([p.grad.flatten() for p in job.model.parameters()]), file)
     return {"peak_mb": peak.bytes and peak.bytes / 1e6, "residual": getattr(record, "residual", None)}
@@ -194,14 +192,14 @@ def check(rows: list[dict], results: dict[str, Path]) -> None:
 
 
 def measure_time(rows: list[dict], rounds: dict[str, int]) -> None:
-    """Add the times: the contenders of a point take one step each in turn, once to warm up."""
+    """Add the times: the contenders of a point take one step each in turn."""
     with Team() as team:
         for point, some in by_point(rows):
             times: dict[str, list[dict]] = {row["contender"]: [] for row in some if not row["note"]}
-            for i in range(2 + max(rounds.values())):
+            for i in range(1 + max(rounds.values())):
                 for row in some:
                     name = row["contender"]
-                    if row["note"] or i >= 2 + rounds[name]:
+                    if row["note"] or i > rounds[name]:
                         continue
                     try:
                         times[name].append(team.ask(name, point))
@@ -209,7 +207,7 @@ def measure_time(rows: list[dict], rounds: dict[str, int]) -> None:
                         row["note"] = str(error)
             for row in some:
                 if not row["note"]:
-                    first, _, *later = times[row["contender"]]
+                    first, *later = times[row["contender"]]
                     row |= {f"first_{key}": value for key, value in first.items()} | {"rounds": len(later)}
                     row |= {key: median(step[key] for step in later) for key in first}
             print(
