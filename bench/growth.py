@@ -1,11 +1,11 @@
-"""Time and memory of a step as n, t and p grow: `python -m bench.growth [--axis NAME ...]`, about ten minutes.
+"""Time and memory of a step as n, t and p grow: `python -m bench.growth [--axis NAME ...]`, ten minutes.
 
 Each axis makes one size of an encoder larger and keeps the others: n samples, t positions, p parameters. A fourth one
 is the small encoder of `bench.steps` at n = 256. Contenders: plain training, projgrad, and explicit per-sample
 gradients (vmap) with QR or with their Gram matrix. What would not fit into `LIMIT` is not run, and its row says so.
 Memory: the peak of a first step, which inspects the model, above the loaded model. Time: of the first step, and the
-median of later ones, in which all contenders take one step each in turn; on the clock, and of the processors. A wrong result
-is not timed.
+median of later ones, in which all contenders take one step each in turn; on the clock, and of the processors. A wrong
+result is not timed.
 """
 
 import os

@@ -148,6 +148,8 @@ def growth() -> str:
     ]
     for axis in ("n", "t", "p"):
         of_axis = [(point, row) for point, some in growing.by_point(rows) for row in some if row["axis"] == axis]
+        if not of_axis:
+            continue
         points = [point for point, _ in of_axis]
         title = f"{growing.LETTERS[axis]}: {points[0].size:,} to {points[-1].size:,}"
         for name in growing.NAMES:
@@ -168,9 +170,8 @@ def growth() -> str:
             f"{over['ms']:.2f} x a plain one (processor time {over['ms_cpu']:.2f} x). The first step, which inspects "
             f"the model: {over['first_ms']:.2f} x a plain first step ({over['first_ms_cpu']:.2f} x)."
         )
-    pictures = [
-        f"![Time and memory against {axis}](../bench/results/growth_cpu_{axis}.svg)" for axis in ("n", "t", "p")
-    ]
+    drawn = [axis for axis in "ntp" if (RESULTS / f"growth_cpu_{axis}.svg").exists()]
+    pictures = [f"![Time and memory against {axis}](../bench/results/growth_cpu_{axis}.svg)" for axis in drawn]
     return "\n".join([*lines, "", *pictures])
 
 
