@@ -166,7 +166,7 @@ def growth() -> str:
     for point, (plain, ours) in growing.by_point(row for row in rows if row["axis"] == "encoder"):
         over = {key: float(ours[key]) / float(plain[key]) for key in ("ms", "ms_cpu", "first_ms", "first_ms_cpu")}
         lines.append(
-            f"- Encoder, {point.p / 1e6:.2g} M parameters, {point.t} positions, n = {point.n}: {_ms(ours)} ms a step, "
+            f"- Encoder, {point.p / 1e6:.2g} M parameters, {point.t} positions, n = {point.n}: {float(ours['ms']):,.0f} ms a step, "
             f"{over['ms']:.2f} x a plain one (processor time {over['ms_cpu']:.2f} x). The first step, which inspects "
             f"the model: {over['first_ms']:.2f} x a plain first step ({over['first_ms_cpu']:.2f} x)."
         )
@@ -177,7 +177,7 @@ def growth() -> str:
 
 def _size(row: dict) -> str:
     """Return time and memory of one row of the growth, or why there are none."""
-    return row["note"] or f"{_ms(row)} ms, {float(row['peak_mb']):,.0f} MB"
+    return row["note"] or f"{float(row['ms']):,.0f} ms, {float(row['peak_mb']):,.0f} MB"
 
 
 def _against(row: dict, column: str, limit: str) -> str:
