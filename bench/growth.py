@@ -254,7 +254,7 @@ def draw(rows: Sequence[dict], axis: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
-    titles = {"ms": "milliseconds of a step", "peak_mb": "peak MB above the model"}
+    titles = {"ms_cpu": "milliseconds of the processors, a step", "peak_mb": "peak MB above the model"}
     for panel, (column, title) in zip(axes, titles.items(), strict=True):
         for name, color in zip(NAMES, ("0.6", "C0", "C1", "C3"), strict=True):
             panel.loglog(*curve(rows, axis, name, column), "o-", color=color, label=name, markersize=4)
