@@ -10,6 +10,7 @@ from projgrad.evaluate.tables import caption, columns
 from projgrad.experiments.comparison.methods import TITLES
 from projgrad.experiments.scenarios import FAST, SCENARIOS
 
+from . import growth as growing
 from .gpu_readme import gpu, step_rows
 from .report import RESULTS, read_csv
 from .steps import SUMMARY, summary
@@ -135,6 +136,50 @@ def host() -> str:
     return "\n".join(lines)
 
 
+def growth() -> str:
+    """Return the table of time and memory against n, t and p, and the lines about the small encoder."""
+    rows = read_csv(RESULTS / "growth_cpu.csv")
+    lines = [
+        f"Steps in float32 on {rows[0]['threads']} threads, {rows[0]['device']}, torch {rows[0]['torch']}, commit "
+        f"{rows[0]['commit']}. Time is that of the processors, exponents are fitted to the larger half of the points:",
+        "",
+        "| what grows | contender | time grows as | memory grows as | at the smallest | at the largest |",
+        "|---|---|---|---|---|---|",
+    ]
+    for axis in ("n", "t", "p"):
+        of_axis = [(point, row) for point, some in growing.by_point(rows) for row in some if row["axis"] == axis]
+        if not of_axis:
+            continue
+        points = [point for point, _ in of_axis]
+        title = f"{growing.LETTERS[axis]}: {points[0].size:,} to {points[-1].size:,}"
+        for name in growing.NAMES:
+            mine = [row for _, row in of_axis if row["contender"] == name]
+            powers = (growing.exponent(*growing.curve(rows, axis, name, column)) for column in ("ms_cpu", "peak_mb"))
+            cells = [
+                title,
+                name,
+                *("" if e is None else f"{axis}^{e:.2f}" for e in powers),
+                *map(_size, (mine[0], mine[-1])),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for point, (plain, ours) in growing.by_point(row for row in rows if row["axis"] == "encoder"):
+        over = {key: float(ours[key]) / float(plain[key]) for key in ("ms", "ms_cpu", "first_ms", "first_ms_cpu")}
+        lines.append(
+            f"- Encoder, {point.p / 1e6:.2g} M parameters, {point.t} positions, n = {point.n}: a step takes "
+            f"{over['ms']:.2f} x the time of a plain one, and {over['ms_cpu']:.2f} x that of the processors. The first "
+            f"step, with its inspection: {over['first_ms']:.2f} and {over['first_ms_cpu']:.2f} x a first plain one."
+        )
+    drawn = [axis for axis in "ntp" if (RESULTS / f"growth_cpu_{axis}.svg").exists()]
+    pictures = [f"![Time and memory against {axis}](../bench/results/growth_cpu_{axis}.svg)" for axis in drawn]
+    return "\n".join([*lines, "", *pictures])
+
+
+def _size(row: dict) -> str:
+    """Return time and memory of one row of the growth, or why there are none."""
+    return row["note"] or f"{float(row['ms_cpu']):,.0f} ms, {float(row['peak_mb']):,.0f} MB"
+
+
 def _against(row: dict, column: str, limit: str) -> str:
     """Return a multiple of the plain step with its target."""
     missed = row[limit] and float(row[column]) > float(row[limit])
@@ -191,7 +236,7 @@ def _where(row: dict) -> str:
 
 SECTIONS = {
     "README.md": {"numbers": numbers},
-    "docs/benchmarks.md": {"steps": steps, "host": host, "flat": flat},
+    "docs/benchmarks.md": {"steps": steps, "host": host, "growth": growth, "flat": flat},
     "docs/comparison.md": {"compare": compare},
     "docs/gpu.md": {"gpu": gpu},
     "docs/scenarios.md": {"scenarios": scenarios},

@@ -49,12 +49,14 @@ inline Tensor doubles(const Tensor& like, std::initializer_list<int64_t> shape) 
   return torch::stable::new_empty(like, std::vector<int64_t>(shape), ScalarType::Double);
 }
 
-// Columns are cut into segments, one unit of parallel work each. Their number depends on the problem alone, never on
-// the number of threads, so the same input gives the same bits on any machine with the same vector width. The partial
-// sums, `bytes` a segment, stay below 8 MiB together unless two segments need more.
-inline int64_t segment_count(int64_t columns, int64_t chunk, int64_t bytes) {
+constexpr int64_t kHalfL2 = int64_t(512) << 10;  // bytes, of a common L2
+
+// Columns are cut into segments, one unit of parallel work each, of `least` columns or more. Their number depends on
+// the problem alone, never on the number of threads, so the same input gives the same bits on any machine with the same
+// vector width. The partial sums, `bytes` a segment, stay below 8 MiB together unless two segments need more.
+inline int64_t segment_count(int64_t columns, int64_t least, int64_t bytes) {
   const int64_t fit = std::max<int64_t>(2, (int64_t(8) << 20) / std::max<int64_t>(1, bytes));
-  return std::clamp<int64_t>(columns / (4 * chunk), 1, std::min<int64_t>(64, fit));
+  return std::clamp<int64_t>(columns / least, 1, std::min<int64_t>(64, fit));
 }
 
 // One contiguous row of `length` elements as T: the row itself where it is that already, else converted into `buffer`.

@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> feasible(Tensor d, Tensor u, Tensor total, Tensor squ
   d = torch::stable::contiguous(d), u = torch::stable::contiguous(u);
   total = torch::stable::contiguous(total), squares = torch::stable::contiguous(squares);
   Tensor out = torch::stable::new_empty(d, std::vector<int64_t>{p});
-  const int64_t segments = segment_count(p, kChunk, kSums * sizeof(double)), chunks = (p + kChunk - 1) / kChunk;
+  const int64_t segments = segment_count(p, 4 * kChunk, kSums * sizeof(double)), chunks = (p + kChunk - 1) / kChunk;
   const double root = 1 / std::sqrt(static_cast<double>(n));
   std::vector<double> partial(segments * kSums, 0.0);
   dispatch(d.scalar_type(), [&](auto* first) {

@@ -14,10 +14,10 @@ namespace {
 template <class S, class T>
 void gram_rows(const Matrix& G, const Matrix& u, double* K, double* v, const Tensor& like) {
   const int64_t n = G.rows, m = u.rows, p = G.columns, size = (n + m) * n;
-  const int64_t cache = int64_t(512) << 10;  // half of a common L2
-  const int64_t fit = cache / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(1, n + m);
-  const int64_t chunk = std::clamp<int64_t>(fit / 64 * 64, 256, 2048);
-  const int64_t segments = segment_count(p, chunk, size * sizeof(double));
+  const int64_t longest = 8192 / static_cast<int64_t>(sizeof(T));  // four rows of a chunk fit into L1
+  const int64_t chunk = std::clamp<int64_t>(p / 256 * 64, longest / 4, longest);
+  const int64_t least = std::clamp<int64_t>(64 / std::max<int64_t>(1, n), 1, 4);  // chunks that are worth a thread
+  const int64_t segments = segment_count(p, least * chunk, size * sizeof(double));
   Tensor partial = doubles(like, {segments, size});
   double* sums = partial.mutable_data_ptr<double>();
   std::fill(sums, sums + segments * size, 0.0);
@@ -30,8 +30,9 @@ void gram_rows(const Matrix& G, const Matrix& u, double* K, double* v, const Ten
   });
   for (int64_t s = 1; s < segments; ++s)
     for (int64_t k = 0; k < size; ++k) sums[k] += sums[s * size + k];
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j <= i; ++j) K[i * n + j] = K[j * n + i] = sums[i * n + j];
+  for (int64_t first = 0; first < n; first += 16)  // a column of K is written a cache line at a time
+    for (int64_t i = first; i < n; ++i)
+      for (int64_t j = first; j < std::min(first + 16, i + 1); ++j) K[i * n + j] = K[j * n + i] = sums[i * n + j];
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) v[j * m + i] = sums[(n + i) * n + j];
 }

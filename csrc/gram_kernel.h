@@ -68,17 +68,21 @@ void dots_block(int64_t i, int64_t j, const T* const* a, const T* const* b, int6
 }
 
 // Products of one chunk: the lower triangle of the n rows of G, then the m rows of u against them, [n + m, n], and the
-// squared norms of the rows of u behind it, [m].
+// squared norms of the rows of u behind it, [m]. A panel of rows that fits into L2 meets all others before the next one.
 template <class T>
 void products(const T* const* all, int64_t n, int64_t m, int64_t length, double* out) {
-  for (int64_t i = 0; i < n + m;) {
-    const int64_t rows = std::min<int64_t>(4, (i < n ? n : n + m) - i);  // a block holds rows of G or of u, not of both
-    for (int64_t j = 0; j < std::min(i + rows, n); j += 4) {
-      const T* const* ahead =
-          j == 0 && i + 8 <= n ? all + i + 4 : nullptr;  // the next block's rows are still in memory
-      dots_block(rows, std::min<int64_t>(4, n - j), all + i, all + j, length, out + i * n + j, n, ahead);
+  const int64_t panel = std::max<int64_t>(16, kHalfL2 / (static_cast<int64_t>(sizeof(T)) * length) / 4 * 4);
+  for (int64_t first = 0; first < n; first += panel) {
+    const int64_t last = std::min(first + panel, n);
+    for (int64_t i = first; i < n + m;) {
+      const int64_t rows = std::min<int64_t>(4, (i < n ? n : n + m) - i);  // rows of G or of u, not of both
+      for (int64_t j = first; j < std::min(i + rows, last); j += 4) {
+        const T* const* ahead =
+            j == first && i + 8 <= n ? all + i + 4 : nullptr;  // the next block's rows are still in memory
+        dots_block(rows, std::min<int64_t>(4, last - j), all + i, all + j, length, out + i * n + j, n, ahead);
+      }
+      i += rows;
     }
-    i += rows;
   }
   for (int64_t i = 0; i < m; ++i) dots<1, 1, T>(all + n + i, all + n + i, length, out + (n + m) * n + i, 1, nullptr);
 }

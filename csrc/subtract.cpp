@@ -16,7 +16,7 @@ void subtract_rows(const Matrix& u, const Matrix& G, const double* c, S* out, do
   const int64_t n = G.rows, m = u.rows, p = u.columns, size = n * m + 2 * m;
   const int64_t chunk =
       std::clamp<int64_t>((int64_t(256) << 10) / sizeof(T) / std::max<int64_t>(1, n) / 64 * 64, 64, 1024);
-  const int64_t segments = segment_count(p, chunk, size * sizeof(double));
+  const int64_t segments = segment_count(p, 4 * chunk, size * sizeof(double));
   const int64_t chunks = (p + chunk - 1) / chunk;
   std::vector<double> weights(m * n);  // [m, n]
   for (int64_t j = 0; j < n; ++j)

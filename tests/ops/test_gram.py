@@ -59,6 +59,26 @@ def test_many_directions_and_rows(m, implementation, device):
     torch.testing.assert_close(v, G.double() @ u.double().mT, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", FLOATS + HALVES, ids=str)
+@pytest.mark.parametrize("m, transposed", [(1, False), (70, True)])
+def test_rows_of_several_panels_and_columns_of_several_chunks(m, transposed, dtype, device):
+    """On a CPU 64 rows in float32 are a panel, and 2048 columns a chunk. Tiny and huge rows lie beyond the first."""
+    torch.manual_seed(0)
+    G, u = (torch.randn(count, 5001, device=device).to(dtype) for count in (203, m))
+    tiny, huge = {torch.float16: (1e-5, 1e3)}.get(dtype, (1e-20, 1e15))
+    G[70:80] *= tiny
+    G[140:144] *= huge
+    G[150], G[160] = 0, G[20]
+    G = G.mT.contiguous().mT if transposed else G
+    K, v = torch.ops.projgrad.gram(G, u, False)
+    rows, directions = G.double(), u.double()
+    lengths, others = rows.norm(dim=1), directions.norm(dim=1)
+    bound = 1e-13 if dtype == torch.float64 else 4 * torch.finfo(torch.float32).eps
+    assert torch.equal(K, K.mT) and torch.equal(K[160], K[20])
+    assert ((K - rows @ rows.mT).abs() <= bound * lengths[:, None] * lengths).all()
+    assert ((v - rows @ directions.mT).abs() <= bound * lengths[:, None] * others).all()
+
+
 def test_duplicates_have_equal_products(device):
     """Rank detection rests on it: equal rows give entries equal far below float32 rounding, wherever they stand."""
     G = torch.randn(21, 4099, device=device)
