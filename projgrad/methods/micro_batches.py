@@ -81,8 +81,8 @@ def closures_of(name: str, given: Closed) -> dict[str, Closure]:
         key = _captured(closure)
         if key is not None and seen.setdefault(key, k) != k and closures[seen[key]] is not closure:
             raise ValueError(
-                f"{name}[{seen[key]}] and {name}[{k}] are one function with the same variables: a lambda made in a loop "
-                "sees the batch that the loop ended with. Use projgrad.micro_batches, or bind the batch as in "
+                f"{name}[{seen[key]}] and {name}[{k}] are one function with the same variables: a lambda made in a "
+                "loop sees the batch that the loop ended with. Use projgrad.micro_batches, or bind the batch as in "
                 "`lambda x=x, y=y: ...`"
             )
     if len(closures) == 1:
@@ -160,7 +160,9 @@ class RetainBatches:
                 self.closures.check_made_inside(losses, closure, name)
             check_values(losses.tolist())
             self._compare(name, losses.detach())
-            yield tape.passes, self.prepare(losses)
+            with torch.enable_grad():
+                losses = self.prepare(losses)
+            yield tape.passes, losses
 
     def _compare(self, name: str, losses: Tensor) -> None:
         """Check that the losses are those of the first call, to the last bit."""
@@ -174,8 +176,8 @@ class RetainBatches:
             worst = float((before - losses).abs().max())
             raise ValueError(
                 f"returned other losses than when it was first called in this step (by up to {worst:.1e}): it is "
-                "called several times. Choose its batch before, draw random numbers from torch's default generator only, "
-                "which is replayed, and on a GPU call torch.use_deterministic_algorithms(True)"
+                "called several times. Choose its batch before, draw random numbers from torch's default "
+                "generator only, which is replayed, and on a GPU call torch.use_deterministic_algorithms(True)"
             )
 
 

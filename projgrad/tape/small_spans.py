@@ -1,4 +1,4 @@
-"""Spans of the per-sample gradients of parameters with few elements, held in full: a matrix of p x p for all samples."""
+"""Spans of the per-sample gradients of parameters with few elements, held in full: p x p for any number of samples."""
 
 from __future__ import annotations
 

@@ -133,7 +133,8 @@ class Union:
                 before, size = rho, self._erase(u2)
                 left = _left(gains, size, (64 * self.eps) ** 2 * u2).sum().sqrt()
                 error = float(left / torch.maximum(size.sum(), noise.square().sum()).sqrt())
-            done = not last and error <= self.tolerance and self.residual <= NEAR * self.tolerance
+            # Half of it: the estimate may be too low.
+            done = not last and error <= self.tolerance / 2 and self.residual <= NEAR * self.tolerance
         if (error > self.tolerance and u2.any()) or self.residual > self.tolerance:
             warnings.warn(
                 f"after {passes} passes over {len(self.batches)} micro-batches the result has a cosine of "
@@ -296,7 +297,7 @@ def _left(gains: Sequence[Tensor], size: Tensor, floor: Tensor) -> Tensor:
     Conjugate gradients reduce that square by `gains`. What is still to come is estimated as a geometric series with the
     ratio of the last gains to those before. It is at most ‖r‖² = `size`; gains below `floor` are rounding.
     """
-    window = min(3, len(gains) // 2)
+    window = max(min(3, len(gains) // 2), len(gains) // 4)  # longer where convergence is slow
     if not window:
         return size
     late, early = (torch.stack(some).clamp_min(0).sum(0) for some in (gains[-window:], gains[-2 * window : -window]))
