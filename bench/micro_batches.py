@@ -3,8 +3,8 @@
 A plain step over the same data, one with the union of all micro-batches, and one with a single batch where its memory
 allows: each in a process of its own, in which plain steps are timed too. Memory is the peak above the loaded model.
 `distance` is from the step with one batch, relative, `cosine` the largest of a retain gradient and the forgetting part,
-measured for all alike. What else is done with micro-batches stands beside it: projections one after the other, their sum and mean, and a basis
-that is kept while the weights move on.
+measured for all alike. What else is done with micro-batches stands beside it: projections one after the other, their
+sum and mean, and a basis that is kept while the weights move on.
 """
 
 import os
