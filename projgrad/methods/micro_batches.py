@@ -105,7 +105,7 @@ class Replay:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device if device.type == "cuda" else None
+        self.device = device if device.type == "cuda" and torch.cuda.is_available() else None
         self.states: dict[str, list[Tensor]] = {}  # of those that draw at all: 5 kB on a CPU
 
     @contextmanager
@@ -113,10 +113,12 @@ class Replay:
         before = self._state()
         if not first and name in self.states:
             self._set(self.states[name])
-        yield
-        if not first:
-            self._set(before)
-        elif any(not torch.equal(a, b) for a, b in zip(before, self._state(), strict=True)):
+        try:
+            yield
+        finally:
+            if not first:
+                self._set(before)
+        if first and any(not torch.equal(a, b) for a, b in zip(before, self._state(), strict=True)):
             self.states[name] = before
 
     def _state(self) -> list[Tensor]:
@@ -194,7 +196,9 @@ def _named(name: str) -> Iterator[None]:
     """Put the name of a micro-batch before the message of an error."""
     try:
         yield
-    except (ValueError, ArithmeticError) as error:  # FloatingPointError is one of the latter
+    except (ValueError, ArithmeticError) as error:
+        if type(error) not in (ValueError, ArithmeticError, FloatingPointError):
+            raise
         raise type(error)(f"{name}: {error}") from error
 
 

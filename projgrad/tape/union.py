@@ -140,7 +140,7 @@ class Union:
                 f"after {passes} passes over {len(self.batches)} micro-batches the result has a cosine of "
                 f"{self.residual:.1e} with a retain gradient, and differs from the exact one by about {error:.1e}, "
                 f"relative; wanted was {self.tolerance:.1e}. Allow more with max_passes, or raise union_tolerance",
-                stacklevel=4,
+                stacklevel=6,
             )
         return self._finish(u2, r2, len(gains), passes, error, cosines)
 

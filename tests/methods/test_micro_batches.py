@@ -73,11 +73,13 @@ def relative(found, truth):
     return float((found.double() - truth).norm() / truth.norm())
 
 
-@pytest.fixture(params=["in_full", "iterated"])
+@pytest.fixture(params=["in_full", "iterated", "recomputed"])
 def path(request, monkeypatch):
-    """Small networks would be projected in full: without that, by iteration."""
-    if request.param == "iterated":
+    """Small networks would be projected in full: without that, by iteration, with Gram matrices that are kept or not."""
+    if request.param != "in_full":
         monkeypatch.setattr(union, "SMALL", 0)
+    if request.param == "recomputed":
+        monkeypatch.setattr(union, "HELD", 0)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -230,16 +232,21 @@ def test_random_numbers_are_replayed_and_go_on_as_after_one_pass():
 
 def test_the_limit_of_passes_warns_and_keeps_the_retain_part():
     problem = Problem(torch.float64, (16,) * 8, width=40, inputs=60)
-    with pytest.warns(UserWarning, match="after 4 passes over 8 micro-batches the result has a cosine of"):
+    with pytest.warns(UserWarning, match="after 4 passes over 8 micro-batches the result has a cosine of") as warned:
         found, record = problem.update(problem.forget, problem.parts(), max_passes=4)
+    assert warned[0].filename == __file__
     assert record.iterations == 3 and record.estimated_error > 1e-4
     assert 0.1 < relative(found, written_out(problem)) / record.estimated_error < 10
 
 
-def test_progress_is_shown(capsys):
+def test_progress_is_shown_where_it_is_wanted(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich, that is a terminal
     problem = Problem()
+    problem.update(problem.forget, problem.parts())
+    assert capsys.readouterr() == ("", "")
     problem.update(problem.forget, problem.parts(), progress=True)
-    assert capsys.readouterr().out == ""  # it is on stderr
+    out, err = capsys.readouterr()
+    assert out == "" and "residual" in err
 
 
 def drifting(problem, change):
