@@ -183,6 +183,8 @@ def work(case: str, count: int, name: str, file: str) -> None:
             problem.retain_samples = samples if "batch" in name else samples[:2]
             contenders(case, count)[name](problem)
             problem.retain_samples = samples
+        else:
+            problem.plain()
         problem.model.zero_grad()
         with peak_memory() as peak:
             start = time.perf_counter(), time.process_time()
