@@ -254,7 +254,7 @@ class KeptGradients(GradientAccess):
                 rate = self.rate(use.name)
                 K[place[use.name]].append(one if rate == 1 else rate * one)
                 v[place[use.name]].append(other if rate == 1 else rate * other)
-        return _stacked(K, zero.new_zeros(n, n)), _stacked(v, zero)
+        return _stacked(K, zero.new_zeros(n, n)) if gram else zero, _stacked(v, zero)
 
     def _of_group(self, group: Group, float64: bool, gram: bool) -> tuple[Tensor, Tensor]:
         """Return K [l, n, n] and v [l, n] of the uses in a group."""

@@ -75,7 +75,7 @@ def relative(found, truth):
 
 @pytest.fixture(params=["in_full", "iterated", "recomputed"])
 def path(request, monkeypatch):
-    """Small networks would be projected in full: without that, by iteration, with Gram matrices that are kept or not."""
+    """Small networks are projected in full; without that by iteration, with Gram matrices that are kept or not."""
     if request.param != "in_full":
         monkeypatch.setattr(union, "SMALL", 0)
     if request.param == "recomputed":
