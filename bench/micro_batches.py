@@ -235,6 +235,46 @@ def rows_of(case: str, count: int, folder: Path) -> list[dict]:
     return list(rows.values())
 
 
+def _number(row: dict | None, column: str, form: str = ".3g") -> str:
+    return format(float(row[column]), form) if row and row[column] else "-"
+
+
+def union_table() -> str:
+    """Return the table of docs/micro_batches.md about the union."""
+    rows = read_csv(RESULTS / "micro_batches_cpu.csv")
+    lines = [
+        f"Steps in float32 on {rows[0]['threads']} threads, {rows[0]['device']}, torch {rows[0]['torch']}, commits "
+        f"{', '.join(dict.fromkeys(row['commit'] for row in rows))}; tolerance 1e-4:",
+        "",
+        "| model | micro-batches of 16 | scope | passes | distance from one batch | largest cosine | CPU time / plain "
+        "step | MB: union | plain | one batch |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, count in dict.fromkeys((row["case"], row["micro_batches"]) for row in rows):
+        by_name = {row["contender"]: row for row in rows if (row["case"], row["micro_batches"]) == (case, count)}
+        for scope in ("global", "per_tensor"):
+            one = by_name.get(f"one batch, {scope}")
+            ours = by_name.get(f"projgrad {scope}", one if count == "1" else None)
+            if ours is None or ours["note"]:
+                continue
+            cells = [ours["model"], count, scope, ours["passes"], *(_number(ours, k) for k in ("distance", "cosine"))]
+            cells += [_number(ours, "over_plain"), *(_number(r, "peak_mb") for r in (ours, by_name["plain"], one))]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def by_hand_table() -> str:
+    """Return the table of docs/micro_batches.md about what is done by hand."""
+    lines = ["| model | micro-batches of 16 | what is done | distance from one batch | largest cosine |"]
+    lines.append("|---|---|---|---|---|")
+    names = ("unprojected", "one after the other", "sum of projections", "mean of projections", "basis kept for")
+    for row in read_csv(RESULTS / "micro_batches_cpu.csv"):
+        if row["contender"].startswith(names) and not row["note"]:
+            cells = [row["model"], row["micro_batches"], row["contender"], _number(row, "distance")]
+            lines.append(f"| {' | '.join([*cells, _number(row, 'cosine')])} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     import tempfile
 

@@ -11,6 +11,7 @@ from projgrad.experiments.comparison.methods import TITLES
 from projgrad.experiments.scenarios import FAST, SCENARIOS
 
 from .gpu_readme import gpu, step_rows
+from .micro_batches import by_hand_table, union_table
 from .report import RESULTS, read_csv
 from .steps import SUMMARY, summary
 
@@ -194,6 +195,7 @@ SECTIONS = {
     "docs/benchmarks.md": {"steps": steps, "host": host, "flat": flat},
     "docs/comparison.md": {"compare": compare},
     "docs/gpu.md": {"gpu": gpu},
+    "docs/micro_batches.md": {"union": union_table, "by hand": by_hand_table},
     "docs/scenarios.md": {"scenarios": scenarios},
 }
 
