@@ -21,6 +21,7 @@ from ..ops.numerics import default_rtol, in_range, product_dtype
 from ..recording.graph import coarser
 from ..recording.host_reads import inner, lengths
 from .check import Checks, WeightStats, check_finite, check_relative_error, tolerance_of
+from .convergence import Convergence
 from .gradient_access import Block, KeptGradients
 from .passes import Passes
 from .records import Projection
@@ -114,8 +115,8 @@ class Union:
         u2 = self._products(self.r, self.r)
         if not u2.isfinite().all():
             raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
-        gains: list[Tensor] = []  # [l], by how much every iteration reduced ‖r‖²
-        passes, error, before, done = 0, math.inf, None, not u2.any()
+        convergence = Convergence()
+        passes, error, done = 0, math.inf, not u2.any()
         while True:
             last = done or passes + 1 == self.max_passes
             rho, worst = self._sweep(passes, last, u2)
@@ -126,12 +127,12 @@ class Union:
             if last and (self.residual <= self.tolerance or passes >= self.max_passes):
                 break
             if not last:
-                if not gains:
+                if not convergence:
                     for span in self.small.values():
                         span.project_([self.r[name] for name in span.block.parameters])
-                gains.append(self._advance(rho, before))
-                before, size = rho, self._erase(u2)
-                left = _left(gains, size, (64 * self.eps) ** 2 * u2).sum().sqrt()
+                self._advance(rho, convergence)
+                size = self._erase(u2)
+                left = convergence.left(size, (64 * self.eps) ** 2 * u2).sum().sqrt()
                 error = float(left / torch.maximum(size.sum(), noise.square().sum()).sqrt())
             # Half of it: the estimate may be too low.
             done = not last and error <= self.tolerance / 2 and self.residual <= NEAR * self.tolerance
@@ -142,7 +143,7 @@ class Union:
                 f"relative; wanted was {self.tolerance:.1e}. Allow more with max_passes, or raise union_tolerance",
                 stacklevel=6,
             )
-        return self._finish(u2, r2, len(gains), passes, error, cosines)
+        return self._finish(u2, r2, len(convergence), passes, error, cosines)
 
     def _sweep(self, index: int, last: bool, u2: Tensor) -> tuple[Tensor, Tensor]:
         """Visit every micro-batch: set d to Σ_b G_bᵀ z_b, or in the last pass to Σ_j g_j.
@@ -202,20 +203,20 @@ class Union:
             batch.add_(self.blocks, w)
         return w, s, norms
 
-    def _advance(self, rho: Tensor, before: Tensor | None) -> Tensor:
-        """Make the next direction q of d, and step along it; return by how much ‖r‖² is reduced, [l]."""
-        if before is None:
+    def _advance(self, rho: Tensor, convergence: Convergence) -> None:
+        """Make the next direction q of d, and step along it."""
+        beta = convergence.next_beta(rho).tolist()
+        if not self.q:
             self.q, self.d = self.d, {}
         else:
-            beta = torch.where(before > 0, rho / before, 0.0).tolist()
             for name, q in self.q.items():
                 q.mul_(beta[self.place[name]]).add_(self.d[name])
         slope, square = self._products(self.r, self.q), self._products(self.q, self.q)
         step = torch.where(square > 0, slope / square, 0.0)
+        convergence.add(step, slope * step)
         along = step.tolist()
         for name, r in self.r.items():
             r.add_(self.q[name], alpha=-along[self.place[name]])
-        return slope * step
 
     def _erase(self, u2: Tensor) -> Tensor:
         """Set r to zero in blocks where it is shorter than the tolerance times u; return ‖r‖² [l]."""
@@ -289,18 +290,3 @@ def _taken(p: Tensor) -> Tensor:
     if grad is None:
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
     return grad.detach().to(dtype).contiguous()
-
-
-def _left(gains: Sequence[Tensor], size: Tensor, floor: Tensor) -> Tensor:
-    """Estimate ‖r - exact result‖² of every block, [l].
-
-    Conjugate gradients reduce that square by `gains`. What is still to come is estimated as a geometric series with the
-    ratio of the last gains to those before. It is at most ‖r‖² = `size`; gains below `floor` are rounding.
-    """
-    window = max(min(3, len(gains) // 2), len(gains) // 4)  # longer where convergence is slow
-    if not window:
-        return size
-    late, early = (torch.stack(some).clamp_min(0).sum(0) for some in (gains[-window:], gains[-2 * window : -window]))
-    ratio = torch.where(early > 0, late / early.clamp_min(1e-300), 0.0).clamp_max(1.0)
-    series = late * ratio / (1 - ratio).clamp_min(1e-12)  # of sums over `window` terms
-    return torch.where(late <= floor, late, torch.minimum(series, size))

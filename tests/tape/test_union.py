@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import projgrad
 from projgrad.tape import union
-from projgrad.tape.union import _left
+from projgrad.tape.convergence import Convergence
 
 SIZES = (3, 2, 4)
 VOCABULARY, T = 11, 5
@@ -106,10 +106,44 @@ def test_a_pretend_gpu_gives_the_numbers_of_the_cpu(scope, monkeypatch):
     assert again.iterations == record.iterations and again.residual <= 1e-4
 
 
-def test_the_estimate_of_what_is_left_is_that_of_a_geometric_series():
-    gains = [torch.tensor([0.5**k]).double() for k in range(12)]
-    left, size, floor = 0.5**12 / (1 - 0.5), torch.ones(1).double(), torch.zeros(1).double()
-    assert _left(gains, size, floor).item() == pytest.approx(left)
-    assert _left(gains[:1], size, floor).item() == 1.0  # one gain says nothing
-    assert _left(gains, size / 1e6, floor).item() == pytest.approx(1e-6)  # no more than there is
-    assert _left([g + 1 for g in gains], size, floor + 9).item() < 4  # gains of rounding end the series
+def iterated(K, v):
+    """Conjugate gradients on K x = v: their numbers, the squared distance after each, and ‖r‖² of a u of length 1."""
+    convergence, x, r, p = Convergence(), torch.zeros_like(v), v, torch.zeros_like(v)
+    exact, distances, sizes = torch.linalg.solve(K, v), [], []
+    u2 = 2 * v @ exact  # half of u is in the span
+    for _ in range(len(v)):
+        rho = (r @ r)[None]
+        p = r + convergence.next_beta(rho) * p
+        step = rho / (p @ K @ p)
+        x, r = x + step * p, r - step * (K @ p)
+        convergence.add(step, step * rho)
+        distances.append(float((exact - x) @ K @ (exact - x)))
+        sizes.append(u2 / 2 + distances[-1])
+        floor = torch.zeros(1).double()
+        yield convergence.left(sizes[-1][None], floor).item(), distances[-1], convergence
+        if distances[-1] < 1e-14 * u2:
+            return
+
+
+@pytest.mark.parametrize("smallest", [0.5, 1e-2, 1e-4])
+def test_the_estimate_of_the_distance_holds_on_plateaus_too(smallest):
+    """Eigenvalues in two clusters: gains fall, and rise again when the second one is reached."""
+    Q = torch.linalg.qr(torch.randn(40, 40).double()).Q
+    values = torch.cat([torch.linspace(1, 2, 30), smallest * torch.linspace(1, 2, 10)]).double()
+    K = Q * values @ Q.mT
+    v = K @ torch.randn(40).double()
+    estimates = list(iterated(K, v))
+    late = [(estimate, distance) for estimate, distance, _ in estimates[8:] if distance > 1e-12]
+    assert late and all(estimate > distance / 16 for estimate, distance in late)  # a factor of 4 of the length
+    *_, (_, _, convergence) = estimates
+    assert convergence.smallest_eigenvalue().item() == pytest.approx(smallest, rel=0.05)
+
+
+def test_a_system_that_has_ended_has_nothing_left():
+    convergence, one = Convergence(), torch.ones(2).double()
+    for k in range(6):
+        rho = torch.tensor([0.5**k, 0.25 if k < 2 else 0.0]).double()
+        convergence.next_beta(rho)
+        convergence.add(torch.tensor([0.7, 0.9 if k < 2 else 0.0]).double(), rho)
+    left = convergence.left(one, 0 * one)
+    assert 0 < left[0] <= 1 and left[1] == 0 and convergence.smallest_eigenvalue().isfinite().all()
