@@ -163,6 +163,7 @@ class Union:
             worst = torch.maximum(worst, cosines if last else cosines * self.iterated)
             size = w.abs()
             stats = stats + torch.stack([(s * w).sum(1), size.sum(1), (size * norms).sum(1)], 1)
+            del passes, losses  # the next forward pass would run beside their graph
             self.notify(index, b, self.residual)
         if not last:
             self._check(stats, self._products(self.r, self.d), self._products(self.r, self.r))
