@@ -99,6 +99,7 @@ class Union:
         self.iterated = torch.tensor(large, dtype=torch.float64, device=next(iter(parameters.values())).device)
         self.dtype = coarser(*(block.dtype for block in self.blocks))
         self.eps = torch.finfo(self.dtype).eps
+        self.unused = {name for name, p in parameters.items() if p.grad is None}  # by forget, and by no micro-batch
         self.r = {name: _taken(p) for name, p in parameters.items()}
         self.d: Vector = {}
         self.q: Vector = {}
@@ -187,6 +188,7 @@ class Union:
         s = s.masked_fill(norms == 0, 0.0)
         if not index:
             self.samples += len(losses)
+            self.unused.difference_update(use.name for use in batch.uses)
             self.half = self.half or any(use.rule.has_16bit_factor for use in batch.uses)
             for span in self.small.values():
                 span.add(span.rows(batch.uses, len(losses)))
@@ -245,7 +247,7 @@ class Union:
             r = self.r.pop(name)
             if self.alpha:
                 r.add_(self.d.pop(name), alpha=self.alpha / self.samples)
-            p.grad = r.to(p.dtype)
+            p.grad = None if name in self.unused else r.to(p.dtype)
         coarse = max(torch.finfo(b.stored).eps / 2 for b in self.blocks) if self.half else 0.0  # p.grad is rounded to
         before, after, residuals = u2.tolist(), r2.tolist(), cosines.clamp_max(1.0).tolist()
 
@@ -272,16 +274,13 @@ class Union:
 
     def _products(self, a: Vector, b: Vector) -> Tensor:
         """Return the inner product of two vectors in every block, [l] float64."""
-        names, device = list(a), next(iter(a.values())).device
         if a is b:
-            values = lengths([a[name] for name in names]).square()
+            values = lengths(list(a.values())).square()
         else:
-            values = torch.stack([inner(a[name], b[name]).to(device) for name in names])
+            values = torch.stack([inner(a[name], b[name]).to(self.iterated.device) for name in a])
         if self.rates:
-            values = values * values.new_tensor([self.rates.get(name, 1.0) for name in names])
-        if len(self.blocks) == 1:
-            return values.sum()[None]
-        return values[[names.index(block.name) for block in self.blocks]]
+            values = values * values.new_tensor([self.rates.get(name, 1.0) for name in a])
+        return values.sum()[None] if len(self.blocks) == 1 else values  # blocks are in the order of the parameters
 
 
 def _taken(p: Tensor) -> Tensor:

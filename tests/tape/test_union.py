@@ -85,6 +85,13 @@ def test_models_of_several_kinds(make, scope, small, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8)
 
 
+def test_a_weight_that_nothing_uses_has_no_gradient():
+    """Weight decay would move it."""
+    model, forget, parts, _ = language()
+    projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)).step(forget, parts)
+    assert [name for name, p in model.named_parameters() if p.grad is None] == ["rare.weight", "rare.bias"]
+
+
 @pytest.mark.parametrize("scope", ["global", "per_tensor"])
 def test_a_pretend_gpu_gives_the_numbers_of_the_cpu(scope, monkeypatch):
     monkeypatch.setattr(union, "SMALL", 100)
