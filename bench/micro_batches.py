@@ -35,7 +35,7 @@ CASES = {  # width, layers, tokens, vocabulary; steps of training on the retain 
     "fitted": ((64, 2, 32, 200), 300),
     "tiny": ((16, 1, 8, 20), 5),
 }
-LARGEST_BATCH = {"decoder": 16, "fitted": 64, "tiny": 4}  # micro-batches whose samples fit one batch
+LARGEST_BATCH = {"decoder": 64, "fitted": 64, "tiny": 4}  # micro-batches whose samples fit one batch
 COLUMNS = (
     "case",
     "model",
@@ -162,7 +162,7 @@ def contenders(case: str, count: int) -> dict[str, Callable[[Problem], projgrad.
             ways[f"one batch, {scope}"] = lambda problem, scope=scope: problem.step(problem.one_batch, scope=scope)
         if count > 1:
             ways[f"projgrad {scope}"] = lambda problem, scope=scope: problem.step(problem.parts(), scope=scope)
-    if 1 < count <= LARGEST_BATCH[case]:
+    if 1 < count <= min(16, LARGEST_BATCH[case]):
         ways["one after the other"] = Problem.in_turn
         ways["sum of projections"] = lambda problem: problem.summed(1.0)
         ways["mean of projections"] = lambda problem: problem.summed(1 / count)
