@@ -35,7 +35,7 @@ CASES = {  # width, layers, tokens, vocabulary; steps of training on the retain 
     "fitted": ((64, 2, 32, 200), 300),
     "tiny": ((16, 1, 8, 20), 5),
 }
-LARGEST_BATCH = {"decoder": 64, "fitted": 64, "tiny": 4}  # micro-batches whose samples fit one batch
+LARGEST_BATCH = {"decoder": 16, "fitted": 16, "tiny": 4}  # micro-batches whose samples fit one batch
 COLUMNS = (
     "case",
     "model",
@@ -162,7 +162,7 @@ def contenders(case: str, count: int) -> dict[str, Callable[[Problem], projgrad.
             ways[f"one batch, {scope}"] = lambda problem, scope=scope: problem.step(problem.one_batch, scope=scope)
         if count > 1:
             ways[f"projgrad {scope}"] = lambda problem, scope=scope: problem.step(problem.parts(), scope=scope)
-    if 1 < count <= min(16, LARGEST_BATCH[case]):
+    if 1 < count <= LARGEST_BATCH[case]:
         ways["one after the other"] = Problem.in_turn
         ways["sum of projections"] = lambda problem: problem.summed(1.0)
         ways["mean of projections"] = lambda problem: problem.summed(1 / count)
@@ -239,6 +239,10 @@ def _number(row: dict | None, column: str, form: str = ".3g") -> str:
     return format(float(row[column]), form) if row and row[column] else "-"
 
 
+def _model(row: dict) -> str:
+    return row["model"].replace(", 0 steps of training", ", not trained")
+
+
 def union_table() -> str:
     """Return the table of docs/micro_batches.md about the union."""
     rows = read_csv(RESULTS / "micro_batches_cpu.csv")
@@ -257,7 +261,7 @@ def union_table() -> str:
             ours = by_name.get(f"projgrad {scope}", one if count == "1" else None)
             if ours is None or ours["note"]:
                 continue
-            cells = [ours["model"], count, scope, ours["passes"], *(_number(ours, k) for k in ("distance", "cosine"))]
+            cells = [_model(ours), count, scope, ours["passes"], *(_number(ours, k) for k in ("distance", "cosine"))]
             cells += [_number(ours, "over_plain"), *(_number(r, "peak_mb") for r in (ours, by_name["plain"], one))]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -270,7 +274,7 @@ def by_hand_table() -> str:
     names = ("unprojected", "one after the other", "sum of projections", "mean of projections", "basis kept for")
     for row in read_csv(RESULTS / "micro_batches_cpu.csv"):
         if row["contender"].startswith(names) and not row["note"]:
-            cells = [row["model"], row["micro_batches"], row["contender"], _number(row, "distance")]
+            cells = [_model(row), row["micro_batches"], row["contender"], _number(row, "distance")]
             lines.append(f"| {' | '.join([*cells, _number(row, 'cosine')])} |")
     return "\n".join(lines)
 
