@@ -5,6 +5,7 @@ from importlib import import_module
 from . import baselines, functional, projectors
 from . import kernels as kernels  # importing them registers them
 from .methods.feasible_updates import FeasibleRecord, FeasibleUpdates
+from .methods.micro_batches import micro_batches
 from .methods.orthograd import OrthoGrad, StepRecord
 from .methods.pgu.loss import unlearning_loss
 from .methods.pgu.pgu import PGU, PGURecord
@@ -39,6 +40,7 @@ __all__ = [
     "linear_dot",
     "linear_gram",
     "linear_moments",
+    "micro_batches",
     "per_sample",
     "project_out",
     "projectors",

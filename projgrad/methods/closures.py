@@ -149,8 +149,12 @@ class Closures:
 
         losses: what the second closure returned. forgotten: returns the gradients of the first one's loss, by name;
         asked only for what the second one changed.
+        Of more than two closures, micro-batches, none may change a weight.
         Raises ValueError where they did not.
         """
+        if len(self.changed) > 2:
+            self.check_unchanged()
+            return
         (first, before), (second, after) = self.changed.items()
         changed_by_first = [name for name in before if name not in after]
         if changed_by_first:
@@ -160,6 +164,11 @@ class Closures:
             grads = zip(after, forgotten(list(after)), strict=True)
             moved = [name for name, grad in grads if grad is not None and _moved(before.get(name), after[name], grad)]
             self._refuse(f"{second}()", moved)
+
+    def check_unchanged(self) -> None:
+        """Check that no closure changed a weight in place; raises ValueError."""
+        for closure, after in self.changed.items():
+            self._refuse(f"{closure}()", list(after))
 
     def _refuse(self, closure: str, names: list[str]) -> None:
         if names:

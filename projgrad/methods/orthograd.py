@@ -20,6 +20,9 @@ from ..tape.records import Projection
 from .closures import Closures
 from .common import check_batch_norm, clear_grads, learning_rates, loss_value, scalar_loss, trainable_parameters
 from .graphed import GraphedStep
+from .micro_batches import Closed, MicroBatchOptions, accumulate_forget, closures_of
+from .protocol import Closure
+from .union import project_union
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class StepRecord:
     discrepancy: of the self-check: how far the per-sample gradients and plain autograd are apart, relative.
     forget_loss, retain_loss: before the step; the retain loss is the mean over samples.
     seconds: wall time of the whole step.
+    iterations, micro_batches, estimated_error: of a retain set in micro-batches: iterations of conjugate gradients, and
+        ‖u_perp - exact‖ / ‖u_perp‖ as far as they tell; the rank is None then.
     skipped: a gradient scaler found NaN or Inf: nothing was updated but its scale.
     tensors: the same for every parameter, with scope="per_tensor"; empty otherwise.
     """
@@ -50,6 +55,9 @@ class StepRecord:
     seconds: float
     skipped: bool = False
     tensors: dict[str, Projection] = field(default_factory=dict)
+    iterations: int = 0
+    micro_batches: int = 1
+    estimated_error: float = 0.0
 
 
 SKIPPED = {"rank": None, "refinements": 0, "discrepancy": 0.0, "skipped": True}
@@ -87,6 +95,11 @@ class OrthoGrad:
         projector: function (u (p,), G (n, p)) -> u_perp (p,) instead of projgrad's, such as `projgrad.projectors.qr`;
             with scope="per_tensor" called once for each tensor. All of G takes n times the memory of the parameters: a
             reference to compare with, without `damping`, `rtol`, `keep_output_gradients` and `scaler`.
+        union_tolerance, max_passes: of retain sets in micro-batches: how far u_perp may be from the exact result,
+            relative, and its cosines from zero; and after how many passes over the set it is taken as it is, with a
+            warning.
+        progress: show a bar while a retain set in micro-batches is worked on; needs rich.
+        forget_reduction: "mean" or "sum" of the losses that the closures of `forget` return.
 
     Raises:
         TypeError: a wrong type of model, optimizer or option.
@@ -120,6 +133,10 @@ class OrthoGrad:
         keep_output_gradients: bool = True,
         scaler: torch.amp.GradScaler | None = None,
         projector: Callable[[Tensor, Tensor], Tensor] | None = None,
+        union_tolerance: float = 1e-4,
+        max_passes: int = 100,
+        progress: bool = False,
+        forget_reduction: str = "mean",
     ) -> None:
         trainable_parameters(model, optimizer)
         alpha = _options.within("alpha weighs the mean retain gradient and", alpha, "[0, 1]")
@@ -139,11 +156,12 @@ class OrthoGrad:
         self.sign = -1.0 if _options.check_flag("ascend", ascend) else 1.0
         self.damping, self.rtol, self.max_norm = damping, rtol, _options.check_max_norm(max_norm)
         self.keep_output_gradients, self.scaler, self.projector = keep_output_gradients, scaler, projector
+        self.micro = MicroBatchOptions(union_tolerance, max_passes, progress, forget_reduction)
         self._factors_help = False  # whether the factors of the forget gradient saved work in the step before
         self._factors = ForgetFactors()
         self._script: Script | None = None
 
-    def step(self, forget: Callable[[], Tensor], retain: Callable[[], Tensor]) -> StepRecord:
+    def step(self, forget: Closed, retain: Closed) -> StepRecord:
         """Make one update.
 
         An error before the optimizer steps leaves the model and the optimizer as they were, with every
@@ -159,9 +177,12 @@ class OrthoGrad:
         or call `optimizer.zero_grad()` after each.
 
         Args:
-            forget: returns the scalar forget loss.
+            forget: returns the scalar forget loss. Or an iterable of closures, micro-batches: each returns a scalar,
+                or one loss per sample, and `forget_reduction` of all of them is the forget loss.
             retain: returns the losses of the n retain samples, shape (n,): each one's gradient is protected. Sample j
-                must depend on nothing that the other samples hold.
+                must depend on nothing that the other samples hold. Or an iterable of such closures: the gradients of
+                all their samples are protected, and α weighs the mean over all. Each closure is called once for every
+                pass and has to return the same losses each time; random numbers of torch are replayed.
 
         Raises:
             TypeError: something other than a closure.
@@ -174,10 +195,13 @@ class OrthoGrad:
             ArithmeticError: the projection contradicts plain autograd, or a second backward pass the first one.
         """
         start = time.perf_counter()
-        with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures:
+        clear_grads(self.optimizer)
+        forgets, retains = closures_of("forget", forget), closures_of("retain", retain)
+        with Closures(self.model, self.optimizer, **forgets, **retains) as closures:
             check_batch_norm(self.model)
             try:
-                numbers = self._retain(self._forget(forget, closures), retain, closures)
+                loss = self._forget(forgets, closures)
+                numbers = (self._retain if len(retains) == 1 else self._retain_union)(loss, retains, closures)
             except FloatingPointError:
                 if self.scaler is None:
                     raise
@@ -223,7 +247,7 @@ class OrthoGrad:
             check_batch_norm(self.model)
             self._script, self._factors_help = script, False
             try:
-                self._retain(self._forget(forget, closures), retain, closures)
+                self._retain(self._forget({"forget": forget}, closures), {"retain": retain}, closures)
             finally:
                 self._script = None
             return closures.params
@@ -244,8 +268,12 @@ class OrthoGrad:
         precision = torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cuda")
         return options, tuple(held), tuple(training), tuple(rates.items()), precision
 
-    def _forget(self, forget: Callable[[], Tensor], closures: Closures) -> Tensor:
+    def _forget(self, forgets: dict[str, Closure], closures: Closures) -> Tensor:
         """Set p.grad to ± (1 - α) u; return the loss, not looked at yet: the device may still be busy with it."""
+        if len(forgets) > 1:
+            scale, weight = self.scaler.scale if self.scaler else lambda loss: loss, self.sign * (1 - self.alpha)
+            return accumulate_forget(closures, forgets, weight, self.micro.forget_reduction, scale)
+        (forget,) = forgets.values()
         tape = per_sample(self.model, closures.params) if self._factors_help else None
         with closures.watch("forget"), tape or nullcontext():
             loss = scalar_loss(forget)
@@ -257,9 +285,30 @@ class OrthoGrad:
             self._factors = tape.accumulate_(scaled, weight)
         return loss.detach()
 
-    def _retain(self, loss: Tensor, retain: Callable[[], Tensor], closures: Closures) -> dict[str, Any]:
+    def _retain_union(self, loss: Tensor, retains: dict[str, Closure], closures: Closures) -> dict[str, Any]:
+        """Do what `_retain` does for the union of all micro-batches."""
+        if self.projector is not None or self.damping or self.rtol is not None or not self.keep_output_gradients:
+            raise ValueError(
+                "a retain set in micro-batches is solved without projector, damping, rtol and "
+                "keep_output_gradients=False: use one closure, or leave them out"
+            )
+        self._factors, self._factors_help = ForgetFactors(), False
+        share = 1 / 16 if self.scaler else 1.0  # as small as in a mean, which is what its scale has been found for
+        fields = project_union(
+            self.model,
+            closures,
+            retains,
+            self.micro,
+            scope=self.scope,
+            alpha=self.alpha / share,
+            rates=learning_rates(self.optimizer, closures.params),
+            prepare=lambda losses: self.scaler.scale(losses) * share if self.scaler else losses,
+        )
+        return fields | {"forget_loss": loss_value(loss)}
+
+    def _retain(self, loss: Tensor, retains: dict[str, Closure], closures: Closures) -> dict[str, Any]:
         """Set p.grad to ± (1 - α) u_perp + α mean_j(g_j); return the fields of the record."""
-        params = closures.params
+        (retain,), params = retains.values(), closures.params
         with closures.watch("retain"), per_sample(self.model, params) as tape:
             losses = retain()
         check_shape(losses)

@@ -252,13 +252,13 @@ class KeptGradients(GradientAccess):
                 rate = self.rate(use.name)
                 K[place[use.name]].append(one if rate == 1 else rate * one)
                 v[place[use.name]].append(other if rate == 1 else rate * other)
-        return _stacked(K, zero.new_zeros(n, n)), _stacked(v, zero)
+        return _stacked(K, zero.new_zeros(n, n)) if gram else zero, _stacked(v, zero)
 
     def _of_group(self, group: Group, float64: bool, gram: bool) -> tuple[Tensor, Tensor]:
         """Return K [l, n, n] and v [l, n] of the uses in a group."""
-        parameters, rule = self.passes.recording.parameters, group[0].rule
-        grads = [parameters[use.name].grad for use in group]
-        us = [None if g is None else part(use.source, g) for use, g in zip(group, grads, strict=True)]
+        rule = group[0].rule
+        directions = [self.direction(use.name) for use in group]
+        us = [None if u is None else part(use.source, u) for use, u in zip(group, directions, strict=True)]
         if not gram:
             v = group.dot(us, float64)
             return v.new_zeros(len(group), 0, 0), v
@@ -271,17 +271,29 @@ class KeptGradients(GradientAccess):
             v = factored.dot(rule, float64).mT
         return K, v
 
-    def apply(self, blocks: Sequence[Block], w: Tensor, max_abs: float, float64: bool = False) -> list[Outcome]:
+    def direction(self, name: str) -> Tensor | None:
+        """Return the tensor of a parameter whose products with the per-sample gradients are v; None counts as zero."""
+        return self.passes.recording.parameters[name].grad
+
+    def target(self, name: str) -> Tensor:
+        """Return the tensor of a parameter that Gᵀ w is added to."""
+        return _grad_of(self.passes.recording.parameters[name])
+
+    def add_(self, blocks: Sequence[Block], w: Tensor, float64: bool = False) -> None:
+        """Add Gᵀ w to the targets, w [l, n]."""
         groups, place = self._groups(blocks)
         for block in blocks:  # p.grad is about to change
             for name in block.parameters:
                 self.factors.pop(name, None)
-        parameters, rows = self.passes.recording.parameters, w.unbind()
+        rows = w.unbind()
         for group in groups:
-            outs = [_grad_of(parameters[use.name]) for use in group]
+            outs = [self.target(use.name) for use in group]
             # Picking rows by their indices would wait for a GPU.
             c = w[0] if len(blocks) == 1 else torch.stack([rows[place[use.name]] for use in group])
             group.combine_(outs, c, float64)
+
+    def apply(self, blocks: Sequence[Block], w: Tensor, max_abs: float, float64: bool = False) -> list[Outcome]:
+        self.add_(blocks, w, float64)
         norms = self.norms(blocks)
         return [Outcome(square=Measured(norms[block.name], self.square_of(block))) for block in blocks]
 

@@ -156,7 +156,7 @@ class Solver:
     def _solution(self, blocks: Sequence[Block], requests: Sequence[Solve], float64: bool) -> Tensor:
         if requests[0].v is None:
             K, v = self.access.products(blocks, float64)
-            K, v = _without_underflow(K, v, blocks)
+            K, v = without_underflow(K, v, blocks)
             for block, one, other in zip(blocks, K, v, strict=True):
                 self.K[block.name], self.v[block.name] = one, other
         else:
@@ -265,7 +265,7 @@ def _solved(numbers: list[float]) -> Solved:
     return Solved(*weights, residual, spread, int(used), int(rank), math.isfinite(finite))
 
 
-def _without_underflow(K: Tensor, v: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
+def without_underflow(K: Tensor, v: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
     """Count gradients shorter than 1e-31 in float32 as zero.
 
     Some of their digits are below the smallest number, and their weights would be near the largest.

@@ -1,0 +1,70 @@
+"""The retain part of a step over many micro-batches: progress, and the fields of its record."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..tape.union import Union
+from .closures import Closures
+from .micro_batches import MicroBatchOptions, RetainBatches
+from .protocol import Closure
+
+
+def project_union(
+    model: nn.Module,
+    closures: Closures,
+    named: Mapping[str, Closure],
+    options: MicroBatchOptions,
+    *,
+    scope: str,
+    alpha: float,
+    rates: Mapping[str, float],
+    prepare: Callable[[Tensor], Tensor],
+) -> dict[str, Any]:
+    """Set p.grad to its projection plus α mean_j(g_j) over all micro-batches; return the fields of the record."""
+    batches = RetainBatches(model, closures, named, prepare)
+    largest = max(rates.values(), default=0.0)
+    relative = {name: rate / largest for name, rate in rates.items()} if largest else {}
+    with _progress(options, len(named)) as notify:
+        union = Union(
+            [functools.partial(batches.recorded, name) for name in named],
+            closures.params,
+            scope,
+            alpha,
+            options.tolerance,
+            options.max_passes,
+            relative,
+            notify,
+        )
+        projection = union.run()
+    fields = {name: value for name, value in vars(projection).items() if name not in ("squares", "samples", "passes")}
+    losses = sum(float(values.double().sum()) for values in batches.values.values())
+    return fields | {"retain_loss": losses / projection.samples, "micro_batches": len(named)}
+
+
+@contextmanager
+def _progress(options: MicroBatchOptions, count: int) -> Iterator[Callable[[int, int, float], object]]:
+    """Give what is called after every micro-batch: a bar on stderr, with rich, if the options want one."""
+    if not options.progress:
+        yield lambda *_: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError as error:
+        raise ImportError("progress=True needs rich: pip install rich") from error
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("retain", total=count)
+
+        def notify(index: int, batch: int, residual: float) -> None:
+            description = f"pass {index + 1}" + (f", residual {residual:.1e}" if residual == residual else "")
+            bar.update(task, completed=batch + 1, description=description)
+
+        yield notify

@@ -1,0 +1,294 @@
+"""The projection on the complement of the per-sample gradients of many micro-batches, which are never held together.
+
+Conjugate gradients for K x = v over all samples, preconditioned with the Gram matrices of the micro-batches. The
+vectors of the iteration are kept as gradients, r = u - Gᵀ x and q = Gᵀ p, so that an iteration is one visit to every
+micro-batch: one forward and one backward pass give s = G_b r, z = (G_b G_bᵀ)⁻¹ s and the sum of G_bᵀ z.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.gram_solve import gram_solve_op
+from ..ops.numerics import default_rtol, in_range, product_dtype
+from ..recording.graph import coarser
+from ..recording.host_reads import inner, lengths
+from .check import Checks, WeightStats, check_finite, check_relative_error, tolerance_of
+from .convergence import Convergence
+from .gradient_access import Block, KeptGradients
+from .passes import Passes
+from .records import Projection
+from .small_spans import SMALL, SmallSpan
+from .systems import HELD, without_underflow
+from .verify import next_watched, verify
+
+Batch = Callable[[], AbstractContextManager[tuple[Passes, Tensor]]]  # a forward pass of one micro-batch, anew each time
+Vector = dict[str, Tensor]  # in the space of the parameters, by name
+NEAR = 8  # the residual of a pass, in tolerances, from which the next one may be the last: an iteration reduces it too
+
+
+@dataclass
+class UnionProjection(Projection):
+    """What a projection on the complement of many micro-batches did; rank is None: that of the union is not known.
+
+    samples: in all micro-batches. iterations: of conjugate gradients. passes: visits to every micro-batch.
+    estimated_error: ‖result - exact result‖ / ‖result‖, estimated from how the iteration converged.
+    """
+
+    samples: int = 0
+    iterations: int = 0
+    passes: int = 0
+    estimated_error: float = 0.0
+
+
+class MicroBatch(KeptGradients):
+    """The rules of one micro-batch: its products are those with r, and Gᵀ w is added to d."""
+
+    def __init__(self, passes: Passes, losses: Tensor, rates: Mapping[str, float], watch: str, r: Vector, d: Vector):
+        super().__init__(passes, losses, rates, None, watch)
+        self.r, self.d = r, d
+
+    def direction(self, name: str) -> Tensor:
+        return self.r[name]
+
+    def target(self, name: str) -> Tensor:
+        return self.d[name]
+
+
+class Union:
+    """Takes the span of the per-sample gradients of all micro-batches out of p.grad.
+
+    Args:
+        batches: each makes a forward pass of a micro-batch and gives its passes and losses.
+        parameters: by name; their p.grad is u, and None while this runs.
+        scope: "global": one system. "per_tensor": one for each tensor, side by side in the same passes.
+        alpha: α Σ_j g_j / N over all N samples is added to the result.
+        tolerance: of ‖result - exact‖ / ‖result‖, estimated, and of max_j |cos(g_j, result)|, measured.
+        max_passes: after so many the result is taken as it is, with a warning.
+        rates: weights of the parameters in all inner products, 1 by default.
+        notify: called after every visit with the pass, the micro-batch and the residual of the pass before.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        parameters: Mapping[str, Tensor],
+        scope: str,
+        alpha: float,
+        tolerance: float,
+        max_passes: int,
+        rates: Mapping[str, float],
+        notify: Callable[[int, int, float], object],
+    ) -> None:
+        self.batches, self.parameters, self.alpha = batches, parameters, alpha
+        self.tolerance, self.max_passes, self.notify = tolerance, max_passes, notify
+        self.rates = {} if scope == "per_tensor" else rates
+        named = {name: {name: p} for name, p in parameters.items()} if scope == "per_tensor" else {"": parameters}
+        self.blocks = [Block(name, params) for name, params in named.items()]
+        self.place = {name: k for k, block in enumerate(self.blocks) for name in block.parameters}
+        small = [k for k, block in enumerate(self.blocks) if block.numel() <= SMALL and not self.rates]
+        self.small = {k: SmallSpan(self.blocks[k]) for k in small}
+        large = [0.0 if k in self.small else 1.0 for k in range(len(self.blocks))]
+        self.iterated = torch.tensor(large, dtype=torch.float64, device=next(iter(parameters.values())).device)
+        self.dtype = coarser(*(block.dtype for block in self.blocks))
+        self.eps = torch.finfo(self.dtype).eps
+        self.unused = {name for name, p in parameters.items() if p.grad is None}  # by forget, and by no micro-batch
+        self.r = {name: _taken(p) for name, p in parameters.items()}
+        self.d: Vector = {}
+        self.q: Vector = {}
+        self.K: list[Tensor | None] = [None] * len(batches)  # [l, n, n] of every micro-batch, as far as HELD allows
+        self.held, self.samples, self.half, self.discrepancy, self.residual = 0, 0, False, 0.0, math.nan
+
+    @torch.no_grad()
+    def run(self) -> UnionProjection:
+        """Project, and write the result to p.grad.
+
+        Raises FloatingPointError for NaN or Inf in u or a per-sample gradient, ArithmeticError where the rules
+        contradict plain autograd or one another.
+        """
+        u2 = self._products(self.r, self.r)
+        if not u2.isfinite().all():
+            raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
+        convergence = Convergence()
+        passes, error, done = 0, math.inf, not u2.any()
+        while True:
+            last = done or passes + 1 == self.max_passes
+            rho, worst = self._sweep(passes, last, u2)
+            r2, passes = self._products(self.r, self.r), passes + 1
+            noise = 16 * self.samples * self.eps / 2 * u2.sqrt()  # a result this short has no direction
+            cosines = worst / torch.maximum(r2.sqrt(), noise).clamp_min(torch.finfo(torch.float64).tiny)
+            self.residual = min(1.0, float(cosines.max()))
+            if last and (self.residual <= self.tolerance or passes >= self.max_passes):
+                break
+            if not last:
+                if not convergence:
+                    for span in self.small.values():
+                        span.project_([self.r[name] for name in span.block.parameters])
+                self._advance(rho, convergence)
+                size = self._erase(u2)
+                left = convergence.left(size, (64 * self.eps) ** 2 * u2).sum().sqrt()
+                error = float(left / torch.maximum(size.sum(), noise.square().sum()).sqrt())
+            # Half of it: the estimate may be too low.
+            done = not last and error <= self.tolerance / 2 and self.residual <= NEAR * self.tolerance
+        if (error > self.tolerance and u2.any()) or self.residual > self.tolerance:
+            warnings.warn(
+                f"after {passes} passes over {len(self.batches)} micro-batches the result has a cosine of "
+                f"{self.residual:.1e} with a retain gradient, and differs from the exact one by about {error:.1e}, "
+                f"relative; wanted was {self.tolerance:.1e}. Allow more with max_passes, or raise union_tolerance",
+                stacklevel=6,
+            )
+        return self._finish(u2, r2, len(convergence), passes, error, cosines)
+
+    def _sweep(self, index: int, last: bool, u2: Tensor) -> tuple[Tensor, Tensor]:
+        """Visit every micro-batch: set d to Σ_b G_bᵀ z_b, or in the last pass to Σ_j g_j.
+
+        Returns:
+            ρ = ⟨s, z⟩ and max_j |s_j| / ‖g_j‖ [l], with s = G r.
+        """
+        self.d = self.d or {name: torch.empty_like(t) for name, t in self.r.items()}
+        for t in self.d.values():
+            t.zero_()
+        zero = u2.new_zeros(len(self.blocks))
+        worst, stats = zero, zero.new_zeros(len(self.blocks), 3)
+        for b, batch in enumerate(self.batches):
+            with batch() as (passes, losses), torch.autocast(losses.device.type, enabled=False):
+                w, s, norms = self._visit(passes, losses, b, index, last)
+            cosines = (s.abs() / norms.where(norms > 0, 1)).amax(1)
+            worst = torch.maximum(worst, cosines if last else cosines * self.iterated)
+            size = w.abs()
+            stats = stats + torch.stack([(s * w).sum(1), size.sum(1), (size * norms).sum(1)], 1)
+            del passes, losses  # the next forward pass would run beside their graph
+            self.notify(index, b, self.residual)
+        if not last:
+            self._check(stats, self._products(self.r, self.d), self._products(self.r, self.r))
+        return stats[:, 0], worst
+
+    def _visit(self, passes: Passes, losses: Tensor, b: int, index: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Add one micro-batch's share to d; return its weights, s = G_b r and ‖g_j‖, [l, n] each."""
+        verify(passes, losses)
+        watch = next_watched(passes, losses) if not index else ""
+        batch = MicroBatch(passes, losses, self.rates, watch, self.r, self.d)
+        K = self.K[b]
+        if K is None:
+            K, s = batch.products(self.blocks, False)
+            K, s = without_underflow(K, s, self.blocks)
+            check_finite(K.sum(0), s.sum(0))
+            if self.held + K.nbytes <= HELD:
+                self.K[b], self.held = K, self.held + K.nbytes
+        else:
+            s = batch.dot(self.blocks, False)
+        norms = K.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+        s = s.masked_fill(norms == 0, 0.0)
+        if not index:
+            self.samples += len(losses)
+            self.unused.difference_update(use.name for use in batch.uses)
+            self.half = self.half or any(use.rule.has_16bit_factor for use in batch.uses)
+            for span in self.small.values():
+                span.add(span.rows(batch.uses, len(losses)))
+            checks = Checks()
+            watched = batch.watched_numbers()
+            if watched is not None:
+                checks.check_parameter(*watched)
+            checks.flush()
+            self.discrepancy = max([self.discrepancy, *checks.worst.values()])
+        if last:
+            w = torch.ones_like(s)
+        else:
+            # Damped by the rounding of K: a row that nearly depends on others stays in, with a weight within range.
+            w, *_ = gram_solve_op(K, in_range(K, s[..., None]), default_rtol(len(losses), self.dtype), 0.0)
+            w = w[..., 0] * self.iterated[:, None]
+        if not last or self.alpha:
+            batch.add_(self.blocks, w)
+        return w, s, norms
+
+    def _advance(self, rho: Tensor, convergence: Convergence) -> None:
+        """Make the next direction q of d, and step along it."""
+        beta = convergence.next_beta(rho).tolist()
+        if not self.q:
+            self.q, self.d = self.d, {}
+        else:
+            for name, q in self.q.items():
+                q.mul_(beta[self.place[name]]).add_(self.d[name])
+        slope, square = self._products(self.r, self.q), self._products(self.q, self.q)
+        step = torch.where(square > 0, slope / square, 0.0)
+        convergence.add(step, slope * step)
+        along = step.tolist()
+        for name, r in self.r.items():
+            r.add_(self.q[name], alpha=-along[self.place[name]])
+
+    def _erase(self, u2: Tensor) -> Tensor:
+        """Set r to zero in blocks where it is shorter than the tolerance times u; return ‖r‖² [l]."""
+        size = self._products(self.r, self.r)
+        gone = (size <= self.tolerance**2 * u2).tolist()
+        for name, r in self.r.items():
+            if gone[self.place[name]]:
+                r.zero_()
+        return size.where(size > self.tolerance**2 * u2, 0.0)
+
+    def _check(self, stats: Tensor, product: Tensor, r2: Tensor) -> None:
+        """Check that ⟨r, d⟩, as it came out, is what the products say."""
+        limit = tolerance_of(torch.bfloat16 if self.half else self.dtype, product.is_cuda)
+        for block, row, value, square in zip(self.blocks, stats.tolist(), product.tolist(), r2.tolist(), strict=True):
+            weights = WeightStats(0.0, row[1], row[2], 0.0, row[0])
+            blame = lambda name=block.name: f" in {name}" if name else ""  # noqa: E731
+            error = check_relative_error("product", value, weights, square, limit, self.dtype, blame)
+            self.discrepancy = max(self.discrepancy, error)
+
+    def _finish(
+        self, u2: Tensor, r2: Tensor, iterations: int, passes: int, error: float, cosines: Tensor
+    ) -> UnionProjection:
+        """Add the retain part, write p.grad, and make the record."""
+        for name, p in self.parameters.items():
+            r = self.r.pop(name)
+            if self.alpha:
+                r.add_(self.d.pop(name), alpha=self.alpha / self.samples)
+            p.grad = None if name in self.unused else r.to(p.dtype)
+        coarse = max(torch.finfo(b.stored).eps / 2 for b in self.blocks) if self.half else 0.0  # p.grad is rounded to
+        before, after, residuals = u2.tolist(), r2.tolist(), cosines.clamp_max(1.0).tolist()
+
+        def numbers(b: float, a: float, residual: float) -> dict:
+            return {
+                "rank": None,
+                "preserved_norm": (a / b) ** 0.5 if b else 1.0,
+                "residual": max(residual, coarse) if b else 0.0,
+                "refinements": 0,
+                "discrepancy": self.discrepancy,
+                "squares": (b, a),
+            }
+
+        each = zip(self.blocks, before, after, residuals, strict=True)
+        tensors = {block.name: Projection(**numbers(*of_block)) for block, *of_block in each if block.name}
+        return UnionProjection(
+            **numbers(sum(before), sum(after), max(residuals)),
+            tensors=tensors,
+            samples=self.samples,
+            iterations=iterations,
+            passes=passes,
+            estimated_error=error if math.isfinite(error) else 0.0,
+        )
+
+    def _products(self, a: Vector, b: Vector) -> Tensor:
+        """Return the inner product of two vectors in every block, [l] float64."""
+        if a is b:
+            values = lengths(list(a.values())).square()
+        else:
+            values = torch.stack([inner(a[name], b[name]).to(self.iterated.device) for name in a])
+        if self.rates:
+            values = values * values.new_tensor([self.rates.get(name, 1.0) for name in a])
+        return values.sum()[None] if len(self.blocks) == 1 else values  # blocks are in the order of the parameters
+
+
+def _taken(p: Tensor) -> Tensor:
+    """Return p.grad in float32 or better, contiguous, zeros where there is none; p.grad is None then."""
+    grad, p.grad = p.grad, None
+    dtype = product_dtype(p.dtype)
+    if grad is None:
+        return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
+    return grad.detach().to(dtype).contiguous()
