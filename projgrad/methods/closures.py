@@ -26,13 +26,16 @@ class Closures:
     does no harm, and what is there afterwards the closure left behind.
 
     params: what is updated, by name. watched: these and all others that the optimizer holds.
+    spread: whether several processes take the step together; else a model that is spread over some is refused.
     changed: by closure, the parameters that it changed in place, as they were after it.
 
     Raises TypeError where what `step` was given cannot be called, ValueError as `trainable_parameters` and
     `check_alone`, RuntimeError inside a closure of another step that updates the same parameters.
     """
 
-    def __init__(self, model: nn.Module, optimizer: SteppingOptimizer, **given: object) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: SteppingOptimizer, *, spread: bool = False, **given: object
+    ) -> None:
         clear_grads(optimizer)
         for name, closure in given.items():
             if not callable(closure) or isinstance(closure, nn.Module):
@@ -40,7 +43,8 @@ class Closures:
                     f"{name} must be a function without arguments that runs the model and returns its loss, such as "
                     f"`lambda: cross_entropy(model(x), y)`; got {kind(closure)}"
                 )
-        self.params, self.optimizer = trainable_parameters(model, optimizer), optimizer
+        self.params, self.optimizer, self.model = trainable_parameters(model, optimizer), optimizer, model
+        self._spread = spread
         updated = set(map(id, self.params.values()))
         held = enumerate(held_parameters(optimizer))
         others = {f"parameter {k} of the optimizer": p for k, p in held if id(p) not in updated}
@@ -55,7 +59,7 @@ class Closures:
                 )
         if torch.is_inference_mode_enabled():
             raise RuntimeError("a step needs gradients: call it outside torch.inference_mode()")
-        check_alone(model, self.params, optimizer)
+        check_alone(model, self.params, optimizer, spread)
         self.changed: dict[str, dict[str, Tensor]] = {}
         self._inside = False
 
@@ -91,7 +95,8 @@ class Closures:
         self._inside = True
         self._start = _last_operation()
         try:
-            with torch.enable_grad(), self._refuse_replicas(closure) if distributed() else nullcontext():
+            alone = distributed() and not self._spread
+            with torch.enable_grad(), self._refuse_replicas(closure) if alone else nullcontext():
                 yield
         finally:
             _running.remove((self, closure))

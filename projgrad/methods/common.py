@@ -82,9 +82,12 @@ def check_types(model: object, optimizer: object) -> None:
         raise ValueError("the optimizer has maximize=True, which would turn the update around: build it without")
 
 
-def check_alone(model: nn.Module, params: dict[str, nn.Parameter], optimizer: SteppingOptimizer) -> None:
+def check_alone(
+    model: nn.Module, params: dict[str, nn.Parameter], optimizer: SteppingOptimizer, spread: bool = False
+) -> None:
     """Check that nothing spreads the model, or its steps, over processes or micro-batches.
 
+    spread: processes take the step together: a DistributedDataParallel is one of them.
     Raises ValueError for sharded parameters, DistributedDataParallel over more than one process, DeepSpeed, and a
     wrapper of accelerate that would not step or would scale the gradient.
     """
@@ -98,7 +101,8 @@ def check_alone(model: nn.Module, params: dict[str, nn.Parameter], optimizer: St
         where = name or "the model"
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(f"{where} is a FullyShardedDataParallel: sharded parameters are not supported yet")
-        check_replicas(module, where)
+        if not spread:
+            check_replicas(module, where)
     kinds = {c.__name__ for c in (*type(optimizer).__mro__, *type(model).__mro__)}
     if any("DeepSpeed" in name for name in kinds):
         raise ValueError("DeepSpeed steps inside its own backward(): it is not supported")

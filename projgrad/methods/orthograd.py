@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .. import _options
 from ..recording.losses import check_shape, check_values
 from ..tape.factors import ForgetFactors
 from ..tape.per_sample import per_sample
+from ..tape.processes import Processes
 from ..tape.records import Projection
 from .closures import Closures
 from .common import check_batch_norm, clear_grads, learning_rates, loss_value, scalar_loss, trainable_parameters
+from .spread import processes_of, spread_step
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class OrthoGrad:
         keep_output_gradients: bool = True,
         scaler: torch.amp.GradScaler | None = None,
         projector: Callable[[Tensor, Tensor], Tensor] | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         trainable_parameters(model, optimizer)
         alpha = _options.within("alpha weighs the mean retain gradient and", alpha, "[0, 1]")
@@ -136,6 +140,7 @@ class OrthoGrad:
         self.sign = -1.0 if _options.check_flag("ascend", ascend) else 1.0
         self.damping, self.rtol, self.max_norm = damping, rtol, _options.check_max_norm(max_norm)
         self.keep_output_gradients, self.scaler, self.projector = keep_output_gradients, scaler, projector
+        self.process_group, self.processes = process_group, None
         self._factors_help = False  # whether the factors of the forget gradient saved work in the step before
         self._factors = ForgetFactors()
 
@@ -170,11 +175,18 @@ class OrthoGrad:
             ArithmeticError: the projection contradicts plain autograd, or a second backward pass the first one.
         """
         start = time.perf_counter()
-        with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures:
+        processes = self._together()
+        with (
+            nullcontext() if processes is None else processes.together(),
+            Closures(self.model, self.optimizer, spread=processes is not None, forget=forget, retain=retain) as closures,
+        ):
             check_batch_norm(self.model)
             try:
-                loss = self._forget(forget, closures)
-                numbers = self._retain(loss, retain, closures)
+                if processes is not None:
+                    numbers = spread_step(self, processes, closures, forget, retain)
+                else:
+                    loss = self._forget(forget, closures)
+                    numbers = self._retain(loss, retain, closures)
             except FloatingPointError:
                 if self.scaler is None:
                     raise
@@ -184,6 +196,16 @@ class OrthoGrad:
                 numbers = SKIPPED
             self._apply(closures.params)
         return StepRecord(**numbers, seconds=time.perf_counter() - start)
+
+    def _together(self) -> Processes | None:
+        """Return the processes that take the step together, found at the first one; None if this is the only one."""
+        if self.processes is None:
+            self.processes = processes_of(self.model, self.process_group)
+        if self.processes is not None and (self.projector is not None or not self.keep_output_gradients):
+            raise ValueError(
+                "over several processes the projection needs keep_output_gradients=True and no projector of yours"
+            )
+        return self.processes
 
     def _forget(self, forget: Callable[[], Tensor], closures: Closures) -> Tensor:
         """Set p.grad to ± (1 - α) u; return the loss, not looked at yet: the device may still be busy with it."""

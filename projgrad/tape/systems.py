@@ -136,7 +136,8 @@ class Solver:
                 self.K[block.name], self.v[block.name] = one, other
         else:
             K, v = torch.stack([self.K[block.name] for block in blocks]), torch.stack([r.v for r in requests])
-        w, numbers = solve(K, v, self.damping, rank_tolerance(K.shape[1], float64, self.rtol), self.shifts)
+        solution = solve(K, v, self.damping, rank_tolerance(K.shape[1], float64, self.rtol), self.shifts)
+        w, numbers = self.access.agreed(*solution)
         values, count = self.reads.flush(numbers), numbers.shape[1]
         return [_solved(one, values[k * count : (k + 1) * count]) for k, one in enumerate(w.unbind())]
 
@@ -153,7 +154,8 @@ class Solver:
         v = self.access.dot(blocks, float64).masked_fill(norms == 0, 0.0)
         cosines = (v.abs() / norms.where(norms > 0, 1)).amax(1)
         lengths = self.access.norms(blocks)
-        numbers = iter(to_host(cosines, v @ self.add, *(lengths[block.name] for block in blocks)))
+        numbers = [cosines, v @ self.add, *(lengths[block.name] for block in blocks)]
+        numbers = iter(to_host(*self.access.agreed(*numbers)))
         worst, products = ([next(numbers) for _ in blocks] for _ in range(2))
         squares = [self.access.square(block, [next(numbers) for _ in lengths[block.name]]) for block in blocks]
         return [Left(*of_block) for of_block in zip(v, squares, worst, products, strict=True)]

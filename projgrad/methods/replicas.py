@@ -1,0 +1,88 @@
+"""Models of which every process holds a copy: what a step over several processes does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from ..recording.fixed import fixed_tensors
+from ..tape.placement import Replicas
+from ..tape.processes import Processes
+from ..tape.project import check_gradients
+from ..tape.tape import Tape
+
+
+class ReplicatedModel:
+    """A model that every process holds whole, and the gradients of a step on it."""
+
+    def __init__(self, processes: Processes, model: nn.Module, params: dict[str, nn.Parameter]) -> None:
+        self.processes, self.model, self.params = processes, model, params
+        self.placement = Replicas(processes, params)
+
+    def check(self) -> None:
+        """Check that all processes begin with the same weights; raises ValueError."""
+        sums = [int(_bytes(p).sum(dtype=torch.int64)) for p in self.params.values()]
+        self.processes.same("the weights of the model", sums)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Make a context in which closures run the model, and no wrapper exchanges anything."""
+        ids = set(map(id, self.params.values()))
+        silenced: list[tuple[nn.Module, bool, bool]] = []
+
+        def silence(module: nn.Module, _) -> None:
+            if isinstance(module, DistributedDataParallel) and not ids.isdisjoint(map(id, module.parameters())):
+                silenced.append((module, module.require_backward_grad_sync, module.require_forward_param_sync))
+                module.require_backward_grad_sync = module.require_forward_param_sync = False
+
+        hook = register_module_forward_pre_hook(silence)
+        try:
+            yield
+        finally:
+            hook.remove()
+            for module, backward, forward in reversed(silenced):
+                module.require_backward_grad_sync, module.require_forward_param_sync = backward, forward
+
+    def tape(self) -> Tape:
+        """Return a tape for this process's samples."""
+        return Tape(self.params, fixed_tensors(self.model, self.params.values()), self.model)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Make a context for backward passes over this process's samples."""
+        yield
+
+    def backward(self, loss: Tensor, weight: float) -> None:
+        """Set every p.grad to weight times the gradient of this process's loss."""
+        weights = torch.full_like(loss, weight / self.processes.size)
+        torch.autograd.backward(loss, weights, inputs=list(self.params.values()))
+        check_gradients(self.params)
+
+    def average(self) -> None:
+        """Replace every p.grad by the mean over the processes, where one of them has it."""
+        grads = [p.grad is not None for p in self.params.values()]
+        every = self.processes.agree(*grads)
+        for p, *some in zip(self.params.values(), *every, strict=True):
+            if any(some) and p.grad is None:
+                p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        self.processes.sum_all_([p.grad for p in self.params.values() if p.grad is not None], "forget gradient")
+
+    def clip(self, max_norm: float) -> None:
+        """Scale all p.grad so that their norm is at most `max_norm`."""
+        nn.utils.clip_grad_norm_(list(self.params.values()), max_norm)
+
+
+def wrappers(model: nn.Module) -> Iterable[tuple[str, DistributedDataParallel]]:
+    """Yield every DistributedDataParallel in a model, with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel):
+            yield name or "the model", module
+
+
+def _bytes(p: Tensor) -> Tensor:
+    return p.detach().contiguous().flatten().view(torch.uint8)

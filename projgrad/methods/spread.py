@@ -1,0 +1,130 @@
+"""A step of OrthoGrad that several processes take together, each with some of the samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..recording.losses import check_shape
+from ..tape.processes import Processes
+from ..tape.spread import SpreadGradients, kept_rules, project_spread_
+from .closures import Closures
+from .common import distributed, learning_rates, loss_value, scalar_loss
+from .protocol import SteppingOptimizer
+from .replicas import ReplicatedModel, wrappers
+
+
+class StepOptions(Protocol):
+    """What of an `OrthoGrad` a step depends on; see there."""
+
+    optimizer: SteppingOptimizer
+    alpha: float
+    scope: str
+    sign: float
+    damping: float
+    rtol: float | None
+    max_norm: float | None
+    scaler: torch.amp.GradScaler | None
+
+
+def processes_of(model: nn.Module, group: dist.ProcessGroup | None = None) -> Processes | None:
+    """Return the processes that a model is spread over, None if it is in one alone.
+
+    group: given by the caller; else that of the model's wrapper.
+    """
+    if not distributed():
+        if group is not None:
+            raise ValueError("process_group was given, but torch.distributed is not initialised")
+        return None
+    groups = [wrapper.process_group for _, wrapper in wrappers(model)]
+    if group is None and len({*map(id, groups)}) > 1:
+        raise ValueError("parts of the model are spread over different process groups, which is not supported")
+    group = group or next(iter(groups), None)
+    if group is None or dist.get_world_size(group) < 2:
+        return None
+    return Processes(group, next(model.parameters()).device)
+
+
+def spread_step(
+    options: StepOptions,
+    processes: Processes,
+    closures: Closures,
+    forget: Callable[[], Tensor],
+    retain: Callable[[], Tensor],
+) -> dict[str, Any]:
+    """Set every p.grad to ± (1 - α) u_perp + α mean_j(g_j), on all processes; return the fields of the record.
+
+    u is the mean of the processes' forget gradients, j goes over the samples of all of them.
+    """
+    spread, scaler = ReplicatedModel(processes, closures.model, closures.params), options.scaler
+    _check_alike(options, processes, spread)
+    with processes.attempt(), closures.watch("forget"), spread.running():
+        loss = scalar_loss(forget)
+    processes.agree()
+    with processes.attempt():
+        spread.backward(loss if scaler is None else scaler.scale(loss), options.sign * (1 - options.alpha))
+        loss = loss_value(loss)
+    spread.average()
+    n, tape = 0, spread.tape()
+    with processes.attempt():
+        with closures.watch("retain"), spread.running(), tape:
+            losses = retain()
+        n = _check_losses(losses, closures)
+    counts = [count for (count,) in processes.agree(n)]
+    _check_counts(counts)
+    if all(p.grad is None for p in closures.params.values()):
+        raise ValueError("forget() returned a loss that depends on no parameter that the optimizer holds")
+    share, local, total = 1.0, None, sum(counts)
+    if scaler is not None:  # as small as in their mean, which is what its scale has been found for
+        share = 2.0 ** -math.ceil(math.log2(total))
+    with processes.attempt():
+        value = float(losses.detach().double().sum()) if n else 0.0
+        if n:
+            with spread.reading():
+                local = kept_rules(tape.passes, losses if scaler is None else scaler.scale(losses) * share)
+    processes.agree()
+    rates = learning_rates(options.optimizer, closures.params)
+    access = SpreadGradients(processes, spread.placement, closures.params, local, counts, {})
+    add = torch.full((total,), options.alpha / total / share, dtype=torch.float64, device=processes.device)
+    projection = project_spread_(access, options.scope, options.damping, options.rtol, add, rates)
+    sums = torch.tensor([loss / processes.size, value / total], dtype=torch.float64, device=processes.device)
+    forget_loss, retain_loss = processes.sum_(sums, "agreements").tolist()
+    fields = {name: value for name, value in vars(projection).items() if name != "squares"}
+    return fields | {"forget_loss": forget_loss, "retain_loss": retain_loss}
+
+
+def _check_alike(options: StepOptions, processes: Processes, spread: ReplicatedModel) -> None:
+    """Check that all processes take the same step on the same model; the weights at the first step alone."""
+    described = [(name, tuple(p.shape), str(p.dtype)) for name, p in spread.params.items()]
+    processes.same("the parameters of the model that the optimizer holds", described)
+    numbers = [getattr(options, name) for name in ("alpha", "scope", "sign", "damping", "rtol", "max_norm")]
+    rates = [group.get("lr") for group in options.optimizer.param_groups]  # one on the device is not waited for
+    numbers += [rate for rate in rates if not isinstance(rate, Tensor)]
+    processes.same("the options of the step or the learning rates", numbers)
+    if not processes.met:
+        spread.check()
+        processes.met = True
+
+
+def _check_losses(losses: object, closures: Closures) -> int:
+    """Return the number of this process's retain samples, which may be none."""
+    if isinstance(losses, Tensor) and losses.shape == (0,):
+        return 0
+    check_shape(losses)
+    changed = sorted({name for names in closures.changed.values() for name in names})
+    if changed:
+        raise ValueError(
+            f"a closure changed {changed[0]} in place: every process would go on with other weights. Change weights "
+            "between steps, on all processes alike"
+        )
+    return len(losses)
+
+
+def _check_counts(counts: list[int]) -> None:
+    if not sum(counts):
+        raise ValueError("no process has a retain sample: there is nothing to be orthogonal to")
