@@ -87,15 +87,15 @@ def check_alone(
 ) -> None:
     """Check that nothing spreads the model, or its steps, over processes or micro-batches.
 
-    spread: processes take the step together: a DistributedDataParallel is one of them.
+    spread: processes take the step together, by way of a DistributedDataParallel or shards.
     Raises ValueError for sharded parameters, DistributedDataParallel over more than one process, DeepSpeed, and a
     wrapper of accelerate that would not step or would scale the gradient.
     """
-    sharding = sys.modules.get("torch.distributed.tensor")  # imported by whatever shards a model
-    for name, p in params.items() if sharding is not None else ():
-        if isinstance(p, sharding.DTensor):
+    for name, p in params.items() if not spread else ():
+        if is_sharded(p):
             raise ValueError(
-                f"{name} is a DTensor: sharded parameters (FSDP2, tensor parallelism) are not supported yet"
+                f"{name} is a DTensor: sharded parameters (FSDP2, tensor parallelism) are not supported here; "
+                "OrthoGrad takes those of fully_shard"
             )
     for name, module in model.named_modules() if distributed() else ():
         where = name or "the model"
@@ -117,6 +117,23 @@ def check_alone(
                 "accelerate's optimizer would scale the gradient by itself: use the optimizer inside "
                 "(`optimizer.optimizer`) and, where there is one, `scaler=accelerator.scaler`"
             )
+
+
+def is_sharded(p: Tensor) -> bool:
+    """Return whether a parameter is spread over processes, as a DTensor."""
+    sharding = sys.modules.get("torch.distributed.tensor")  # imported by whatever shards a model
+    return sharding is not None and isinstance(p, sharding.DTensor)
+
+
+def restore_shards(model: object) -> bool:
+    """Put shards back in their places where a forward pass left whole parameters; return whether a model has some."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported by whoever calls fully_shard
+    if fsdp is None or not isinstance(model, nn.Module):
+        return False
+    modules = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+    for module in modules:
+        module.reshard()
+    return bool(modules)
 
 
 def distributed() -> bool:

@@ -15,11 +15,19 @@ from .. import _options
 from ..recording.losses import check_shape, check_values
 from ..tape.factors import ForgetFactors
 from ..tape.per_sample import per_sample
-from ..tape.processes import Processes
 from ..tape.records import Projection
 from .closures import Closures
-from .common import check_batch_norm, clear_grads, learning_rates, loss_value, scalar_loss, trainable_parameters
-from .spread import processes_of, spread_step
+from .common import (
+    check_batch_norm,
+    clear_grads,
+    learning_rates,
+    loss_value,
+    restore_shards,
+    scalar_loss,
+    trainable_parameters,
+)
+from .replicas import ReplicatedModel
+from .spread import spread_model, spread_step
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,7 @@ class OrthoGrad:
         projector: Callable[[Tensor, Tensor], Tensor] | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
+        restore_shards(model)
         trainable_parameters(model, optimizer)
         alpha = _options.within("alpha weighs the mean retain gradient and", alpha, "[0, 1]")
         _options.check_choice("scope", scope, ("global", "per_tensor"))
@@ -140,7 +149,7 @@ class OrthoGrad:
         self.sign = -1.0 if _options.check_flag("ascend", ascend) else 1.0
         self.damping, self.rtol, self.max_norm = damping, rtol, _options.check_max_norm(max_norm)
         self.keep_output_gradients, self.scaler, self.projector = keep_output_gradients, scaler, projector
-        self.process_group, self.processes = process_group, None
+        self.process_group, self._spread = process_group, None
         self._factors_help = False  # whether the factors of the forget gradient saved work in the step before
         self._factors = ForgetFactors()
 
@@ -175,15 +184,15 @@ class OrthoGrad:
             ArithmeticError: the projection contradicts plain autograd, or a second backward pass the first one.
         """
         start = time.perf_counter()
-        processes = self._together()
+        spread = self._together()
         with (
-            nullcontext() if processes is None else processes.together(),
-            Closures(self.model, self.optimizer, spread=processes is not None, forget=forget, retain=retain) as closures,
+            nullcontext() if spread is None else spread.together(),
+            Closures(self.model, self.optimizer, spread=spread is not None, forget=forget, retain=retain) as closures,
         ):
             check_batch_norm(self.model)
             try:
-                if processes is not None:
-                    numbers = spread_step(self, processes, closures, forget, retain)
+                if spread is not None:
+                    numbers = spread_step(self, spread, closures, forget, retain)
                 else:
                     loss = self._forget(forget, closures)
                     numbers = self._retain(loss, retain, closures)
@@ -197,15 +206,11 @@ class OrthoGrad:
             self._apply(closures.params)
         return StepRecord(**numbers, seconds=time.perf_counter() - start)
 
-    def _together(self) -> Processes | None:
-        """Return the processes that take the step together, found at the first one; None if this is the only one."""
-        if self.processes is None:
-            self.processes = processes_of(self.model, self.process_group)
-        if self.processes is not None and (self.projector is not None or not self.keep_output_gradients):
-            raise ValueError(
-                "over several processes the projection needs keep_output_gradients=True and no projector of yours"
-            )
-        return self.processes
+    def _together(self) -> ReplicatedModel | None:
+        """Return how the model is spread over processes, found at the first step; None if it is in this one alone."""
+        if self._spread is None:
+            self._spread = spread_model(self.model, self.process_group)
+        return self._spread
 
     def _forget(self, forget: Callable[[], Tensor], closures: Closures) -> Tensor:
         """Set p.grad to ± (1 - α) u; return the loss, not looked at yet: the device may still be busy with it."""
@@ -263,7 +268,9 @@ class OrthoGrad:
     def _apply(self, params: dict[str, nn.Parameter]) -> None:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        if self.max_norm is not None:
+        if self.max_norm is not None and self._spread is not None:
+            self._spread.clip(self.max_norm)
+        elif self.max_norm is not None:
             nn.utils.clip_grad_norm_(list(params.values()), self.max_norm)
         if self.scaler is None:
             self.optimizer.step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -20,9 +20,22 @@ from ..tape.tape import Tape
 class ReplicatedModel:
     """A model that every process holds whole, and the gradients of a step on it."""
 
-    def __init__(self, processes: Processes, model: nn.Module, params: dict[str, nn.Parameter]) -> None:
-        self.processes, self.model, self.params = processes, model, params
-        self.placement = Replicas(processes, params)
+    def __init__(self, processes: Processes, model: nn.Module) -> None:
+        self.processes, self.model = processes, model
+        self.met = False  # whether all processes were found to begin with the same weights
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Make the context of one step: an error in it stops all processes."""
+        with self.processes.together():
+            yield
+
+    def begin(self, params: dict[str, nn.Parameter]) -> None:
+        """Take what a step updates, by name."""
+        self.params, self.placement = params, Replicas(self.processes, params)
+
+    def check_options(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Check that a gradient scaler can be used; raises ValueError."""
 
     def check(self) -> None:
         """Check that all processes begin with the same weights; raises ValueError."""
@@ -57,6 +70,9 @@ class ReplicatedModel:
         """Make a context for backward passes over this process's samples."""
         yield
 
+    def read_nothing(self, losses: Tensor) -> None:
+        """Do what a process without samples has to do in the place of backward passes; losses (0,)."""
+
     def backward(self, loss: Tensor, weight: float) -> None:
         """Set every p.grad to weight times the gradient of this process's loss."""
         weights = torch.full_like(loss, weight / self.processes.size)
@@ -64,13 +80,16 @@ class ReplicatedModel:
         check_gradients(self.params)
 
     def average(self) -> None:
-        """Replace every p.grad by the mean over the processes, where one of them has it."""
-        grads = [p.grad is not None for p in self.params.values()]
-        every = self.processes.agree(*grads)
-        for p, *some in zip(self.params.values(), *every, strict=True):
+        """Replace every p.grad by the mean over the processes, once all of them have come so far."""
+        self.sum_grads(self.params)
+
+    def sum_grads(self, params: Mapping[str, nn.Parameter]) -> None:
+        """Replace p.grad by the sum over the processes, where one of them has it."""
+        every = self.processes.agree(*(p.grad is not None for p in params.values()))
+        for p, *some in zip(params.values(), *every, strict=True):
             if any(some) and p.grad is None:
                 p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
-        self.processes.sum_all_([p.grad for p in self.params.values() if p.grad is not None], "forget gradient")
+        self.processes.sum_all_([p.grad for p in params.values() if p.grad is not None], "forget gradient")
 
     def clip(self, max_norm: float) -> None:
         """Scale all p.grad so that their norm is at most `max_norm`."""

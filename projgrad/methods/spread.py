@@ -9,12 +9,13 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import DeviceMesh
 
 from ..recording.losses import check_shape
 from ..tape.processes import Processes
 from ..tape.spread import SpreadGradients, kept_rules, project_spread_
 from .closures import Closures
-from .common import distributed, learning_rates, loss_value, scalar_loss
+from .common import distributed, is_sharded, learning_rates, loss_value, restore_shards, scalar_loss
 from .protocol import SteppingOptimizer
 from .replicas import ReplicatedModel, wrappers
 
@@ -30,29 +31,47 @@ class StepOptions(Protocol):
     rtol: float | None
     max_norm: float | None
     scaler: torch.amp.GradScaler | None
+    projector: Callable[[Tensor, Tensor], Tensor] | None
+    keep_output_gradients: bool
 
 
-def processes_of(model: nn.Module, group: dist.ProcessGroup | None = None) -> Processes | None:
-    """Return the processes that a model is spread over, None if it is in one alone.
+def spread_model(model: nn.Module, group: dist.ProcessGroup | None = None) -> ReplicatedModel | None:
+    """Return how a model is spread over processes, None if it is in one alone.
 
-    group: given by the caller; else that of the model's wrapper.
+    group: given by the caller; else that of the model's wrapper or its shards.
+    Raises ValueError where parts of the model are spread in different ways, and for tensor parallelism.
     """
     if not distributed():
         if group is not None:
             raise ValueError("process_group was given, but torch.distributed is not initialised")
         return None
-    groups = [wrapper.process_group for _, wrapper in wrappers(model)]
-    if group is None and len({*map(id, groups)}) > 1:
+    sharded, device = restore_shards(model), next(model.parameters()).device
+    meshes = {p.device_mesh for p in model.parameters() if is_sharded(p)}
+    groups = [wrapper.process_group for _, wrapper in wrappers(model)] + [_group_of(mesh) for mesh in meshes]
+    if len({*map(id, groups)}) > 1:
         raise ValueError("parts of the model are spread over different process groups, which is not supported")
     group = group or next(iter(groups), None)
+    if sharded or meshes:
+        from .sharded import ShardedModel
+
+        return ShardedModel(Processes(group, device), model)
     if group is None or dist.get_world_size(group) < 2:
         return None
-    return Processes(group, next(model.parameters()).device)
+    return ReplicatedModel(Processes(group, device), model)
+
+
+def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """Return all processes of a mesh as one group."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD
+    raise ValueError("a mesh of several dimensions must have all processes, or the samples have no common group")
 
 
 def spread_step(
     options: StepOptions,
-    processes: Processes,
+    spread: ReplicatedModel,
     closures: Closures,
     forget: Callable[[], Tensor],
     retain: Callable[[], Tensor],
@@ -61,8 +80,9 @@ def spread_step(
 
     u is the mean of the processes' forget gradients, j goes over the samples of all of them.
     """
-    spread, scaler = ReplicatedModel(processes, closures.model, closures.params), options.scaler
-    _check_alike(options, processes, spread)
+    processes, scaler = spread.processes, options.scaler
+    spread.begin(closures.params)
+    _check_alike(options, spread)
     with processes.attempt(), closures.watch("forget"), spread.running():
         loss = scalar_loss(forget)
     processes.agree()
@@ -82,11 +102,12 @@ def spread_step(
     share, local, total = 1.0, None, sum(counts)
     if scaler is not None:  # as small as in their mean, which is what its scale has been found for
         share = 2.0 ** -math.ceil(math.log2(total))
-    with processes.attempt():
+    with spread.reading(), processes.attempt():
         value = float(losses.detach().double().sum()) if n else 0.0
         if n:
-            with spread.reading():
-                local = kept_rules(tape.passes, losses if scaler is None else scaler.scale(losses) * share)
+            local = kept_rules(tape.passes, losses if scaler is None else scaler.scale(losses) * share)
+        else:
+            spread.read_nothing(losses)
     processes.agree()
     rates = learning_rates(options.optimizer, closures.params)
     access = SpreadGradients(processes, spread.placement, closures.params, local, counts, {})
@@ -98,17 +119,24 @@ def spread_step(
     return fields | {"forget_loss": forget_loss, "retain_loss": retain_loss}
 
 
-def _check_alike(options: StepOptions, processes: Processes, spread: ReplicatedModel) -> None:
+def _check_alike(options: StepOptions, spread: ReplicatedModel) -> None:
     """Check that all processes take the same step on the same model; the weights at the first step alone."""
+    processes = spread.processes
+    if options.projector is not None or not options.keep_output_gradients:
+        raise ValueError(
+            "over several processes keep_output_gradients=False and a projector of yours are not supported: the "
+            "projection is made of the rules of one backward pass on every process"
+        )
+    spread.check_options(options.scaler)
     described = [(name, tuple(p.shape), str(p.dtype)) for name, p in spread.params.items()]
     processes.same("the parameters of the model that the optimizer holds", described)
     numbers = [getattr(options, name) for name in ("alpha", "scope", "sign", "damping", "rtol", "max_norm")]
     rates = [group.get("lr") for group in options.optimizer.param_groups]  # one on the device is not waited for
     numbers += [rate for rate in rates if not isinstance(rate, Tensor)]
     processes.same("the options of the step or the learning rates", numbers)
-    if not processes.met:
+    if not spread.met:
         spread.check()
-        processes.met = True
+        spread.met = True
 
 
 def _check_losses(losses: object, closures: Closures) -> int:

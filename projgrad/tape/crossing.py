@@ -120,7 +120,7 @@ class Crossing:
             ranks = tuple(rank for rank, size in enumerate(sizes) if size is not None)
             for rows, fraction in self._pieces(part, float64):
                 own = [fraction * (sizes[rank] or 0) for rank in range(len(load))]
-                owner = min(range(len(load)), key=lambda rank: load[rank] + sum(own) - own[rank])  # noqa: B023
+                owner = min(range(len(load)), key=lambda rank: load[rank] + sum(own) - own[rank])
                 load[owner] += sum(own)
                 if shares and held[owner] + sum(own) > AT_ONCE:
                     yield shares

@@ -10,8 +10,6 @@ from torch import Tensor
 from ..recording.host_reads import lengths
 from .processes import Processes
 
-ROUND = 64 << 20  # bytes of whole gradients that are made of shards at one time
-
 
 class Replicas:
     """Every process holds the whole p.grad, the same on all."""

@@ -33,7 +33,6 @@ class Processes:
         self.group, self.device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.sent: Counter[str] = Counter()
-        self.met = False  # whether it was checked that they began with the same weights
         self._failed: Exception | None = None  # kept until the next agreement
         self._told: Exception | None = None  # the others know of it, or cannot be told
 
