@@ -84,6 +84,22 @@ def saved(node: Node, name: str) -> object:
     return getattr(node, f"_saved_{name}")
 
 
+# Parts of `fully_shard` and DistributedDataParallel in a graph. They see gradients and hand them on as they are.
+
+PARALLEL = "torch.distributed.fsdp", "torch.nn.parallel.distributed"
+
+
+def is_parallel_hook(hook: object) -> bool:
+    """Return whether a hook is the one by which a sharded module notices the backward pass."""
+    return type(getattr(hook, "__self__", None)).__module__.startswith(PARALLEL)
+
+
+def is_parallel_node(node: Node) -> bool:
+    """Return whether a node is one by which a spread module notices how far the backward pass is."""
+    function = getattr(type(node), "_forward_cls", None)
+    return function is not None and function.__module__.startswith(PARALLEL)
+
+
 # Modules and modes.
 
 

@@ -50,6 +50,11 @@ class ReplicatedModel:
 
         def silence(module: nn.Module, _) -> None:
             if isinstance(module, DistributedDataParallel) and not ids.isdisjoint(map(id, module.parameters())):
+                if module.static_graph or module.mixed_precision is not None:
+                    raise ValueError(
+                        "DistributedDataParallel with static_graph=True or mixed_precision is not supported: it "
+                        "exchanges gradients behind the step's back. Build it without"
+                    )
                 silenced.append((module, module.require_backward_grad_sync, module.require_forward_param_sync))
                 module.require_backward_grad_sync = module.require_forward_param_sync = False
 
