@@ -118,7 +118,9 @@ def shard(model, mesh, **options):
 
 
 def whole(model):
-    return {name: p.full_tensor() if isinstance(p, DTensor) else p.detach() for name, p in model.named_parameters()}
+    """A copy of all weights, by name."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in parameters.items()}
 
 
 def assert_same(model, single, bound=1e-8, prefix=""):
