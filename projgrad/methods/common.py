@@ -100,7 +100,7 @@ def check_alone(
     for name, module in model.named_modules() if distributed() else ():
         where = name or "the model"
         if type(module).__name__ == "FullyShardedDataParallel":
-            raise ValueError(f"{where} is a FullyShardedDataParallel: sharded parameters are not supported yet")
+            raise ValueError(f"{where} is a FullyShardedDataParallel, which is not supported: use fully_shard")
         if not spread:
             check_replicas(module, where)
     kinds = {c.__name__ for c in (*type(optimizer).__mro__, *type(model).__mro__)}
@@ -145,9 +145,9 @@ def check_replicas(module: nn.Module, where: str) -> None:
     """Check that a module is no DistributedDataParallel over more than one process; raises ValueError."""
     if isinstance(module, DistributedDataParallel) and (size := dist.get_world_size(module.process_group)) > 1:
         raise ValueError(
-            f"{where} is a DistributedDataParallel over {size} processes, which is not supported yet: it would not "
-            "average what is projected, and every process would end with another model. Take the steps in one process, "
-            "with the model that it wraps (`model.module`), in the closures too, and broadcast the weights afterwards"
+            f"{where} is a DistributedDataParallel over {size} processes. Only OrthoGrad takes steps over several, and "
+            "has to be given this wrapper, or its process_group. Otherwise take the steps in one process, with the model "
+            "that it wraps (`model.module`), in the closures too, and broadcast the weights afterwards"
         )
 
 
