@@ -146,8 +146,8 @@ def check_replicas(module: nn.Module, where: str) -> None:
     if isinstance(module, DistributedDataParallel) and (size := dist.get_world_size(module.process_group)) > 1:
         raise ValueError(
             f"{where} is a DistributedDataParallel over {size} processes. Only OrthoGrad takes steps over several, and "
-            "has to be given this wrapper, or its process_group. Otherwise take the steps in one process, with the model "
-            "that it wraps (`model.module`), in the closures too, and broadcast the weights afterwards"
+            "has to be given this wrapper or its process_group. Otherwise take the steps in one process, with the "
+            "model that it wraps (`model.module`), in the closures too, and broadcast the weights afterwards"
         )
 
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -205,6 +206,11 @@ class OrthoGrad:
                 numbers = SKIPPED
             self._apply(closures.params)
         return StepRecord(**numbers, seconds=time.perf_counter() - start)
+
+    @property
+    def sent(self) -> Counter[str]:
+        """Return the bytes that this process sent to the others so far, by purpose, as rings send them."""
+        return Counter() if self._spread is None else self._spread.processes.sent
 
     def _together(self) -> ReplicatedModel | None:
         """Return how the model is spread over processes, found at the first step; None if it is in this one alone."""
