@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -98,6 +100,11 @@ def is_parallel_node(node: Node) -> bool:
     """Return whether a node is one by which a spread module notices how far the backward pass is."""
     function = getattr(type(node), "_forward_cls", None)
     return function is not None and function.__module__.startswith(PARALLEL)
+
+
+def timeout_of(group: ProcessGroup, device: torch.device) -> timedelta:
+    """Return how long the processes of a group wait for one another."""
+    return group._get_backend(device).options._timeout
 
 
 # Modules and modes.

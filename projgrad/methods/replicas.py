@@ -15,6 +15,8 @@ from ..tape.placement import Replicas
 from ..tape.processes import Processes
 from ..tape.project import check_gradients
 from ..tape.tape import Tape
+from .closures import Closures
+from .protocol import Closure
 
 
 class ReplicatedModel:
@@ -74,6 +76,11 @@ class ReplicatedModel:
     def reading(self) -> Iterator[None]:
         """Make a context for backward passes over this process's samples."""
         yield
+
+    def check_made_inside(self, closures: Closures, losses: Tensor, retain: Closure) -> None:
+        """Check that a closure made its forward pass itself; see `Closures`."""
+        with self.running():
+            closures.check_made_inside(losses, retain)
 
     def read_nothing(self, losses: Tensor) -> None:
         """Do what a process without samples has to do in the place of backward passes; losses (0,)."""

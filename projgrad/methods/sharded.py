@@ -18,6 +18,8 @@ from ..recording.fixed import fixed_tensors
 from ..tape.processes import Processes
 from ..tape.shards import Shards
 from ..tape.tape import Tape
+from .closures import Closures
+from .protocol import Closure
 from .replicas import ReplicatedModel
 
 
@@ -72,6 +74,13 @@ class ShardedModel(ReplicatedModel):
             for module in self._modules:
                 module.set_reshard_after_backward(True, recurse=False)
                 module.reshard()
+
+    def check_made_inside(self, closures: Closures, losses: Tensor, retain: Closure) -> None:
+        """Refuse: a closure cannot be called again on one process alone."""
+        raise ValueError(
+            "retain() returned losses of a forward pass that was made before it was called, or in which no operation "
+            "uses a parameter that is updated: that pass has to be made inside the closure, anew in every step"
+        )
 
     def read_nothing(self, losses: Tensor) -> None:
         """Run one backward pass of no losses: it ends the forward pass for `fully_shard`, which else waits for one."""

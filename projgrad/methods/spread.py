@@ -95,6 +95,8 @@ def spread_step(
         with closures.watch("retain"), spread.running(), tape:
             losses = retain()
         n = _check_losses(losses, closures)
+        if n and not tape.recording.sites:
+            spread.check_made_inside(closures, losses, retain)
     counts = [count for (count,) in processes.agree(n)]
     _check_counts(counts)
     if all(p.grad is None for p in closures.params.values()):

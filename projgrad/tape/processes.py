@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch_private import timeout_of
+
 BUCKET = 25 << 20  # bytes that are reduced at once, as DistributedDataParallel does
 ALIGNED = 16  # bytes: every tensor in a buffer of bytes begins at a multiple of it
 ERRORS = (FloatingPointError, ArithmeticError, ValueError, TypeError, RuntimeError)  # raised as they are elsewhere
+
+# Groups of the same processes in which they agree, on the host. One that failed may be here while others exchange
+# gradients there: in one group the two would meet, and gloo ends a process whose sizes differ.
+_agreeing: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
 
 class Processes:
@@ -35,6 +42,11 @@ class Processes:
         self.sent: Counter[str] = Counter()
         self._failed: Exception | None = None  # kept until the next agreement
         self._told: Exception | None = None  # the others know of it, or cannot be told
+        if group not in _agreeing:
+            ranks, timeout = dist.get_process_group_ranks(group), timeout_of(group, device)
+            with self._exchanging():
+                _agreeing[group] = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
+        self._agreeing = _agreeing[group]
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -58,12 +70,19 @@ class Processes:
 
     def agree(self, *numbers: int) -> list[list[int]]:
         """Return what every process gives here, by rank; raise if one of them failed."""
-        mine = torch.tensor([self._failed is not None, *numbers], dtype=torch.int64, device=self.device)
+        # In an exchange of its own: one that failed elsewhere does not know how many numbers are expected.
+        failed = [rank for rank, (flag,) in enumerate(self._gather(self._failed is not None)) if flag]
+        if failed:
+            self._raise(failed)
+        return self._gather(*numbers) if numbers else [[] for _ in range(self.size)]
+
+    def _gather(self, *mine: int) -> list[list[int]]:
+        numbers = torch.tensor(mine, dtype=torch.int64)
+        every = numbers.new_empty((self.size, len(mine)))
         with self._exchanging():
-            every = self._all_gather(mine).tolist()
-        if any(flag for flag, *_ in every):
-            self._raise([rank for rank, (flag, *_) in enumerate(every) if flag])
-        return [given for _, *given in every]
+            dist.all_gather(list(every.unbind()), numbers, group=self._agreeing)
+            self.sent["agreements"] += numbers.nbytes * (self.size - 1)
+            return every.tolist()
 
     def _raise(self, failed: Sequence[int]) -> None:
         """Raise this process's own error, or that of the first other one that failed."""
@@ -71,7 +90,7 @@ class Processes:
         own = None if error is None else (_kind_of(error), str(error))
         with self._exchanging():
             told: list[Any] = [None] * self.size
-            dist.all_gather_object(told, own, group=self.group)
+            dist.all_gather_object(told, own, group=self._agreeing)
         kinds = {told[rank][0] for rank in failed}
         # A step with NaN may be skipped, but only by all.
         worst = next((rank for rank in failed if told[rank][0] != "FloatingPointError"), failed[0])
@@ -107,14 +126,8 @@ class Processes:
         """Return what every process gives, by rank: small things of Python."""
         every: list[Any] = [None] * self.size
         with self._exchanging():
-            dist.all_gather_object(every, mine, group=self.group)
+            dist.all_gather_object(every, mine, group=self._agreeing)
         self.sent[purpose] += len(pickle.dumps(mine)) * (self.size - 1)
-        return every
-
-    def _all_gather(self, mine: Tensor) -> Tensor:
-        every = mine.new_empty((self.size, *mine.shape))
-        dist.all_gather(list(every.unbind()), mine, group=self.group)
-        self.sent["agreements"] += mine.nbytes * (self.size - 1)
         return every
 
     def sum_(self, t: Tensor, purpose: str) -> Tensor:

@@ -3,9 +3,11 @@
 import contextlib
 import copy
 import datetime
+import runpy
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -270,6 +272,11 @@ def check_failures(processes):
         kind, words = (KeyError, "missing") if processes.rank == last else (RuntimeError, f"process {last} failed")
         with raises(kind, words):
             twins.unlearner.step(**closures | {name: broken(closures[name])})
+    with raises(TypeError if processes.rank == 0 else Exception, "must be a function"):  # before anything is exchanged
+        twins.unlearner.step(**closures | ({"forget": 1.0} if processes.rank == 0 else {}))
+    made = closures["retain"]() * 1.0
+    with raises(ValueError, "forward pass that was made before"):
+        twins.unlearner.step(closures["forget"], lambda: made)
     nan = lambda: closures["retain"]() * (float("nan") if processes.rank == 0 else 1)  # noqa: E731
     with raises(FloatingPointError, "NaN or Inf in the losses"):
         twins.unlearner.step(closures["forget"], nan)
@@ -399,6 +406,12 @@ def check_shards_of_replicas(mesh):
     Twins("tied", Processes(everyone), lambda model: shard(model, mesh)).compare()
 
 
+def check_example():
+    main = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "several_processes.py"))["main"]
+    for way in ("ddp", "fsdp"):
+        assert main(way, steps=2) < 1e-6
+
+
 def check_timeout():
     """A process that never comes: the others stop with an error instead of waiting."""
     group = dist.new_group(timeout=datetime.timedelta(seconds=2))
@@ -412,6 +425,24 @@ def check_timeout():
         unlearner.step(lambda: losses(model, x, y).mean(), lambda: losses(model, x, y))
     assert time.monotonic() - start < 60
     assert all(p.grad is None for p in model.parameters())
+
+
+def check_failure_inside_a_sharded_model():
+    """The others wait for shards that never come: they stop when the timeout of the group is over."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    processes = Processes(DeviceMesh.from_group(group, "cpu"))
+    twins = Twins("tied", processes, lambda model: shard(model, processes.mesh))
+    forget = twins.closures()["forget"]
+
+    def broken():
+        if processes.rank == 2:
+            raise KeyError("a file is missing")
+        return forget()
+
+    start = time.monotonic()
+    with raises((KeyError, RuntimeError), ""):
+        twins.unlearner.step(broken, twins.closures()["retain"])
+    assert time.monotonic() - start < 60
 
 
 def run(rank, file):
@@ -430,5 +461,9 @@ def run(rank, file):
             if rank == 0:
                 print(f"{check.__name__} with {mesh.size()}: {time.perf_counter() - start:.1f} s", flush=True)
     check_shards_of_replicas(pairs)
-    check_timeout()
+    for check in (check_timeout, check_failure_inside_a_sharded_model, check_example):
+        start = time.perf_counter()
+        check()
+        if rank == 0:
+            print(f"{check.__name__}: {time.perf_counter() - start:.1f} s", flush=True)
     dist.barrier()
