@@ -11,6 +11,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from ..recording.fixed import fixed_tensors
+from ..tape.passes import Passes
 from ..tape.placement import Replicas
 from ..tape.processes import Processes
 from ..tape.project import check_gradients
@@ -73,8 +74,8 @@ class ReplicatedModel:
         return Tape(self.params, fixed_tensors(self.model, self.params.values()), self.model)
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Make a context for backward passes over this process's samples."""
+    def reading(self, passes: Passes, losses: Tensor) -> Iterator[None]:
+        """Make a context for backward passes over this process's samples; losses: of them, perhaps (0,)."""
         yield
 
     def check_made_inside(self, closures: Closures, losses: Tensor, retain: Closure) -> None:

@@ -15,8 +15,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..recording.fixed import fixed_tensors
+from ..tape.passes import Passes
 from ..tape.processes import Processes
 from ..tape.shards import Shards
+from ..tape.spread import takes_one_pass
 from ..tape.tape import Tape
 from .closures import Closures
 from .protocol import Closure
@@ -25,6 +27,8 @@ from .replicas import ReplicatedModel
 
 class ShardedModel(ReplicatedModel):
     """A model of which every process holds shards, and the gradients of a step on it."""
+
+    gathers_all = True  # whether all parameters were whole in the last step's passes over the retain samples
 
     def __init__(self, processes: Processes, model: nn.Module) -> None:
         super().__init__(processes, model)
@@ -60,12 +64,17 @@ class ShardedModel(ReplicatedModel):
         return Tape(self.followed, [*fixed_tensors(self.model, self.params.values()), *frozen], self.model)
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Make a context in which all parameters are whole: backward passes over the samples exchange nothing.
+    def reading(self, passes: Passes, losses: Tensor) -> Iterator[None]:
+        """Make a context for backward passes over this process's samples.
 
-        Their number may differ from one process to another.
+        Where every process runs one, parameters are gathered in it as in training. Else the number of passes may differ
+        from one process to another: all parameters are gathered before, so that the passes exchange nothing.
         """
-        for module in self._modules:
+        alone = not len(losses)
+        with self.processes.attempt():
+            alone = alone or takes_one_pass(passes, losses, self._whole.values())
+        self.gathers_all = not all(flag for (flag,) in self.processes.agree(alone))
+        for module in self._modules if self.gathers_all else ():
             module.set_reshard_after_backward(False, recurse=False)
             module.unshard()
         try:

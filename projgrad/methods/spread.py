@@ -104,7 +104,7 @@ def spread_step(
     share, local, total = 1.0, None, sum(counts)
     if scaler is not None:  # as small as in their mean, which is what its scale has been found for
         share = 2.0 ** -math.ceil(math.log2(total))
-    with spread.reading(), processes.attempt():
+    with spread.reading(tape.passes, losses), processes.attempt():
         value = float(losses.detach().double().sum()) if n else 0.0
         if n:
             local = kept_rules(tape.passes, losses if scaler is None else scaler.scale(losses) * share)

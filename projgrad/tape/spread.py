@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .._torch_private import storage_id
 from ..recording.host_reads import HostReads
 from ..recording.losses import check_shape, check_values
 from .check import Checks, Measured, Outcome
@@ -32,6 +33,22 @@ def kept_rules(passes: Passes, losses: Tensor) -> KeptGradients:
         passes.structure(losses)
         verify(passes, losses)
         return KeptGradients(passes, losses, {}, ForgetFactors(), next_watched(passes, losses))
+
+
+def takes_one_pass(passes: Passes, losses: Tensor, weights: Iterable[Tensor]) -> bool:
+    """Return whether `kept_rules` will run one backward pass and read no weight outside of it.
+
+    The graph was met before, and nothing is left to be found or compared.
+    """
+    structure, sites, held = passes.known(losses), passes.recording.sites, {storage_id(w) for w in weights}
+    if structure is None or structure.anchors != [] or structure.loops or not structure.compared.rules:
+        return False
+    sources = [source for site in sites for source in site.sources]
+    if not all(len(s.names) == 1 and (s.whole or s.window or s.rows is not None) for s in sources):
+        return False  # a weight is computed from others: its gradient is mapped back to them
+    if any(site.saved.unpacks for site in sites):
+        return False
+    return not any(storage_id(t) in held for site in sites for t in site.saved.tensors)
 
 
 class SpreadGradients(GradientAccess):

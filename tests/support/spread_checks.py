@@ -326,6 +326,7 @@ def check_shards(processes):
             with torch.no_grad():
                 twins.closures()["forget"]()  # leaves the parameters of the root whole
             twins.compare()
+            assert not twins.unlearner._spread.gathers_all  # the graph is known in the second step
             with torch.no_grad():
                 twins.closures()["forget"]()
             projgrad.OrthoGrad(twins.model, twins.unlearner.optimizer)  # it finds the shards again
