@@ -96,6 +96,8 @@ class OrthoGrad:
         projector: function (u (p,), G (n, p)) -> u_perp (p,) instead of projgrad's, such as `projgrad.projectors.qr`;
             with scope="per_tensor" called once for each tensor. All of G takes n times the memory of the parameters: a
             reference to compare with, without `damping`, `rtol`, `keep_output_gradients` and `scaler`.
+        process_group: the processes that take the steps together, each with some of the samples. Default: those over
+            which the model is spread, by DistributedDataParallel or `fully_shard`; see docs/processes.md.
 
     Raises:
         TypeError: a wrong type of model, optimizer or option.
@@ -172,15 +174,16 @@ class OrthoGrad:
         Args:
             forget: returns the scalar forget loss.
             retain: returns the losses of the n retain samples, shape (n,): each one's gradient is protected. Sample j
-                must depend on nothing that the other samples hold.
+                must depend on nothing that the other samples hold. Over several processes: of this one's samples.
 
         Raises:
             TypeError: something other than a closure.
             ValueError: a loss of the wrong shape, batch norm in training mode (per-sample gradients do not exist),
                 retain losses that share terms between samples; a closure that leaves gradients behind, changes the
                 weights that the other one used or returns losses of a forward pass made before; a model that is spread
-                over processes.
-            RuntimeError: called inside a closure of another step on the same parameters.
+                over processes in a way that is not supported, or processes that disagree.
+            RuntimeError: called inside a closure of another step on the same parameters; another process failed, or
+                did not answer.
             FloatingPointError: NaN or Inf in a loss or a gradient.
             ArithmeticError: the projection contradicts plain autograd, or a second backward pass the first one.
         """

@@ -36,6 +36,7 @@ class ReplicatedModel:
     def begin(self, params: dict[str, nn.Parameter]) -> None:
         """Take what a step updates, by name."""
         self.params, self.placement = params, Replicas(self.processes, params)
+        self.followed = params  # what stands for them in a forward pass
 
     def check_options(self, scaler: torch.amp.GradScaler | None) -> None:
         """Check that a gradient scaler can be used; raises ValueError."""

@@ -112,7 +112,7 @@ def spread_step(
             spread.read_nothing(losses)
     processes.agree()
     rates = learning_rates(options.optimizer, closures.params)
-    access = SpreadGradients(processes, spread.placement, closures.params, local, counts, {})
+    access = SpreadGradients(processes, spread.placement, closures.params, spread.followed, local, counts)
     add = torch.full((total,), options.alpha / total / share, dtype=torch.float64, device=processes.device)
     projection = project_spread_(access, options.scope, options.damping, options.rtol, add, rates)
     sums = torch.tensor([loss / processes.size, value / total], dtype=torch.float64, device=processes.device)

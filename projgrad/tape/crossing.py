@@ -23,7 +23,7 @@ from .consumers import explicit
 from .grouping import Use
 from .processes import Processes, padded
 
-AT_ONCE = 64 << 20  # bytes of all processes that one owner computes with at a time
+AT_ONCE = 16 << 20  # bytes of all processes that one owner computes with at a time
 Part = tuple[str, object]  # the name of a parameter, and what identifies the part of it
 
 

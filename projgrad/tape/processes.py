@@ -87,7 +87,7 @@ class Processes:
     def _raise(self, failed: Sequence[int]) -> None:
         """Raise this process's own error, or that of the first other one that failed."""
         error, self._failed = self._failed, None
-        own = None if error is None else (_kind_of(error), str(error))
+        own = None if error is None else _named(error)
         with self._exchanging():
             told: list[Any] = [None] * self.size
             dist.all_gather_object(told, own, group=self._agreeing)
@@ -185,8 +185,10 @@ class Processes:
         return list(into.split(list(coming)))
 
 
-def _kind_of(error: Exception) -> str:
-    return next((kind.__name__ for kind in ERRORS if isinstance(error, kind)), "RuntimeError")
+def _named(error: Exception) -> tuple[str, str]:
+    """Return as what an error is raised elsewhere, and its words."""
+    kind = next((kind.__name__ for kind in ERRORS if isinstance(error, kind)), None)
+    return (kind, str(error)) if kind else ("RuntimeError", f"{type(error).__name__}: {error}")
 
 
 def padded(size: int) -> int:

@@ -54,6 +54,7 @@ def takes_one_pass(passes: Passes, losses: Tensor, weights: Iterable[Tensor]) ->
 class SpreadGradients(GradientAccess):
     """Products with the per-sample gradients of all processes, and the correction of p.grad on each of them.
 
+    parameters: what p.grad belongs to, by name. followed: what stands for them in a forward pass.
     local: the rules of this process's samples, None where it has none. counts: samples of every process.
     """
 
@@ -62,14 +63,13 @@ class SpreadGradients(GradientAccess):
         processes: Processes,
         placement: Replicas,
         parameters: Mapping[str, Tensor],
+        followed: Mapping[str, Tensor],
         local: KeptGradients | None,
         counts: Sequence[int],
-        rates: Mapping[str, float],
     ) -> None:
         self.processes, self.placement, self.parameters = processes, placement, parameters
-        self.local, self.rates, self.factors = local, rates, ForgetFactors()
+        self.local, self.rates, self.factors = local, {}, ForgetFactors()
         self._uses = [] if local is None else local.uses
-        followed = {} if local is None else local.passes.recording.parameters
         self.crossing = Crossing(processes, list(parameters), followed, self._uses, counts)
         half = {use.name for use in self._uses if use.rule.has_16bit_factor}
         every = processes.agree(*(name in half for name in self.crossing.used))

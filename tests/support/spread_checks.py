@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import datetime
+import functools
+import itertools
 import runpy
 import time
 import warnings
@@ -21,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from zoo import ZOO
 
 import projgrad
+from projgrad.tape import crossing
 
 COUNTS = {2: (3, 2), 4: (3, 0, 1, 2)}  # retain samples of every process
 
@@ -182,6 +185,26 @@ def replicated(processes, **options):
     return lambda model: DistributedDataParallel(model, process_group=processes.group, **options)
 
 
+class Uneven(nn.Module):
+    """A model of which every process uses other parts: a weight or some of its columns, other rows, other lengths."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.table = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(9, 6))
+        self.extra, self.convolution = nn.Linear(6, 6), nn.Conv1d(1, 2, 3, padding=1)
+
+    def losses(self, x, rank):
+        """Of samples [n, t, 6] of a process."""
+        h = x @ self.table[torch.tensor([rank, 8 - rank, 4])].mT  # [n, t, 3]
+        h = F.linear(x, self.weight) if rank % 2 else h @ self.weight[:, :3].mT
+        h = self.extra(h) if rank == 0 else h
+        h = self.convolution(torch.tanh(h).flatten(0, 1)[:, None]).unflatten(0, h.shape[:2])
+        return h.square().sum((1, 2, 3))
+
+    def forgotten(self, x):
+        return self.losses(x, 1).mean() - self.losses(x, 0).sum()
+
+
 @contextlib.contextmanager
 def raises(kind, words):
     try:
@@ -252,6 +275,27 @@ def check_micro_batches(processes):
     retain = lambda: torch.cat([losses(twins.model, a, b) for a, b in pieces])  # noqa: E731
     twins.unlearner.step(twins.closures()["forget"], retain)
     assert_same(twins.model, twins.single, 1e-8, "module.")
+
+
+def check_uneven_uses(processes):
+    """Shares that are factors of other lengths, gradients in full, and so many that they come in rounds."""
+    torch.manual_seed(0)
+    single = Uneven().double()
+    inputs = [torch.randn(n, 2 + rank, 6, dtype=torch.float64) for rank, n in enumerate(COUNTS[processes.size])]
+    mine, before = inputs[processes.rank], crossing.AT_ONCE
+    for scope, at_once in itertools.product(("global", "per_tensor"), (before, 500)):
+        alone, model = copy.deepcopy(single), copy.deepcopy(single)
+        expected = projgrad.OrthoGrad(alone, sgd(alone, 1e-3), scope=scope).step(
+            functools.partial(alone.forgotten, inputs[0]),
+            lambda m=alone: torch.cat([m.losses(x, rank) for rank, x in enumerate(inputs)]),
+        )
+        unlearner = projgrad.OrthoGrad(model, sgd(model, 1e-3), scope=scope, process_group=processes.group)
+        crossing.AT_ONCE = at_once
+        retain = functools.partial(model.losses, mine, processes.rank)
+        record = unlearner.step(functools.partial(model.forgotten, inputs[0]), retain)
+        crossing.AT_ONCE = before
+        assert record.rank == expected.rank
+        assert_same(model, alone)
 
 
 def check_failures(processes):
@@ -392,6 +436,7 @@ CHECKS = [
     check_the_module_inside,
     check_hard_rows,
     check_micro_batches,
+    check_uneven_uses,
     check_failures,
     check_scaler,
     check_shards,
