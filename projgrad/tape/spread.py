@@ -40,6 +40,7 @@ def takes_one_pass(passes: Passes, losses: Tensor, weights: Iterable[Tensor]) ->
 
     The graph was met before, and nothing is left to be found or compared.
     """
+    passes.recording.host_reads.flush()  # which rows of tables were read
     structure, sites, held = passes.known(losses), passes.recording.sites, {storage_id(w) for w in weights}
     if structure is None or structure.anchors != [] or structure.loops or not structure.compared.rules:
         return False
