@@ -167,18 +167,18 @@ class Closures:
                 "change weights before the step, or in the forward pass of both closures alike"
             )
 
-    def check_made_inside(self, losses: Tensor, closure: Closure, name: str = "retain") -> None:
+    def check_made_inside(self, losses: Tensor, closure: Closure | None, name: str = "retain") -> None:
         """Check that the closure that was called last made its forward pass itself; raises ValueError.
 
         Operations are numbered, by thread: a low number is reason enough to look whether the closure, called again,
-        returns the same graph.
+        returns the same graph. Where it cannot be called again, and is None, that is reason enough to refuse.
         """
         earlier = {node for node in nodes_of(losses) if sequence_number(node) <= self._start}
-        if not earlier:
-            return
-        with self.watch(name):
-            again = closure()
-        if not earlier.isdisjoint(nodes_of(again)):
+        if earlier and closure is not None:
+            with self.watch(name):
+                again = closure()
+            earlier.intersection_update(nodes_of(again))
+        if earlier:
             raise ValueError(
                 f"{name}() returned losses of a forward pass that was made before it was called: that pass has to "
                 f"be made inside the {name} closure, anew in every step"

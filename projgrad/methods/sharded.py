@@ -85,11 +85,8 @@ class ShardedModel(ReplicatedModel):
                 module.reshard()
 
     def check_made_inside(self, closures: Closures, losses: Tensor, retain: Closure) -> None:
-        """Refuse: a closure cannot be called again on one process alone."""
-        raise ValueError(
-            "retain() returned losses of a forward pass that was made before it was called, or in which no operation "
-            "uses a parameter that is updated: that pass has to be made inside the closure, anew in every step"
-        )
+        """Check it without calling the closure again, which one process cannot do alone."""
+        closures.check_made_inside(losses, None)
 
     def read_nothing(self, losses: Tensor) -> None:
         """Run one backward pass of no losses: it ends the forward pass for `fully_shard`, which else waits for one."""
