@@ -1,6 +1,6 @@
 """Steps over several processes, what they exchange and need: `python -m bench.processes [--case NAME ...]`.
 
-Every contender has fresh processes on this machine's CPU, one thread each, and the gloo backend. Bytes: sent by one
+Every contender has fresh processes on the CPU, one thread each, and the gloo backend. Bytes: sent by one
 process in one step, as rings send them, of `fully_shard` those beside its own. Memory: the peak of the first step and
 of later ones above the loaded model, of the process that needs most. A result that is not that of one process with all
 samples is refused.
@@ -18,7 +18,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 import projgrad
 from projgrad.experiments.comparison.memory import peak_memory
 
-from .harness import timed
 from .models import LEARNING_RATE, Job, conv_net, decoder, mlp
 from .report import RESULTS, Rows
 
@@ -43,7 +41,7 @@ CONTENDERS = ("DDP plain", "DDP global", "DDP per_tensor", "FSDP2 plain", "FSDP2
 LATER = 4  # steps after the first
 LIMIT = 1e-4  # relative difference of an update from that of one process
 COLUMNS = ("case", "model", "contender", "processes", "n", "parameters_mb", "forget_mb", "factors_mb", "corrections_mb")
-COLUMNS += ("other_mb", "sent_over_plain", "peak_mb", "later_mb", "ms", "difference")
+COLUMNS += ("other_mb", "sent_over_plain", "peak_mb", "later_mb", "difference")
 
 
 class ShareOf(Job):
@@ -110,7 +108,8 @@ def work(rank: int, size: int, name: str, contender: str, folder: str) -> None:
         step()
     before = {} if unlearner is None else dict(unlearner.sent)
     with peak_memory() as later:
-        seconds = [timed(step) for _ in range(LATER)]
+        for _ in range(LATER):
+            step()
     sent = (
         {} if unlearner is None else {key: (unlearner.sent[key] - before.get(key, 0)) / LATER for key in unlearner.sent}
     )
@@ -118,7 +117,7 @@ def work(rank: int, size: int, name: str, contender: str, folder: str) -> None:
         for p, q in zip(single.parameters(), model.parameters(), strict=True):
             whole, grad = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in (q, q.grad))
             p.copy_(whole + LEARNING_RATE * grad)
-    numbers = {"parameters": parameters, "first": first.bytes, "later": later.bytes, "seconds": seconds, "sent": sent}
+    numbers = {"parameters": parameters, "first": first.bytes, "later": later.bytes, "sent": sent}
     Path(folder, str(rank)).write_text(json.dumps(numbers | {"difference": difference(job, contender, model, single)}))
     dist.barrier()
     os._exit(0)  # gloo's threads may outlive the group, and abort when they meet an interpreter on its way out
@@ -135,7 +134,6 @@ def measure(name: str, contender: str, size: int) -> dict:
     row = {"case": name, "model": CASES[name][0], "contender": contender, "processes": size, "n": CASES[name][1]}
     row |= {"parameters_mb": mega(every[0]["parameters"]), "difference": max(one["difference"] for one in every)}
     row |= {f"{key}_mb": mega(max(one[at] for one in every)) for key, at in (("peak", "first"), ("later", "later"))}
-    row["ms"] = 1e3 * median(max(times) for times in zip(*(one["seconds"] for one in every), strict=True))
     if sent:
         row |= {"forget_mb": sent["forget gradient"], "factors_mb": sent["K"], "corrections_mb": sent["corrections"]}
         row |= {"other_mb": other}
