@@ -88,9 +88,10 @@ def difference(job: ShareOf, contender: str, model: nn.Module, single: nn.Module
     job.model, job.samples = single, job.all
     step_of(job, contender, single)[0]()
     right = [p.grad for p in single.parameters()]
-    return float(sum((a - b).norm() ** 2 for a, b in zip(found, right, strict=True))) ** 0.5 / float(
-        sum(b.norm() ** 2 for b in right) ** 0.5
+    errors, norms = (
+        torch.stack([t.norm() for t in ts]) for ts in ([a - b for a, b in zip(found, right, strict=True)], right)
     )
+    return float(errors.norm() / norms.norm())
 
 
 def work(rank: int, size: int, name: str, contender: str, folder: str) -> None:
@@ -110,9 +111,8 @@ def work(rank: int, size: int, name: str, contender: str, folder: str) -> None:
     with peak_memory() as later:
         for _ in range(LATER):
             step()
-    sent = (
-        {} if unlearner is None else {key: (unlearner.sent[key] - before.get(key, 0)) / LATER for key in unlearner.sent}
-    )
+    total = {} if unlearner is None else unlearner.sent
+    sent = {purpose: (total[purpose] - before.get(purpose, 0)) / LATER for purpose in total}
     with torch.no_grad():  # to the weights before the last step
         for p, q in zip(single.parameters(), model.parameters(), strict=True):
             whole, grad = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in (q, q.grad))
