@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.distributed import ProcessGroup
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -102,7 +102,7 @@ def is_parallel_node(node: Node) -> bool:
     return function is not None and function.__module__.startswith(PARALLEL)
 
 
-def timeout_of(group: ProcessGroup, device: torch.device) -> timedelta:
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
     """Return how long the processes of a group wait for one another."""
     return group._get_backend(device).options._timeout
 

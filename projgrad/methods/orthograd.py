@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from .. import _options
 from ..recording.losses import check_shape, check_values
@@ -131,7 +131,7 @@ class OrthoGrad:
         keep_output_gradients: bool = True,
         scaler: torch.amp.GradScaler | None = None,
         projector: Callable[[Tensor, Tensor], Tensor] | None = None,
-        process_group: ProcessGroup | None = None,
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         restore_shards(model)
         trainable_parameters(model, optimizer)

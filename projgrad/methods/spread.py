@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import DeviceMesh
 
 from ..recording.losses import check_shape
 from ..tape.processes import Processes
@@ -60,7 +59,7 @@ def spread_model(model: nn.Module, group: dist.ProcessGroup | None = None) -> Re
     return ReplicatedModel(Processes(group, device), model)
 
 
-def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
+def _group_of(mesh: dist.DeviceMesh) -> dist.ProcessGroup:
     """Return all processes of a mesh as one group."""
     if mesh.ndim == 1:
         return mesh.get_group()

@@ -335,6 +335,9 @@ def check_failures(processes):
         projgrad.OrthoGrad(twins.model, sgd(twins.model, 0.1 + processes.rank)).step(**closures)
     with raises(ValueError, "not supported: the projection is made of the rules"):
         projgrad.OrthoGrad(twins.model, sgd(twins.model), keep_output_gradients=False).step(**closures)
+    static = DistributedDataParallel(build("tied", 1)[0], process_group=processes.group, static_graph=True)
+    with raises(ValueError, "static_graph=True"):
+        projgrad.OrthoGrad(static, sgd(static)).step(**twins.closures(static))
     assert all(p.grad is None for p in twins.model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in whole(twins.model).items())
     twins.compare(1, prefix="module.")
@@ -374,6 +377,19 @@ def check_shards(processes):
             with torch.no_grad():
                 twins.closures()["forget"]()
             projgrad.OrthoGrad(twins.model, twins.unlearner.optimizer)  # it finds the shards again
+
+
+def check_refusals_of_shards(processes):
+    twins = Twins("convolutions", processes, lambda model: shard(model, processes.mesh))
+    closures, none = twins.closures(), processes.rank == 1
+    with raises(ValueError, "runs the model too, on an empty batch"):
+        nothing = lambda: closures["retain"]()[:0].detach()  # noqa: E731
+        twins.unlearner.step(closures["forget"], nothing if none else closures["retain"])
+    scaler = torch.amp.GradScaler("cpu")
+    with raises(ValueError, "not supported with fully_shard"):
+        projgrad.OrthoGrad(twins.model, sgd(twins.model), scaler=scaler).step(**closures)
+    twins.unlearner = projgrad.OrthoGrad(twins.model, sgd(twins.model))
+    twins.compare(1)
 
 
 def check_adapters_that_stay_whole(processes):
@@ -440,6 +456,7 @@ CHECKS = [
     check_failures,
     check_scaler,
     check_shards,
+    check_refusals_of_shards,
     check_adapters_that_stay_whole,
     check_mixed_precision,
     check_tensor_parallelism_is_refused,
