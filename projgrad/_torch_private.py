@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 
 import torch
@@ -100,6 +100,25 @@ def is_parallel_node(node: Node) -> bool:
     """Return whether a node is one by which a spread module notices how far the backward pass is."""
     function = getattr(type(node), "_forward_cls", None)
     return function is not None and function.__module__.startswith(PARALLEL)
+
+
+def reset_sharding(module: nn.Module) -> None:
+    """Forget what a pass that failed left behind in a sharded module: the next one would gather in another order."""
+    if hasattr(module, "reset_iter_state"):  # of torch 2.13, for the whole model
+        with suppress(RuntimeError):  # it is not the root
+            module.reset_iter_state()
+        return
+    state = module._get_fsdp_state()
+    idle = type(state._training_state).IDLE
+    state._training_state, state._state_ctx.iter_forward_root = idle, None
+    state._state_ctx.post_backward_final_callback_queued = False
+    state._modules_to_run_forward.clear()
+    state._comm_ctx.post_forward_order.clear()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    for group in filter(None, groups):
+        group._training_state = idle
+        group._post_forward_indices.clear()
+    module.reshard()
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:

@@ -7,13 +7,14 @@ always the same objects: these are followed. Autograd never meets the shards.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from .._torch_private import reset_sharding
 from ..recording.fixed import fixed_tensors
 from ..tape.passes import Passes
 from ..tape.processes import Processes
@@ -44,8 +45,9 @@ class ShardedModel(ReplicatedModel):
                 yield
             except Exception:
                 for module in self._modules:
-                    with suppress(RuntimeError):  # of torch 2.13, for a root: what was under way is forgotten
-                        getattr(module, "reset_iter_state", module.reshard)()
+                    reset_sharding(module)
+                for p in self._whole.values():
+                    p.grad = None
                 raise
 
     def begin(self, params: dict[str, nn.Parameter]) -> None:

@@ -47,9 +47,10 @@ def spread_model(model: nn.Module, group: dist.ProcessGroup | None = None) -> Re
     sharded, device = restore_shards(model), next(model.parameters()).device
     meshes = {p.device_mesh for p in model.parameters() if is_sharded(p)}
     groups = [wrapper.process_group for _, wrapper in wrappers(model)] + [_group_of(mesh) for mesh in meshes]
-    if len({*map(id, groups)}) > 1:
-        raise ValueError("parts of the model are spread over different process groups, which is not supported")
-    group = group or next(iter(groups), None)
+    groups = groups if group is None else [group, *groups]
+    if len({tuple(dist.get_process_group_ranks(one)) for one in groups}) > 1:
+        raise ValueError("parts of the model are spread over other processes than others, or than process_group has")
+    group = next(iter(groups), None)
     if sharded or meshes:
         from .sharded import ShardedModel
 

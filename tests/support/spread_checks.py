@@ -341,6 +341,9 @@ def check_failures(processes):
     assert all(p.grad is None for p in twins.model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in whole(twins.model).items())
     twins.compare(1, prefix="module.")
+    if processes.size == 2:
+        with raises(ValueError, "over other processes than others"):
+            projgrad.OrthoGrad(twins.model, sgd(twins.model), process_group=dist.group.WORLD).step(**closures)
     other = build("tied", 1)[0]
     if processes.rank == 0:
         with torch.no_grad():
