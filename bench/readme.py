@@ -181,6 +181,23 @@ def _size(row: dict) -> str:
     return row["note"] or f"{float(row['ms_cpu']):,.0f} ms, {float(row['peak_mb']):,.0f} MB"
 
 
+def processes() -> str:
+    """Return the table of steps over several processes."""
+    rows = read_csv(RESULTS / "processes_cpu.csv")
+    heads = "model", "step", "own all-reduce", "forget gradient", "K", "correction", "others"
+    heads += "memory, first step", "memory, later steps"
+    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---|" * (len(heads) - 2)]
+    for row in rows:
+        count, parameters = int(row["processes"]), float(row["parameters_mb"])
+        plain = row["contender"] == "DDP plain"
+        own = f"{2 * parameters * (count - 1) / count:.3g}" if plain else ""
+        names = "forget_mb", "factors_mb", "corrections_mb", "other_mb", "peak_mb", "later_mb"
+        cells = [f"{row['model']}, n = {row['n']} a process", row["contender"], own]
+        lines.append(f"| {' | '.join([*cells, *(row[name] and f'{float(row[name]):.3g}' for name in names)])} |")
+    about = rows[0]
+    return "\n".join([f"{about['device']}, torch {about['torch']}, commit {about['commit']}.", "", *lines])
+
+
 def _against(row: dict, column: str, limit: str) -> str:
     """Return a multiple of the plain step with its target."""
     missed = row[limit] and float(row[column]) > float(row[limit])
@@ -241,6 +258,7 @@ SECTIONS = {
     "docs/comparison.md": {"compare": compare},
     "docs/gpu.md": {"gpu": gpu},
     "docs/micro_batches.md": {"union": union_table, "by hand": by_hand_table},
+    "docs/processes.md": {"processes": processes},
     "docs/scenarios.md": {"scenarios": scenarios},
 }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
@@ -84,6 +86,46 @@ def sequence_number(node: Node) -> int:
 def saved(node: Node, name: str) -> object:
     """Return what a node keeps of its operation's arguments, such as "dim"."""
     return getattr(node, f"_saved_{name}")
+
+
+# Parts of `fully_shard` and DistributedDataParallel in a graph. They see gradients and hand them on as they are.
+
+PARALLEL = "torch.distributed.fsdp", "torch.nn.parallel.distributed"
+
+
+def is_parallel_hook(hook: object) -> bool:
+    """Return whether a hook is the one by which a sharded module notices the backward pass."""
+    return type(getattr(hook, "__self__", None)).__module__.startswith(PARALLEL)
+
+
+def is_parallel_node(node: Node) -> bool:
+    """Return whether a node is one by which a spread module notices how far the backward pass is."""
+    function = getattr(type(node), "_forward_cls", None)
+    return function is not None and function.__module__.startswith(PARALLEL)
+
+
+def reset_sharding(module: nn.Module) -> None:
+    """Forget what a pass that failed left behind in a sharded module: the next one would gather in another order."""
+    if hasattr(module, "reset_iter_state"):  # of torch 2.13, for the whole model
+        with suppress(RuntimeError):  # it is not the root
+            module.reset_iter_state()
+        return
+    state = module._get_fsdp_state()
+    idle = type(state._training_state).IDLE
+    state._training_state, state._state_ctx.iter_forward_root = idle, None
+    state._state_ctx.post_backward_final_callback_queued = False
+    state._modules_to_run_forward.clear()
+    state._comm_ctx.post_forward_order.clear()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    for group in filter(None, groups):
+        group._training_state = idle
+        group._post_forward_indices.clear()
+    module.reshard()
+
+
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    """Return how long the processes of a group wait for one another."""
+    return group._get_backend(device).options._timeout
 
 
 # Modules and modes.

@@ -28,13 +28,16 @@ class Closures:
     that a step makes dies with it, and would be walked through again and again with all that was ever imported.
 
     params: what is updated, by name. watched: these and all others that the optimizer holds.
+    spread: whether several processes take the step together; else a model that is spread over some is refused.
     changed: by closure, the parameters that it changed in place, as they were after it.
 
     Raises TypeError where what `step` was given cannot be called, ValueError as `trainable_parameters` and
     `check_alone`, RuntimeError inside a closure of another step that updates the same parameters.
     """
 
-    def __init__(self, model: nn.Module, optimizer: SteppingOptimizer, **given: object) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: SteppingOptimizer, *, spread: bool = False, **given: object
+    ) -> None:
         clear_grads(optimizer)
         for name, closure in given.items():
             if not callable(closure) or isinstance(closure, nn.Module):
@@ -42,7 +45,8 @@ class Closures:
                     f"{name} must be a function without arguments that runs the model and returns its loss, such as "
                     f"`lambda: cross_entropy(model(x), y)`; got {kind(closure)}"
                 )
-        self.params, self.optimizer = trainable_parameters(model, optimizer), optimizer
+        self.params, self.optimizer, self.model = trainable_parameters(model, optimizer), optimizer, model
+        self._spread = spread
         updated = set(map(id, self.params.values()))
         held = enumerate(held_parameters(optimizer))
         others = {f"parameter {k} of the optimizer": p for k, p in held if id(p) not in updated}
@@ -57,7 +61,7 @@ class Closures:
                 )
         if torch.is_inference_mode_enabled():
             raise RuntimeError("a step needs gradients: call it outside torch.inference_mode()")
-        check_alone(model, self.params, optimizer)
+        check_alone(model, self.params, optimizer, spread)
         self.changed: dict[str, dict[str, Tensor]] = {}
         self._inside = self._collects = False
 
@@ -97,7 +101,8 @@ class Closures:
         self._inside = True
         self._start = _last_operation()
         try:
-            with torch.enable_grad(), self._refuse_replicas(closure) if distributed() else nullcontext():
+            alone = distributed() and not self._spread
+            with torch.enable_grad(), self._refuse_replicas(closure) if alone else nullcontext():
                 yield
         finally:
             _running.remove((self, closure))
@@ -177,18 +182,18 @@ class Closures:
                 "change weights before the step, or in the forward pass of both closures alike"
             )
 
-    def check_made_inside(self, losses: Tensor, closure: Closure, name: str = "retain") -> None:
+    def check_made_inside(self, losses: Tensor, closure: Closure | None, name: str = "retain") -> None:
         """Check that the closure that was called last made its forward pass itself; raises ValueError.
 
         Operations are numbered, by thread: a low number is reason enough to look whether the closure, called again,
-        returns the same graph.
+        returns the same graph. Where it cannot be called again, and is None, that is reason enough to refuse.
         """
         earlier = {node for node in nodes_of(losses) if sequence_number(node) <= self._start}
-        if not earlier:
-            return
-        with self.watch(name):
-            again = closure()
-        if not earlier.isdisjoint(nodes_of(again)):
+        if earlier and closure is not None:
+            with self.watch(name):
+                again = closure()
+            earlier.intersection_update(nodes_of(again))
+        if earlier:
             raise ValueError(
                 f"{name}() returned losses of a forward pass that was made before it was called: that pass has to "
                 f"be made inside the {name} closure, anew in every step"

@@ -82,23 +82,27 @@ def check_types(model: object, optimizer: object) -> None:
         raise ValueError("the optimizer has maximize=True, which would turn the update around: build it without")
 
 
-def check_alone(model: nn.Module, params: dict[str, nn.Parameter], optimizer: SteppingOptimizer) -> None:
+def check_alone(
+    model: nn.Module, params: dict[str, nn.Parameter], optimizer: SteppingOptimizer, spread: bool = False
+) -> None:
     """Check that nothing spreads the model, or its steps, over processes or micro-batches.
 
+    spread: processes take the step together, by way of a DistributedDataParallel or shards.
     Raises ValueError for sharded parameters, DistributedDataParallel over more than one process, DeepSpeed, and a
     wrapper of accelerate that would not step or would scale the gradient.
     """
-    sharding = sys.modules.get("torch.distributed.tensor")  # imported by whatever shards a model
-    for name, p in params.items() if sharding is not None else ():
-        if isinstance(p, sharding.DTensor):
+    for name, p in params.items() if not spread else ():
+        if is_sharded(p):
             raise ValueError(
-                f"{name} is a DTensor: sharded parameters (FSDP2, tensor parallelism) are not supported yet"
+                f"{name} is a DTensor: sharded parameters (FSDP2, tensor parallelism) are not supported here; "
+                "OrthoGrad takes those of fully_shard"
             )
     for name, module in model.named_modules() if distributed() else ():
         where = name or "the model"
         if type(module).__name__ == "FullyShardedDataParallel":
-            raise ValueError(f"{where} is a FullyShardedDataParallel: sharded parameters are not supported yet")
-        check_replicas(module, where)
+            raise ValueError(f"{where} is a FullyShardedDataParallel, which is not supported: use fully_shard")
+        if not spread:
+            check_replicas(module, where)
     kinds = {c.__name__ for c in (*type(optimizer).__mro__, *type(model).__mro__)}
     if any("DeepSpeed" in name for name in kinds):
         raise ValueError("DeepSpeed steps inside its own backward(): it is not supported")
@@ -115,6 +119,23 @@ def check_alone(model: nn.Module, params: dict[str, nn.Parameter], optimizer: St
             )
 
 
+def is_sharded(p: Tensor) -> bool:
+    """Return whether a parameter is spread over processes, as a DTensor."""
+    sharding = sys.modules.get("torch.distributed.tensor")  # imported by whatever shards a model
+    return sharding is not None and isinstance(p, sharding.DTensor)
+
+
+def restore_shards(model: object) -> bool:
+    """Put shards back in their places where a forward pass left whole parameters; return whether a model has some."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported by whoever calls fully_shard
+    if fsdp is None or not isinstance(model, nn.Module):
+        return False
+    modules = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+    for module in modules:
+        module.reshard()
+    return bool(modules)
+
+
 def distributed() -> bool:
     """Return whether this process is one of a group of processes."""
     return dist.is_available() and dist.is_initialized()
@@ -124,9 +145,9 @@ def check_replicas(module: nn.Module, where: str) -> None:
     """Check that a module is no DistributedDataParallel over more than one process; raises ValueError."""
     if isinstance(module, DistributedDataParallel) and (size := dist.get_world_size(module.process_group)) > 1:
         raise ValueError(
-            f"{where} is a DistributedDataParallel over {size} processes, which is not supported yet: it would not "
-            "average what is projected, and every process would end with another model. Take the steps in one process, "
-            "with the model that it wraps (`model.module`), in the closures too, and broadcast the weights afterwards"
+            f"{where} is a DistributedDataParallel over {size} processes. Only OrthoGrad takes steps over several, and "
+            "has to be given this wrapper or its process_group. Otherwise take the steps in one process, with the "
+            "model that it wraps (`model.module`), in the closures too, and broadcast the weights afterwards"
         )
 
 

@@ -2,12 +2,14 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import _options
@@ -18,10 +20,20 @@ from ..tape.factors import ForgetFactors
 from ..tape.per_sample import per_sample
 from ..tape.records import Projection
 from .closures import Closures
-from .common import check_batch_norm, clear_grads, learning_rates, loss_value, scalar_loss, trainable_parameters
+from .common import (
+    check_batch_norm,
+    clear_grads,
+    learning_rates,
+    loss_value,
+    restore_shards,
+    scalar_loss,
+    trainable_parameters,
+)
 from .graphed import GraphedStep
 from .micro_batches import Closed, MicroBatchOptions, accumulate_forget, closures_of
 from .protocol import Closure
+from .replicas import ReplicatedModel
+from .spread import spread_model, spread_step
 from .union import project_union
 
 
@@ -100,6 +112,8 @@ class OrthoGrad:
             warning.
         progress: show a bar while a retain set in micro-batches is worked on; needs rich.
         forget_reduction: "mean" or "sum" of the losses that the closures of `forget` return.
+        process_group: the processes that take the steps together, each with some of the samples. Default: those over
+            which the model is spread, by DistributedDataParallel or `fully_shard`; see docs/processes.md.
 
     Raises:
         TypeError: a wrong type of model, optimizer or option.
@@ -137,7 +151,9 @@ class OrthoGrad:
         max_passes: int = 100,
         progress: bool = False,
         forget_reduction: str = "mean",
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
+        restore_shards(model)
         trainable_parameters(model, optimizer)
         alpha = _options.within("alpha weighs the mean retain gradient and", alpha, "[0, 1]")
         _options.check_choice("scope", scope, ("global", "per_tensor"))
@@ -157,6 +173,7 @@ class OrthoGrad:
         self.damping, self.rtol, self.max_norm = damping, rtol, _options.check_max_norm(max_norm)
         self.keep_output_gradients, self.scaler, self.projector = keep_output_gradients, scaler, projector
         self.micro = MicroBatchOptions(union_tolerance, max_passes, progress, forget_reduction)
+        self.process_group, self._spread = process_group, None
         self._factors_help = False  # whether the factors of the forget gradient saved work in the step before
         self._factors = ForgetFactors()
         self._script: Script | None = None
@@ -183,25 +200,34 @@ class OrthoGrad:
                 must depend on nothing that the other samples hold. Or an iterable of such closures: the gradients of
                 all their samples are protected, and α weighs the mean over all. Each closure is called once for every
                 pass and has to return the same losses each time; random numbers of torch are replayed.
+                Over several processes: of this one's samples.
 
         Raises:
             TypeError: something other than a closure.
             ValueError: a loss of the wrong shape, batch norm in training mode (per-sample gradients do not exist),
                 retain losses that share terms between samples; a closure that leaves gradients behind, changes the
                 weights that the other one used or returns losses of a forward pass made before; a model that is spread
-                over processes.
-            RuntimeError: called inside a closure of another step on the same parameters.
+                over processes in a way that is not supported, or processes that disagree.
+            RuntimeError: called inside a closure of another step on the same parameters; another process failed, or
+                did not answer.
             FloatingPointError: NaN or Inf in a loss or a gradient.
             ArithmeticError: the projection contradicts plain autograd, or a second backward pass the first one.
         """
         start = time.perf_counter()
         clear_grads(self.optimizer)
         forgets, retains = closures_of("forget", forget), closures_of("retain", retain)
-        with Closures(self.model, self.optimizer, **forgets, **retains) as closures:
+        spread = self._together()
+        with (
+            nullcontext() if spread is None else spread.together(),
+            Closures(self.model, self.optimizer, spread=spread is not None, **forgets, **retains) as closures,
+        ):
             check_batch_norm(self.model)
             try:
-                loss = self._forget(forgets, closures)
-                numbers = (self._retain if len(retains) == 1 else self._retain_union)(loss, retains, closures)
+                if spread is not None:
+                    numbers = spread_step(self, spread, closures, forgets, retains)
+                else:
+                    loss = self._forget(forgets, closures)
+                    numbers = (self._retain if len(retains) == 1 else self._retain_union)(loss, retains, closures)
             except FloatingPointError:
                 if self.scaler is None:
                     raise
@@ -243,6 +269,8 @@ class OrthoGrad:
         """Set p.grad to what the optimizer is to apply; return the parameters. script: for `GraphedStep`."""
         if self.projector is not None or not self.keep_output_gradients:
             raise Impossible("a projector, or keep_output_gradients=False, has no graph")
+        if self._together() is not None:
+            raise Impossible("a model that is spread over processes has no graph")
         with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures:
             check_batch_norm(self.model)
             self._script, self._factors_help = script, False
@@ -267,6 +295,17 @@ class OrthoGrad:
         rates = learning_rates(self.optimizer, params)
         precision = torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cuda")
         return options, tuple(held), tuple(training), tuple(rates.items()), precision
+
+    @property
+    def sent(self) -> Counter[str]:
+        """Return the bytes that this process sent to the others so far, by purpose, as rings send them."""
+        return Counter() if self._spread is None else self._spread.processes.sent
+
+    def _together(self) -> ReplicatedModel | None:
+        """Return how the model is spread over processes, found at the first step; None if it is in this one alone."""
+        if self._spread is None:
+            self._spread = spread_model(self.model, self.process_group)
+        return self._spread
 
     def _forget(self, forgets: dict[str, Closure], closures: Closures) -> Tensor:
         """Set p.grad to ± (1 - α) u; return the loss, not looked at yet: the device may still be busy with it."""
@@ -350,7 +389,9 @@ class OrthoGrad:
     def _apply(self, params: dict[str, nn.Parameter]) -> None:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        if self.max_norm is not None:
+        if self.max_norm is not None and self._spread is not None:
+            self._spread.clip(self.max_norm)
+        elif self.max_norm is not None:
             nn.utils.clip_grad_norm_(list(params.values()), self.max_norm)
         if self.scaler is None:
             self.optimizer.step()

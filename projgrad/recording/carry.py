@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch.autograd.graph import Node
 
-from .._torch_private import saved
+from .._torch_private import is_parallel_node, saved
 
 Shape = Sequence[int]
 
@@ -58,7 +58,7 @@ Rule = Callable[[Op], Where]
 
 def carry(op: Op) -> Where:
     """Return where the samples lie in every input, None where that is not proven."""
-    rule = CARRIED.get(_name(op.node))
+    rule = _first_alike if len(op.inputs) == 1 and is_parallel_node(op.node) else CARRIED.get(_name(op.node))
     if rule is None:
         return [None] * len(op.inputs)
     where = rule(op)
@@ -75,7 +75,9 @@ def _fits(op: Op, there: Along | None, shape: Shape | None) -> bool:
 
 def of_torch(node: Node) -> bool:
     """Return whether a node is one of torch's own operations."""
-    return bool(NUMBER.search(node.name())) or node.name().startswith("torch::autograd")
+    if NUMBER.search(node.name()) or node.name().startswith("torch::autograd"):
+        return True
+    return is_parallel_node(node)
 
 
 def _name(node: Node) -> str:

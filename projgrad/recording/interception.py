@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .._torch_private import is_parallel_hook
 from . import functional as pf
 from . import torch_names as names
 from .functional.elementwise import add_, spread, sub_, vmap_batch_first, vmap_broadcast
@@ -56,7 +57,7 @@ class Interception(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if func == names.GRAD_FN:  # whoever asks for a node may register a hook on it
             recording.hooked = True
-        if name == "register_hook" and torch.is_grad_enabled():
+        if name == "register_hook" and torch.is_grad_enabled() and not is_parallel_hook(args[-1]):
             recording.hooked = True
         if is_in_place(name) and args and isinstance(args[0], Tensor):
             return self._in_place(func, name, args, kwargs)

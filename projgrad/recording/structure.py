@@ -68,8 +68,7 @@ def structure_of(recording: Recording, losses: Tensor, known: dict[int, Structur
     """
     check_shape(losses)
     recording.host_reads.defer(losses, check_values)
-    graph = fingerprint(recording, losses)
-    key = hash((len(losses), tuple(site.key for site in recording.sites), graph, recording.hooked))
+    key = graph_key(recording, losses)
     structure = known.get(key)
     if wait or recording.host_reads.urgent or structure is None or structure.anchors != []:
         recording.host_reads.flush()
@@ -92,6 +91,12 @@ def structure_of(recording: Recording, losses: Tensor, known: dict[int, Structur
         for site, layout in zip(recording.sites, structure.layouts, strict=True):
             site.layout = layout
     return structure
+
+
+def graph_key(recording: Recording, losses: Tensor) -> int:
+    """Return what graphs that are read alike have in common."""
+    graph = fingerprint(recording, losses)
+    return hash((len(losses), tuple(site.key for site in recording.sites), graph, recording.hooked))
 
 
 def inspect(recording: Recording, losses: Tensor) -> Structure:

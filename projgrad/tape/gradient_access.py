@@ -98,6 +98,10 @@ class GradientAccess:
         """Add Gᵀ w to p.grad, w [l, n], multiplied in float64 if that is set and possible; max_abs = max_j |w_j|."""
         raise NotImplementedError
 
+    def agreed(self, *numbers: Tensor) -> Sequence[Tensor]:
+        """Return the numbers that the host decides by: with several processes, the same ones on all of them."""
+        return numbers
+
     def blame(self, w: Tensor) -> Callable[[], str]:
         """Return what to say where `apply(w)` came out wrong; it holds nothing of this object that is large."""
         return str

@@ -41,8 +41,8 @@ def project_(
     check_weights("add", add, losses)
     parameters, reads = passes.recording.parameters, passes.recording.host_reads
     factors = ForgetFactors() if factors is None else factors
-    _check_gradients(parameters)
-    rates = {} if scope == "per_tensor" else _relative(rates or {}, parameters)
+    check_gradients(parameters)
+    rates = {} if scope == "per_tensor" else relative_rates(rates or {}, parameters)
     squares = _defer_squares(parameters, factors, reads)
     structure = passes.structure(losses, wait=False)
     # A second pass with other weights would round too differently in 16 bits.
@@ -80,18 +80,18 @@ def go_through(
         replay = Replay(solver)
         again = lambda reads: go_through(replay.start(reads), blocks, squares, parameters, per_tensor)  # noqa: E731
         solver.reads.script.again = again
-    steps = {block.name: _steps(block, solver, squares) for block in blocks}
+    steps = {block.name: steps_of(block, solver, squares) for block in blocks}
     done = solver.run(steps, blocks)
     solver.reads.flush()  # if there was nothing to solve
-    _check_squares(squares)  # also of tensors that the losses do not use
+    check_squares(squares)  # also of tensors that the losses do not use
     solver.check_watched()
     solver.checks.flush()
     for name, projection in done.items():
         projection.discrepancy = solver.checks.worst[name]
-    return _of_all(done, squares, parameters) if per_tensor else done[""]
+    return of_all(done, squares, parameters) if per_tensor else done[""]
 
 
-def _check_gradients(parameters: Mapping[str, Tensor]) -> None:
+def check_gradients(parameters: Mapping[str, Tensor]) -> None:
     """Make every p.grad contiguous; refuse sparse ones."""
     for name, p in parameters.items():
         if p.grad is None:
@@ -102,7 +102,7 @@ def _check_gradients(parameters: Mapping[str, Tensor]) -> None:
             p.grad = p.grad.contiguous()
 
 
-def _relative(rates: Mapping[str, float], parameters: Collection[str]) -> dict[str, float]:
+def relative_rates(rates: Mapping[str, float], parameters: Collection[str]) -> dict[str, float]:
     """Return the rates over the largest; none if all are the same."""
     for name, rate in rates.items():
         if name not in parameters or not (rate >= 0 and math.isfinite(rate)):
@@ -135,13 +135,13 @@ def _defer_squares(parameters: Mapping[str, Tensor], factors: ForgetFactors, rea
     return squares
 
 
-def _check_squares(squares: Mapping[str, float]) -> None:
+def check_squares(squares: Mapping[str, float]) -> None:
     """Check that every ‖p.grad‖² is a number."""
     if not all(map(math.isfinite, squares.values())):
         raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
 
 
-def _steps(block: Block, solver: Solver, squares: Mapping[str, float]) -> Steps:
+def steps_of(block: Block, solver: Solver, squares: Mapping[str, float]) -> Steps:
     """Project p.grad, repeat while the residual exceeds rounding, then add Gᵀ add.
 
     squares: ‖p.grad‖² by parameter, once a system is solved.
@@ -156,7 +156,7 @@ def _steps(block: Block, solver: Solver, squares: Mapping[str, float]) -> Steps:
         return max(u2 + 2 * solved.projection.product + solved.projection.squared_norm, 0.0) ** 0.5
 
     solved = yield Solve(float64)
-    _check_squares({name: squares.get(name, 0.0) for name in block.parameters})
+    check_squares({name: squares.get(name, 0.0) for name in block.parameters})
     u2 = block.square = sum(rates.get(name, 1.0) * squares.get(name, 0.0) for name in block.parameters)
     if not solved.finite:
         solver.check_finite(block.name)
@@ -210,7 +210,7 @@ def _projection(rank: int, u2: float, after: float, residual: float, refinements
     return Projection(rank, preserved, min(residual, 1.0), refinements, 0.0, (u2, after**2))
 
 
-def _of_all(
+def of_all(
     tensors: dict[str, Projection], squares: Mapping[str, float], parameters: Mapping[str, Tensor]
 ) -> Projection:
     """Return the record of projections tensor by tensor; squares: ‖p.grad‖² of all, used by the losses or not."""

@@ -161,7 +161,8 @@ class Solver:
                 self.K[block.name], self.v[block.name] = one, other
         else:
             K, v = torch.stack([self.K[block.name] for block in blocks]), torch.stack([r.v for r in requests])
-        w, numbers = solve(K, v, self.damping, rank_tolerance(K.shape[1], float64, self.rtol), self.shifts)
+        solution = solve(K, v, self.damping, rank_tolerance(K.shape[1], float64, self.rtol), self.shifts)
+        w, numbers = self.access.agreed(*solution)
         self.w |= zip(_names(blocks), w.unbind(), strict=True)
         return numbers
 
@@ -210,7 +211,7 @@ class Solver:
         cosines = (v.abs() / norms.where(norms > 0, 1)).amax(1)
         lengths = self.access.norms(blocks)
         numbers = [cosines, v @ self.add, *(lengths[block.name] for block in blocks)]
-        return v, numbers, [self.access.square_of(block) for block in blocks]
+        return v, self.access.agreed(*numbers), [self.access.square_of(block) for block in blocks]
 
 
 class Replay(Solver):

@@ -36,6 +36,7 @@ METHODS = {
     "SCRUB": lambda model, optimizer, forget: SCRUB(model, optimizer, 1),
     "PGU": lambda model, optimizer, forget: Pgu(model, optimizer),
 }
+IN_ONE_PROCESS = tuple(METHODS.keys() - {"OrthoGrad"})
 SALUN = {"SalUn": lambda model, optimizer, forget: SalUn(model, optimizer, forget)}
 
 
@@ -54,10 +55,10 @@ def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def refused(model, message, optimizer=None):
+def refused(model, message, optimizer=None, names=tuple(METHODS)):
     """Every method refuses its step, and leaves the model alone."""
     before = [p.detach().clone() for p in model.parameters()]
-    for name, make in METHODS.items():
+    for name, make in [(name, METHODS[name]) for name in names]:
         forget, retain = closures(model)
         with pytest.raises(ValueError, match=message):
             make(model, sgd(model) if optimizer is None else optimizer, forget).step(forget, retain)
@@ -68,8 +69,9 @@ def refused(model, message, optimizer=None):
 def _two_processes(rank, file):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     model = DistributedDataParallel(build())
-    refused(model, r"the model is a DistributedDataParallel over 2 processes.*`model\.module`.*broadcast")
-    refused(nn.Sequential(model), "0 is a DistributedDataParallel over 2 processes")
+    words = r"the model is a DistributedDataParallel over 2 processes.*`model\.module`.*broadcast"
+    refused(model, words, names=IN_ONE_PROCESS)
+    refused(nn.Sequential(model), "0 is a DistributedDataParallel over 2 processes", names=IN_ONE_PROCESS)
     forget, _ = closures(model)
     with pytest.raises(ValueError, match="DistributedDataParallel over 2 processes"):
         SalUn(model, sgd(model), forget)
@@ -113,12 +115,17 @@ def test_data_parallel_of_one_process(one_process, name):
     torch.testing.assert_close(*found)
 
 
-def test_sharded_parameters_are_refused_by_name(one_process):
+def test_sharded_parameters_of_one_process(one_process):
     from torch.distributed.fsdp import fully_shard
 
     model = build()
     fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
-    refused(model, r"0\.weight is a DTensor: sharded parameters \(FSDP2, tensor parallelism\) are not supported yet")
+    words = r"0\.weight is a DTensor: sharded parameters \(FSDP2, tensor parallelism\) are not supported here"
+    refused(model, words, names=IN_ONE_PROCESS)
+    twin = build()
+    for one in (model, twin):
+        projgrad.OrthoGrad(one, sgd(one)).step(*closures(one))
+    torch.testing.assert_close([p.full_tensor() for p in model.parameters()], [p.detach() for p in twin.parameters()])
 
 
 def test_fully_sharded_data_parallel(one_process):
@@ -127,7 +134,7 @@ def test_fully_sharded_data_parallel(one_process):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is deprecated
         model = FullyShardedDataParallel(build(), device_id=torch.device("cpu"))
-        refused(model, "the model is a FullyShardedDataParallel: sharded parameters are not supported yet")
+        refused(model, "the model is a FullyShardedDataParallel, which is not supported: use fully_shard")
 
 
 class DeepSpeedEngine(nn.Sequential):

@@ -1,0 +1,121 @@
+"""Models of which every process holds a copy: what a step over several processes does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from ..recording.fixed import fixed_tensors
+from ..tape.passes import Passes
+from ..tape.placement import Replicas
+from ..tape.processes import Processes
+from ..tape.project import check_gradients
+from ..tape.tape import Tape
+from .closures import Closures
+from .protocol import Closure
+
+
+class ReplicatedModel:
+    """A model that every process holds whole, and the gradients of a step on it."""
+
+    def __init__(self, processes: Processes, model: nn.Module) -> None:
+        self.processes, self.model = processes, model
+        self.met = False  # whether all processes were found to begin with the same weights
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Make the context of one step: an error in it stops all processes."""
+        with self.processes.together():
+            yield
+
+    def begin(self, params: dict[str, nn.Parameter]) -> None:
+        """Take what a step updates, by name."""
+        self.params, self.placement = params, Replicas(self.processes, params)
+        self.followed = params  # what stands for them in a forward pass
+
+    def check_options(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Check that a gradient scaler can be used; raises ValueError."""
+
+    def check(self) -> None:
+        """Check that all processes begin with the same weights; raises ValueError."""
+        sums = [int(_bytes(p).sum(dtype=torch.int64)) for p in self.params.values()]
+        self.processes.same("the weights of the model", sums)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Make a context in which closures run the model, and no wrapper exchanges anything."""
+        ids = set(map(id, self.params.values()))
+        silenced: list[tuple[nn.Module, bool, bool]] = []
+
+        def silence(module: nn.Module, _) -> None:
+            if isinstance(module, DistributedDataParallel) and not ids.isdisjoint(map(id, module.parameters())):
+                if module.static_graph or module.mixed_precision is not None:
+                    raise ValueError(
+                        "DistributedDataParallel with static_graph=True or mixed_precision is not supported: it "
+                        "exchanges gradients behind the step's back. Build it without"
+                    )
+                silenced.append((module, module.require_backward_grad_sync, module.require_forward_param_sync))
+                module.require_backward_grad_sync = module.require_forward_param_sync = False
+
+        hook = register_module_forward_pre_hook(silence)
+        try:
+            yield
+        finally:
+            hook.remove()
+            for module, backward, forward in reversed(silenced):
+                module.require_backward_grad_sync, module.require_forward_param_sync = backward, forward
+
+    def tape(self) -> Tape:
+        """Return a tape for this process's samples."""
+        return Tape(self.params, fixed_tensors(self.model, self.params.values()), self.model)
+
+    @contextmanager
+    def reading(self, passes: Passes, losses: Tensor) -> Iterator[None]:
+        """Make a context for backward passes over this process's samples; losses: of them, perhaps (0,)."""
+        yield
+
+    def check_made_inside(self, closures: Closures, losses: Tensor, retain: Closure) -> None:
+        """Check that a closure made its forward pass itself; see `Closures`."""
+        with self.running():
+            closures.check_made_inside(losses, retain)
+
+    def read_nothing(self, losses: Tensor) -> None:
+        """Do what a process without samples has to do in the place of backward passes; losses (0,)."""
+
+    def backward(self, loss: Tensor, weight: float) -> None:
+        """Set every p.grad to weight times the gradient of this process's loss."""
+        weights = torch.full_like(loss, weight / self.processes.size)
+        torch.autograd.backward(loss, weights, inputs=list(self.params.values()))
+        check_gradients(self.params)
+
+    def average(self) -> None:
+        """Replace every p.grad by the mean over the processes, once all of them have come so far."""
+        self.sum_grads(self.params)
+
+    def sum_grads(self, params: Mapping[str, nn.Parameter]) -> None:
+        """Replace p.grad by the sum over the processes, where one of them has it."""
+        every = self.processes.agree(*(p.grad is not None for p in params.values()))
+        for p, *some in zip(params.values(), *every, strict=True):
+            if any(some) and p.grad is None:
+                p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        self.processes.sum_all_([p.grad for p in params.values() if p.grad is not None], "forget gradient")
+
+    def clip(self, max_norm: float) -> None:
+        """Scale all p.grad so that their norm is at most `max_norm`."""
+        nn.utils.clip_grad_norm_(list(self.params.values()), max_norm)
+
+
+def wrappers(model: nn.Module) -> Iterable[tuple[str, DistributedDataParallel]]:
+    """Yield every DistributedDataParallel in a model, with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel):
+            yield name or "the model", module
+
+
+def _bytes(p: Tensor) -> Tensor:
+    return p.detach().contiguous().flatten().view(torch.uint8)

@@ -1,0 +1,163 @@
+"""A step of OrthoGrad that several processes take together, each with some of the samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..recording.losses import check_shape
+from ..tape.processes import Processes
+from ..tape.spread import SpreadGradients, kept_rules, project_spread_
+from .closures import Closures
+from .common import distributed, is_sharded, learning_rates, loss_value, restore_shards, scalar_loss
+from .protocol import Closure, SteppingOptimizer
+from .replicas import ReplicatedModel, wrappers
+
+
+class StepOptions(Protocol):
+    """What of an `OrthoGrad` a step depends on; see there."""
+
+    optimizer: SteppingOptimizer
+    alpha: float
+    scope: str
+    sign: float
+    damping: float
+    rtol: float | None
+    max_norm: float | None
+    scaler: torch.amp.GradScaler | None
+    projector: Callable[[Tensor, Tensor], Tensor] | None
+    keep_output_gradients: bool
+
+
+def spread_model(model: nn.Module, group: dist.ProcessGroup | None = None) -> ReplicatedModel | None:
+    """Return how a model is spread over processes, None if it is in one alone.
+
+    group: given by the caller; else that of the model's wrapper or its shards.
+    Raises ValueError where parts of the model are spread in different ways, and for tensor parallelism.
+    """
+    if not distributed():
+        if group is not None:
+            raise ValueError("process_group was given, but torch.distributed is not initialised")
+        return None
+    sharded, device = restore_shards(model), next(model.parameters()).device
+    meshes = {p.device_mesh for p in model.parameters() if is_sharded(p)}
+    groups = [wrapper.process_group for _, wrapper in wrappers(model)] + [_group_of(mesh) for mesh in meshes]
+    groups = groups if group is None else [group, *groups]
+    if len({tuple(dist.get_process_group_ranks(one)) for one in groups}) > 1:
+        raise ValueError("parts of the model are spread over other processes than others, or than process_group has")
+    group = next(iter(groups), None)
+    if sharded or meshes:
+        from .sharded import ShardedModel
+
+        return ShardedModel(Processes(group, device), model)
+    if group is None or dist.get_world_size(group) < 2:
+        return None
+    return ReplicatedModel(Processes(group, device), model)
+
+
+def _group_of(mesh: dist.DeviceMesh) -> dist.ProcessGroup:
+    """Return all processes of a mesh as one group."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD
+    raise ValueError("a mesh of several dimensions must have all processes, or the samples have no common group")
+
+
+def spread_step(
+    options: StepOptions,
+    spread: ReplicatedModel,
+    closures: Closures,
+    forgets: Mapping[str, Closure],
+    retains: Mapping[str, Closure],
+) -> dict[str, Any]:
+    """Set every p.grad to ± (1 - α) u_perp + α mean_j(g_j), on all processes; return the fields of the record.
+
+    u is the mean of the processes' forget gradients, j goes over the samples of all of them.
+    """
+    if len(forgets) > 1 or len(retains) > 1:
+        raise ValueError("micro-batches over several processes are not supported: give one closure for each batch")
+    (forget,), (retain,) = forgets.values(), retains.values()
+    processes, scaler = spread.processes, options.scaler
+    spread.begin(closures.params)
+    _check_alike(options, spread)
+    with processes.attempt(), closures.watch("forget"), spread.running():
+        loss = scalar_loss(forget)
+    processes.agree()
+    with processes.attempt():
+        spread.backward(loss if scaler is None else scaler.scale(loss), options.sign * (1 - options.alpha))
+        loss = loss_value(loss)
+    spread.average()
+    n, tape = 0, spread.tape()
+    with processes.attempt():
+        with closures.watch("retain"), spread.running(), tape:
+            losses = retain()
+        n = _check_losses(losses, closures)
+        if n and not tape.recording.sites:
+            spread.check_made_inside(closures, losses, retain)
+    counts = [count for (count,) in processes.agree(n)]
+    _check_counts(counts)
+    if all(p.grad is None for p in closures.params.values()):
+        raise ValueError("forget() returned a loss that depends on no parameter that the optimizer holds")
+    share, local, total = 1.0, None, sum(counts)
+    if scaler is not None:  # as small as in their mean, which is what its scale has been found for
+        share = 2.0 ** -math.ceil(math.log2(total))
+    with spread.reading(tape.passes, losses), processes.attempt():
+        value = float(losses.detach().double().sum()) if n else 0.0
+        if n:
+            local = kept_rules(tape.passes, losses if scaler is None else scaler.scale(losses) * share)
+        else:
+            spread.read_nothing(losses)
+    processes.agree()
+    rates = learning_rates(options.optimizer, closures.params)
+    access = SpreadGradients(processes, spread.placement, closures.params, spread.followed, local, counts)
+    add = torch.full((total,), options.alpha / total / share, dtype=torch.float64, device=processes.device)
+    projection = project_spread_(access, options.scope, options.damping, options.rtol, add, rates)
+    sums = torch.tensor([loss / processes.size, value / total], dtype=torch.float64, device=processes.device)
+    forget_loss, retain_loss = processes.sum_(sums, "agreements").tolist()
+    fields = {name: value for name, value in vars(projection).items() if name != "squares"}
+    return fields | {"forget_loss": forget_loss, "retain_loss": retain_loss}
+
+
+def _check_alike(options: StepOptions, spread: ReplicatedModel) -> None:
+    """Check that all processes take the same step on the same model; the weights at the first step alone."""
+    processes = spread.processes
+    if options.projector is not None or not options.keep_output_gradients:
+        raise ValueError(
+            "over several processes keep_output_gradients=False and a projector of yours are not supported: the "
+            "projection is made of the rules of one backward pass on every process"
+        )
+    spread.check_options(options.scaler)
+    described = [(name, tuple(p.shape), str(p.dtype)) for name, p in spread.params.items()]
+    processes.same("the parameters of the model that the optimizer holds", described)
+    numbers = [getattr(options, name) for name in ("alpha", "scope", "sign", "damping", "rtol", "max_norm")]
+    rates = [group.get("lr") for group in options.optimizer.param_groups]  # one on the device is not waited for
+    numbers += [rate for rate in rates if not isinstance(rate, Tensor)]
+    processes.same("the options of the step or the learning rates", numbers)
+    if not spread.met:
+        spread.check()
+        spread.met = True
+
+
+def _check_losses(losses: object, closures: Closures) -> int:
+    """Return the number of this process's retain samples, which may be none."""
+    if isinstance(losses, Tensor) and losses.shape == (0,):
+        return 0
+    check_shape(losses)
+    changed = sorted({name for names in closures.changed.values() for name in names})
+    if changed:
+        raise ValueError(
+            f"a closure changed {changed[0]} in place: every process would go on with other weights. Change weights "
+            "between steps, on all processes alike"
+        )
+    return len(losses)
+
+
+def _check_counts(counts: list[int]) -> None:
+    if not sum(counts):
+        raise ValueError("no process has a retain sample: there is nothing to be orthogonal to")

@@ -1,0 +1,49 @@
+"""Where the gradients of a model lie that is spread over processes: whole on each of them, or in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..recording.host_reads import lengths
+from .processes import Processes
+
+
+class Replicas:
+    """Every process holds the whole p.grad, the same on all."""
+
+    def __init__(self, processes: Processes, parameters: Mapping[str, Tensor]) -> None:
+        self.processes, self.parameters = processes, parameters
+
+    def rounds(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Yield the names of parameters whose whole gradients are in memory at one time."""
+        yield names
+
+    def whole(self, names: Sequence[str]) -> dict[str, Tensor | None]:
+        """Return every p.grad, whole."""
+        return {name: self.parameters[name].grad for name in names}
+
+    def sums(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return whole tensors to add this process's samples to, for `add_`.
+
+        They are the p.grad themselves: those of process 0 stay what they are, and the others begin at zero.
+        """
+        for name in names:
+            p = self.parameters[name]
+            if p.grad is None:
+                p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
+            elif self.processes.rank:
+                p.grad.zero_()
+        return {name: self.parameters[name].grad for name in names}
+
+    def add_(self, sums: Mapping[str, Tensor]) -> None:
+        """Add to every p.grad the sum over all processes of what was added to `sums`."""
+        self.processes.sum_all_(sums.values(), "corrections")
+
+    def norms(self, names: Sequence[str]) -> Tensor:
+        """Return ‖p.grad‖ of parameters that have one, [len(names)] float64."""
+        if not names:
+            return torch.zeros(0, dtype=torch.float64, device=self.processes.device)
+        return lengths([self.parameters[name].grad for name in names])
