@@ -17,6 +17,7 @@ from ..tape.per_sample import per_sample
 from ..tape.records import Projection
 from .closures import Closures
 from .common import check_batch_norm, clear_grads, learning_rates, loss_value, scalar_loss, trainable_parameters
+from .optimizer_metric import MetricStep, response_of
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class OrthoGrad:
         keep_output_gradients: bool = True,
         scaler: torch.amp.GradScaler | None = None,
         projector: Callable[[Tensor, Tensor], Tensor] | None = None,
+        metric: str = "gradient",
     ) -> None:
         trainable_parameters(model, optimizer)
         alpha = _options.within("alpha weighs the mean retain gradient and", alpha, "[0, 1]")
@@ -136,6 +138,11 @@ class OrthoGrad:
         self.sign = -1.0 if _options.check_flag("ascend", ascend) else 1.0
         self.damping, self.rtol, self.max_norm = damping, rtol, _options.check_max_norm(max_norm)
         self.keep_output_gradients, self.scaler, self.projector = keep_output_gradients, scaler, projector
+        self.metric = _options.check_choice("metric", metric, ("gradient", "optimizer")) or metric
+        if metric == "optimizer":
+            response_of(optimizer)
+            if projector is not None or not keep_output_gradients:
+                raise ValueError('metric="optimizer" cannot be used with projector or keep_output_gradients=False')
         self._factors_help = False  # whether the factors of the forget gradient saved work in the step before
         self._factors = ForgetFactors()
 
@@ -181,8 +188,12 @@ class OrthoGrad:
                 clear_grads(self.optimizer)
                 p = next(iter(closures.params.values()))  # infinite: the scaler skips this step and scales less
                 p.grad = torch.full_like(p, float("inf"))
-                numbers = SKIPPED
-            self._apply(closures.params)
+                numbers = dict(SKIPPED)
+            metric_step = numbers.pop("metric_step", None)
+            if metric_step is None:
+                self._apply(closures.params)
+            else:
+                numbers |= metric_step.finish(self.scaler, self.max_norm, self.damping, self.rtol)
         return StepRecord(**numbers, seconds=time.perf_counter() - start)
 
     def _forget(self, forget: Callable[[], Tensor], closures: Closures) -> Tensor:
@@ -218,6 +229,9 @@ class OrthoGrad:
             share = 2.0 ** -math.ceil(math.log2(n))
             losses = self.scaler.scale(losses) * share
         add = torch.full((n,), self.alpha / n / share, dtype=torch.float64, device=losses.device)
+        if self.metric == "optimizer":
+            metric_step = MetricStep(self.optimizer, params, tape, losses, self.scope, add)
+            return {"metric_step": metric_step, "forget_loss": values[0], "retain_loss": sum(values[1:]) / n}
         weights = add if self.alpha else None
         rates = learning_rates(self.optimizer, params)
         if self.projector is not None:

@@ -60,6 +60,17 @@ class Rule:
             K, v = K + k, v + w
         return K, v
 
+    def weighted_gram(self, d: Tensor, u: Tensor, float64: bool = False) -> tuple[Tensor, Tensor]:
+        """Return K = G diag(d) Gᵀ [n, n] and v = G u [n] in float64; d ≥ 0 and u of shape `shape`, u = 0 where d = 0."""
+        roots, scaled = weighted(d, u, float64)
+        roots, scaled = roots.reshape(self.rows, self.cols), scaled.reshape(1, self.rows, self.cols)
+        K = torch.zeros(self.n, self.n, dtype=torch.float64, device=self.device)
+        v = K.new_zeros(self.n)
+        for rows, g in self._chunks(float64):
+            k, w = gram(g * roots[rows], scaled[:, rows], float64)
+            K, v = K + k, v + w[:, 0]
+        return K, v
+
     def dot(self, u: Tensor, float64: bool = False) -> Tensor:
         """Return G u [n, m] for u [m, *shape]."""
         return self.gram(u, float64)[1]
@@ -132,6 +143,12 @@ def groups_of(count: int, most: int) -> Iterator[slice]:
 def add_(out: Tensor, part: Tensor) -> None:
     """Add a part with as many elements, in another shape perhaps."""
     out.add_(part.reshape(out.shape))
+
+
+def weighted(d: Tensor, u: Tensor, float64: bool) -> tuple[Tensor, Tensor]:
+    """Return √d and u / √d: with rows g √d their Gram matrix is the weighted one, and their products those of g and u."""
+    roots = (d.double() if float64 else d).sqrt()
+    return roots, torch.where(roots > 0, u / roots, 0.0)
 
 
 def gram(g: Tensor, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Tensor]:

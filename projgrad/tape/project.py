@@ -41,7 +41,7 @@ def project_(
     check_weights("add", add, losses)
     parameters, reads = passes.recording.parameters, passes.recording.host_reads
     factors = ForgetFactors() if factors is None else factors
-    _check_gradients(parameters)
+    check_gradients(parameters)
     rates = {} if scope == "per_tensor" else _relative(rates or {}, parameters)
     squares = _defer_squares(parameters, factors, reads)
     structure = passes.structure(losses, wait=False)
@@ -77,7 +77,7 @@ def project_(
             raise
 
 
-def _check_gradients(parameters: Mapping[str, Tensor]) -> None:
+def check_gradients(parameters: Mapping[str, Tensor]) -> None:
     """Make every p.grad contiguous; refuse sparse ones."""
     for name, p in parameters.items():
         if p.grad is None:
