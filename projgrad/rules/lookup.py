@@ -100,7 +100,7 @@ class Lookup(Rule):
         slots = (ids[1:] != ids[:-1]).cumsum(0)  # of all tokens but the first, whose slot is 0
         slots = torch.cat([slots.new_zeros(len(ids[:1])), slots])
         used = ids[torch.searchsorted(slots, torch.arange(len(ends), device=ids.device))]
-        step = self.chunk_rows(float64)
+        step = self.chunk_rows(float64) if scales is None else max(1, self.chunk_rows(float64) // 4)
         u = None if u is None else u.reshape(len(u), self.shape[0], -1)
         K = torch.zeros(self.n, self.n, dtype=torch.float64, device=ids.device)
         v = K.new_zeros((self.n, 0 if u is None else len(u)))
@@ -109,7 +109,8 @@ class Lookup(Rule):
             span = slice(ends[start - 1] - first if start else 0, ends[start + len(ids_now) - 1] - first)
             b = self.b.flatten(0, 1)[order[span]]
             g = self._scattered(b, order[span], slots[span] - start, len(ids_now), float64)
-            g = g if scales is None else g * scales[ids_now]
+            if scales is not None:
+                g.mul_(scales[ids_now])
             k, w = gram(g, None if u is None else u[:, ids_now], float64)
             K, v = K + k, v + w
         return K, v

@@ -36,6 +36,7 @@ class Rule:
     device: torch.device
     has_16bit_factor = False  # whether a factor came in 16 bits
     cheap = False  # whether multiplying in float64 costs nothing to speak of
+    fresh_chunks = False  # whether what `chunk` returns may be changed in place
 
     def chunk(self, rows: slice, float64: bool = False) -> Tensor:
         """Return g_j for some rows of the parameter, [n, len(rows), cols]; multiplied in float64 if `float64`."""
@@ -66,8 +67,9 @@ class Rule:
         roots, scaled = roots.reshape(self.rows, self.cols), scaled.reshape(1, self.rows, self.cols)
         K = torch.zeros(self.n, self.n, dtype=torch.float64, device=self.device)
         v = K.new_zeros(self.n)
-        for rows, g in self._chunks(float64):
-            k, w = gram(g * roots[rows], scaled[:, rows], float64)
+        for rows, g in self._chunks(float64, parts=4):  # all the state of the optimizer is in memory too
+            g = g.mul_(roots[rows]) if self.fresh_chunks else g * roots[rows]
+            k, w = gram(g, scaled[:, rows], float64)
             K, v = K + k, v + w[:, 0]
         return K, v
 
@@ -122,8 +124,8 @@ class Rule:
         """Return G [n, *shape]."""
         return self.chunk(slice(0, self.rows)).reshape(self.n, *self.shape)
 
-    def _chunks(self, float64: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        step = self.chunk_rows(float64)
+    def _chunks(self, float64: bool = False, parts: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        step = max(1, self.chunk_rows(float64) // parts)
         for start in range(0, self.rows, step):
             rows = slice(start, min(self.rows, start + step))
             yield rows, self.chunk(rows, float64)
