@@ -210,6 +210,8 @@ class MetricStep:
     def _correct(
         self, moving: list[str], first: Mapping[str, bool], scale: Tensor | float, damping: float, rtol: float | None
     ) -> dict[str, Any]:
+        if isinstance(self.response, Custom):
+            self._check_diagonals(moving)
         change: dict[str, Tensor] = {}
         for name in moving:
             p, state, group = self.params[name], self._state(name), self.groups[name]
@@ -221,8 +223,6 @@ class MetricStep:
                 p.grad.copy_(F)
                 F = p.grad
             change[name] = F.contiguous()
-        if isinstance(self.response, Custom):
-            self._check_diagonals(moving)
         correction = Correction(self.held, change, self._diagonal, self._carry, damping, rtol)
         fields = {name: value for name, value in vars(correction.make_()).items() if name != "squares"}
         for name, F in change.items():
