@@ -8,7 +8,6 @@ per-sample retain gradient, the record's own number and the scores at the end go
 
 import argparse
 import copy
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -128,7 +127,11 @@ def main() -> None:
     for row in measure(args):
         key = [str(row[name]) for name in ("scenario", "metric", "scope", "seed", "lr", "steps", "step")]
         rows = read_csv(path) if path.exists() else []
-        rows = [r for r in rows if [r[name] for name in ("scenario", "metric", "scope", "seed", "lr", "steps", "step")] != key]
+        rows = [
+            r
+            for r in rows
+            if [r[name] for name in ("scenario", "metric", "scope", "seed", "lr", "steps", "step")] != key
+        ]
         write_csv(path, [*rows, {name: row.get(name, "") for name in COLUMNS} | about], [*COLUMNS, *about])
 
 

@@ -45,7 +45,9 @@ def worker(case: Case, contender: str, memory: bool) -> Worker:
     """Start a process that measures the time of a step, or the memory of three."""
     # Freed memory leaves at once: the peak is what was needed.
     variables = {"MALLOC_MMAP_THRESHOLD_": "65536"} if memory else {}
-    return Worker(["-m", "bench.applied_cost", "--worker", case.name, contender, "memory" if memory else "time"], variables)
+    return Worker(
+        ["-m", "bench.applied_cost", "--worker", case.name, contender, "memory" if memory else "time"], variables
+    )
 
 
 def work(case: Case, contender: str, what: str) -> None:
@@ -108,10 +110,11 @@ def main() -> None:
     for name in args.case:
         rows = measure(DECODERS[name], max(2, args.repeats or DECODERS[name].rounds))
         for row in rows:
+            ratios = [row[f"{what}_over_plain"] for what in ("time", "first", "later")]
             print(
-                f"{row['model']}: {row['contender']}: {row['ms']:.0f} ms, {row['time_over_plain']:.2f} x (at most {TIME}); "
-                f"memory {row['first_over_plain']:.2f} x, later {row['later_over_plain']:.2f} x (at most {MEMORY})"
+                f"{name}, {row['contender']}: time {ratios[0]:.2f} x (at most {TIME}), memory of the first step", end=""
             )
+            print(f" {ratios[1]:.2f} x, of later ones {ratios[2]:.2f} x (at most {MEMORY})", flush=True)
         others = [row for row in read_csv(path) if row["case"] != name] if path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
         write_csv(path, [*others, *(row | about for row in rows)], [*COLUMNS, *about])

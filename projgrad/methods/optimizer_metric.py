@@ -137,8 +137,8 @@ def response_of(optimizer: SteppingOptimizer) -> Response:
         return Custom(optimizer)
     if type(optimizer) not in KNOWN:
         raise ValueError(
-            f'metric="optimizer" must know by what diagonal the optimizer scales a gradient: torch.optim.SGD, Adam, '
-            f"AdamW and RMSprop are known; got {kind(optimizer)}. Any other one without momentum can say it in a method "
+            'metric="optimizer" must know by what diagonal the optimizer scales a gradient: torch.optim.SGD, Adam, AdamW '
+            f"and RMSprop are known; got {kind(optimizer)}. Any other one without momentum can say it in a method "
             "`diagonal(param, state, group) -> Tensor`"
         )
     return KNOWN[type(optimizer)]
@@ -172,11 +172,7 @@ class MetricStep:
         self.held: Held = hold(tape.passes, losses, scope, add)
 
     def finish(
-        self,
-        scaler: torch.amp.GradScaler | None,
-        max_norm: float | None,
-        damping: float,
-        rtol: float | None,
+        self, scaler: torch.amp.GradScaler | None, max_norm: float | None, damping: float, rtol: float | None
     ) -> dict[str, Any]:
         """Clip, step and correct; return the fields of the record. `.grad` holds F afterwards."""
         scale = self._clip(scaler, max_norm)
@@ -232,8 +228,7 @@ class MetricStep:
 
     def _state(self, name: str) -> State:
         """Return the optimizer's state of a parameter, empty where it has none."""
-        states, p = getattr(self.optimizer, "state", {}), self.params[name]
-        return states[p] if p in states else {}
+        return getattr(self.optimizer, "state", {}).get(self.params[name], {})
 
     def _diagonal(self, name: str) -> Diagonal:
         return self.response.diagonal(self.params[name], self._state(name), self.groups[name])
@@ -251,14 +246,14 @@ class MetricStep:
 
     def _copies(self) -> tuple[dict[str, Tensor], dict]:
         """Return copies of the parameters and of the optimizer's state: whether D can be used shows after the step."""
-        state = {"state_dict": copy.deepcopy(self.optimizer.state_dict())}
-        return {name: p.detach().clone() for name, p in self.params.items()}, state
+        params = {name: p.detach().clone() for name, p in self.params.items()}
+        return params, copy.deepcopy(self.optimizer.state_dict())
 
     @torch.no_grad()
     def _put_back(self, params: Mapping[str, Tensor], state: dict) -> None:
         for name, before in params.items():
             self.params[name].copy_(before)
-        self.optimizer.load_state_dict(state["state_dict"])
+        self.optimizer.load_state_dict(state)
 
     def _check_diagonals(self, names: list[str]) -> None:
         """Check what an optimizer says of itself, in one transfer."""
@@ -267,7 +262,8 @@ class MetricStep:
             p, D = self.params[name], self._diagonal(name)
             if isinstance(D, Tensor) and D.ndim and D.shape != p.shape:
                 raise ValueError(
-                    f"diagonal() returned shape {tuple(D.shape)} for {name}, which has {tuple(p.shape)}; nothing was changed"
+                    f"diagonal() returned shape {tuple(D.shape)} for {name}, which has {tuple(p.shape)}; "
+                    "nothing was changed"
                 )
             D = torch.as_tensor(D, device=p.device)
             smallest.append(D.amin().double() if D.numel() else D.new_ones((), dtype=torch.float64))
@@ -286,7 +282,7 @@ def _check_group(group: State) -> None:
     """Check what makes the diagonal of a parameter group: it has no zeros and no infinities then."""
     lr, eps = group.get("lr", 0.0), group.get("eps", 1.0)
     if not isinstance(lr, Tensor) and not 0 <= lr < float("inf"):
-        raise ValueError(f"metric=\"optimizer\" needs learning rates that are finite and not negative; got {lr}")
+        raise ValueError(f'metric="optimizer" needs learning rates that are finite and not negative; got {lr}')
     if not isinstance(eps, Tensor) and not eps > 0:
         raise ValueError(
             f'metric="optimizer" needs eps > 0: with {eps} the diagonal is infinite where no gradient ever was'

@@ -29,7 +29,8 @@ class StepRecord:
     preserved_norm: ‖u_perp‖ / ‖u‖ over all parameters: near 1 the projection did nothing, near 0 nothing is left to
         forget with.
     residual: max_j |cos(g_j, u_perp)|, the largest over tensors with scope="per_tensor"; of what is written to `.grad`,
-        not of what the optimizer makes of it.
+        not of what the optimizer makes of it. With metric="optimizer" u_perp is the forgetting part of the change that
+        the parameters really made, here and in preserved_norm.
     refinements: times the result was projected again because the first answer left more than rounding.
     discrepancy: of the self-check: how far the per-sample gradients and plain autograd are apart, relative.
     forget_loss, retain_loss: before the step; the retain loss is the mean over samples.
@@ -65,7 +66,8 @@ class OrthoGrad:
     Args:
         model: its parameters that require gradients and belong to `optimizer` are updated.
         optimizer: any torch optimizer, built after the last change of the model's layers. The applied update is
-            orthogonal only for SGD without momentum or weight decay; adaptive ones rescale it coordinate by coordinate.
+            orthogonal only for SGD without momentum or weight decay; adaptive ones rescale it coordinate by coordinate,
+            unless `metric` says otherwise.
             Where parameter groups have different learning rates, scope="global" makes the update orthogonal after
             them, lr ∘ u_perp: inner products, and the lengths in the record, weigh every parameter by its rate.
         alpha: weight of the mean retain gradient, in [0, 1]; 0 is pure projected ascent.
@@ -85,12 +87,16 @@ class OrthoGrad:
         projector: function (u (p,), G (n, p)) -> u_perp (p,) instead of projgrad's, such as `projgrad.projectors.qr`;
             with scope="per_tensor" called once for each tensor. All of G takes n times the memory of the parameters: a
             reference to compare with, without `damping`, `rtol`, `keep_output_gradients` and `scaler`.
+        metric: "gradient" projects the gradient. "optimizer" makes the forgetting part of what the optimizer applies
+            orthogonal, for SGD, Adam, AdamW, RMSprop in all variants, or one with a method
+            `diagonal(param, state, group) -> Tensor`; `.grad` then holds that part. See docs/optimizer_metric.md.
 
     Raises:
         TypeError: a wrong type of model, optimizer or option.
         ValueError: an option out of its range (alpha in [0, 1], damping ≥ 0 and finite, rtol in [0, 1), max_norm > 0),
-            an unknown scope, no trainable parameter in the optimizer, a projector with damping, rtol or a scaler;
-            LBFGS, an optimizer with maximize=True.
+            an unknown scope or metric, no trainable parameter in the optimizer, a projector with damping, rtol or a
+            scaler; LBFGS, an optimizer with maximize=True; with metric="optimizer" one whose diagonal is not known, a
+            projector, or keep_output_gradients=False.
 
     Source: arXiv 2503.02312, section 3 and algorithm 1.
 
@@ -138,7 +144,8 @@ class OrthoGrad:
         self.sign = -1.0 if _options.check_flag("ascend", ascend) else 1.0
         self.damping, self.rtol, self.max_norm = damping, rtol, _options.check_max_norm(max_norm)
         self.keep_output_gradients, self.scaler, self.projector = keep_output_gradients, scaler, projector
-        self.metric = _options.check_choice("metric", metric, ("gradient", "optimizer")) or metric
+        _options.check_choice("metric", metric, ("gradient", "optimizer"))
+        self.metric = metric
         if metric == "optimizer":
             response_of(optimizer)
             if projector is not None or not keep_output_gradients:

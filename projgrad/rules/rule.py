@@ -62,7 +62,10 @@ class Rule:
         return K, v
 
     def weighted_gram(self, d: Tensor, u: Tensor, float64: bool = False) -> tuple[Tensor, Tensor]:
-        """Return K = G diag(d) Gᵀ [n, n] and v = G u [n] in float64; d ≥ 0 and u of shape `shape`, u = 0 where d = 0."""
+        """Return K = G diag(d) Gᵀ [n, n] and v = G u [n] in float64.
+
+        d ≥ 0 and u have the shape `shape`; u is 0 where d is.
+        """
         roots, scaled = weighted(d, u, float64)
         roots, scaled = roots.reshape(self.rows, self.cols), scaled.reshape(1, self.rows, self.cols)
         K = torch.zeros(self.n, self.n, dtype=torch.float64, device=self.device)
@@ -148,7 +151,7 @@ def add_(out: Tensor, part: Tensor) -> None:
 
 
 def weighted(d: Tensor, u: Tensor, float64: bool) -> tuple[Tensor, Tensor]:
-    """Return √d and u / √d: with rows g √d their Gram matrix is the weighted one, and their products those of g and u."""
+    """Return √d and u / √d: rows g √d have the weighted Gram matrix, and with u / √d the products of g and u."""
     roots = (d.double() if float64 else d).sqrt()
     return roots, torch.where(roots > 0, u / roots, 0.0)
 

@@ -171,7 +171,12 @@ class Correction:
                 residual = cosine / norm if norm else 0.0
                 ranks[name] = max(ranks[name], int(one))
                 done[name] = Projection(
-                    ranks[name], after / before if before else 1.0, min(residual, 1.0), attempt, 0.0, (before**2, after**2)
+                    ranks[name],
+                    after / before if before else 1.0,
+                    min(residual, 1.0),
+                    attempt,
+                    0.0,
+                    (before**2, after**2),
                 )
                 # Rounding is spread over all elements: of it a gradient sees one direction.
                 floor = max(limit, 8 * rounded / math.sqrt(block.numel()) / (norm or 1.0))
@@ -257,7 +262,9 @@ class Correction:
     def _of_all(self, tensors: dict[str, Projection]) -> Projection:
         """Return the record of all tensors; those that the losses do not use keep their change."""
         others = [name for name in self.change if name not in tensors]
-        for name, norm in zip(others, to_host(lengths([self.change[n] for n in others])) if others else (), strict=True):
+        for name, norm in zip(
+            others, to_host(lengths([self.change[n] for n in others])) if others else (), strict=True
+        ):
             tensors[name] = Projection(0, 1.0, 0.0, 0, 0.0, (norm**2, norm**2))
         every = tensors.values()
         before, after = (sum(t.squares[k] for t in every) for k in (0, 1))

@@ -1,4 +1,4 @@
-"""The applied change under metric="optimizer", from the parameters themselves, against explicit gradients in float64."""
+"""The change that metric="optimizer" applies, read from the parameters, against explicit gradients in float64."""
 
 import copy
 
@@ -85,7 +85,9 @@ def explicit(problem):
     """u and G, from one backward pass per loss."""
     params = [p for p in problem.model.parameters() if p.requires_grad]
     gradients = lambda loss: flat(torch.autograd.grad(loss, params))  # noqa: E731
-    return gradients(problem.forget()), torch.stack([gradients(problem.losses(x[None])) for x in problem.batches[problem.turn][1]])
+    return gradients(problem.forget()), torch.stack(
+        [gradients(problem.losses(x[None])) for x in problem.batches[problem.turn][1]]
+    )
 
 
 def proposal(optimizer, params, gradient, momentum=None, after=None):
@@ -124,7 +126,8 @@ def proposal(optimizer, params, gradient, momentum=None, after=None):
             twin.state[q] = state
     twin.step()
     kept = [twin.state[q].get(OWN[type(optimizer)]) for q in twin_params]
-    return flat(twin_params) - flat(params), [torch.zeros_like(p) if m is None else m for p, m in zip(params, kept)]
+    kept = [torch.zeros_like(p) if m is None else m for p, m in zip(params, kept, strict=True)]
+    return flat(twin_params) - flat(params), kept
 
 
 def blocks_of(params, scope):

@@ -24,7 +24,7 @@ def flat_gradients(loss, params):
 
 
 def ascent(unlearner, forget, retain):
-    """With alpha = 0, no decay and no earlier step the whole change is the forgetting part: its cosines, and the record."""
+    """With alpha = 0 and no decay the whole change is the forgetting part: return its cosine, itself and the record."""
     params = list(unlearner.model.parameters())
     G = torch.stack([flat_gradients(loss, params) for loss in retain()])
     before = flat_parameters(unlearner.model).double()
@@ -60,7 +60,9 @@ def test_float32_leaves_a_cosine_below_1e_5(make):
 def test_projecting_first_leaves_more_than_a_hundredth_with_adamw():
     torch.manual_seed(0)
     model, forget, retain = wide(torch.float64)
-    cosine, *_ = ascent(projgrad.OrthoGrad(model, AdamW(model.parameters(), 1e-3, weight_decay=0.0), 0.0), forget, retain)
+    cosine, *_ = ascent(
+        projgrad.OrthoGrad(model, AdamW(model.parameters(), 1e-3, weight_decay=0.0), 0.0), forget, retain
+    )
     assert cosine > 1e-2
 
 
@@ -79,7 +81,9 @@ def test_gradients_of_very_different_length_count_alike(scale):
 def test_16_bit_parameters_leave_what_their_rounding_leaves():
     torch.manual_seed(0)
     model, forget, retain = wide(torch.bfloat16)
-    cosine, moved, record = ascent(unlearner_of(model, AdamW(model.parameters(), 1e-2, weight_decay=0.0), 0.0), forget, retain)
+    cosine, moved, record = ascent(
+        unlearner_of(model, AdamW(model.parameters(), 1e-2, weight_decay=0.0), 0.0), forget, retain
+    )
     assert moved.norm() > 0 and cosine < 5e-2 and record.residual < 5e-2
 
 
@@ -220,7 +224,9 @@ def test_an_unknown_metric_is_named():
         projgrad.OrthoGrad(model, SGD(model.parameters(), 0.1), metric="adam")
 
 
-@pytest.mark.parametrize(("options", "message"), [({"eps": 0.0}, "needs eps > 0"), ({"lr": float("nan")}, "learning rates")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"eps": 0.0}, "needs eps > 0"), ({"lr": float("nan")}, "learning rates")]
+)
 def test_groups_without_a_usable_diagonal_are_refused(options, message):
     model, forget, retain = classifier()
     optimizer = AdamW(model.parameters(), 1e-2)
