@@ -137,7 +137,7 @@ def response_of(optimizer: SteppingOptimizer) -> Response:
         return Custom(optimizer)
     if type(optimizer) not in KNOWN:
         raise ValueError(
-            'metric="optimizer" must know by what diagonal the optimizer scales a gradient: torch.optim.SGD, Adam, AdamW '
+            'metric="optimizer" must know the diagonal of the optimizer: torch.optim.SGD, Adam, AdamW '
             f"and RMSprop are known; got {kind(optimizer)}. Any other one without momentum can say it in a method "
             "`diagonal(param, state, group) -> Tensor`"
         )
