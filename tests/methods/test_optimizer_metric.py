@@ -30,6 +30,7 @@ OPTIMIZERS = {
 }
 VARIANTS = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 CASES = [(name, v) for name in OPTIMIZERS for v in VARIANTS if v != "fused" or not name.startswith("rmsprop")]
+REMEMBERED = ("momentum", "dampening", "adam", "adam_amsgrad", "adamw", "adamw_amsgrad", "rmsprop_momentum")
 OWN = {SGD: "momentum_buffer", Adam: "exp_avg", AdamW: "exp_avg", RMSprop: "momentum_buffer"}
 
 
@@ -185,15 +186,23 @@ def test_the_applied_forgetting_part_is_orthogonal_to_every_retain_gradient(name
             if MOMENTUM in state:
                 difference = state[OWN[type(optimizer)]] - state[MOMENTUM] - own
                 assert difference.norm() <= 1e-9 * (own.norm() + state[MOMENTUM].norm())
+        if name in REMEMBERED:  # and the forget part of it is what moved the parameters
+            kept = flat([optimizer.state[p][MOMENTUM] for p in params])
+            D = optimizer_diagonal(optimizer, params, whole=not name.startswith("rmsprop"))
+            bias = 1 - 0.9 ** (problem.turn + 1) if name.startswith("adam") else 1
+            assert (D * kept / bias + applied).norm() <= 1e-9 * wanted.norm() + 1e-13 * start.norm()
     assert torch.equal(problem.model.frozen.weight, frozen)
 
 
-def optimizer_diagonal(optimizer, params):
-    """D of a step, as the documents of torch have it."""
+def optimizer_diagonal(optimizer, params, whole=True):
+    """D of a step, as the documents of torch have it, or the learning rates only."""
     parts = []
     for p in params:
         group = next(group for group in optimizer.param_groups if any(p is x for x in group["params"]))
         state = optimizer.state.get(p, {})
+        if not whole:
+            parts.append(torch.full_like(p, group["lr"]))
+            continue
         if "betas" in group:
             v = state.get("max_exp_avg_sq", state["exp_avg_sq"]) / (1 - group["betas"][1] ** float(state["step"]))
         elif "alpha" in group:
