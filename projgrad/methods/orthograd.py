@@ -31,6 +31,7 @@ from .common import (
 )
 from .graphed import GraphedStep
 from .micro_batches import Closed, MicroBatchOptions, accumulate_forget, closures_of
+from .optimizer_metric import MetricStep, response_of
 from .protocol import Closure
 from .replicas import ReplicatedModel
 from .spread import spread_model, spread_step
@@ -46,7 +47,8 @@ class StepRecord:
     preserved_norm: ‖u_perp‖ / ‖u‖ over all parameters: near 1 the projection did nothing, near 0 nothing is left to
         forget with.
     residual: max_j |cos(g_j, u_perp)|, the largest over tensors with scope="per_tensor"; of what is written to `.grad`,
-        not of what the optimizer makes of it.
+        not of what the optimizer makes of it. With metric="optimizer" u_perp is the forgetting part of the change that
+        the parameters really made, here and in preserved_norm.
     refinements: times the result was projected again because the first answer left more than rounding.
     discrepancy: of the self-check: how far the per-sample gradients and plain autograd are apart, relative.
     forget_loss, retain_loss: before the step; the retain loss is the mean over samples.
@@ -87,7 +89,8 @@ class OrthoGrad:
     Args:
         model: its parameters that require gradients and belong to `optimizer` are updated.
         optimizer: any torch optimizer, built after the last change of the model's layers. The applied update is
-            orthogonal only for SGD without momentum or weight decay; adaptive ones rescale it coordinate by coordinate.
+            orthogonal only for SGD without momentum or weight decay; adaptive ones rescale it coordinate by coordinate,
+            unless `metric` says otherwise.
             Where parameter groups have different learning rates, scope="global" makes the update orthogonal after
             them, lr ∘ u_perp: inner products, and the lengths in the record, weigh every parameter by its rate.
         alpha: weight of the mean retain gradient, in [0, 1]; 0 is pure projected ascent.
@@ -114,12 +117,16 @@ class OrthoGrad:
         forget_reduction: "mean" or "sum" of the losses that the closures of `forget` return.
         process_group: the processes that take the steps together, each with some of the samples. Default: those over
             which the model is spread, by DistributedDataParallel or `fully_shard`; see docs/processes.md.
+        metric: "gradient" projects the gradient. "optimizer" makes the forgetting part of what the optimizer applies
+            orthogonal, for SGD, Adam, AdamW, RMSprop in all variants, or one with a method
+            `diagonal(param, state, group) -> Tensor`; `.grad` then holds that part. See docs/optimizer_metric.md.
 
     Raises:
         TypeError: a wrong type of model, optimizer or option.
         ValueError: an option out of its range (alpha in [0, 1], damping ≥ 0 and finite, rtol in [0, 1), max_norm > 0),
-            an unknown scope, no trainable parameter in the optimizer, a projector with damping, rtol or a scaler;
-            LBFGS, an optimizer with maximize=True.
+            an unknown scope or metric, no trainable parameter in the optimizer, a projector with damping, rtol or a
+            scaler; LBFGS, an optimizer with maximize=True; with metric="optimizer" one whose diagonal is not known, a
+            projector, or keep_output_gradients=False.
 
     Source: arXiv 2503.02312, section 3 and algorithm 1.
 
@@ -152,6 +159,7 @@ class OrthoGrad:
         progress: bool = False,
         forget_reduction: str = "mean",
         process_group: "dist.ProcessGroup | None" = None,
+        metric: str = "gradient",
     ) -> None:
         restore_shards(model)
         trainable_parameters(model, optimizer)
@@ -174,6 +182,12 @@ class OrthoGrad:
         self.keep_output_gradients, self.scaler, self.projector = keep_output_gradients, scaler, projector
         self.micro = MicroBatchOptions(union_tolerance, max_passes, progress, forget_reduction)
         self.process_group, self._spread = process_group, None
+        _options.check_choice("metric", metric, ("gradient", "optimizer"))
+        self.metric = metric
+        if metric == "optimizer":
+            response_of(optimizer)
+            if projector is not None or not keep_output_gradients:
+                raise ValueError('metric="optimizer" cannot be used with projector or keep_output_gradients=False')
         self._factors_help = False  # whether the factors of the forget gradient saved work in the step before
         self._factors = ForgetFactors()
         self._script: Script | None = None
@@ -217,6 +231,8 @@ class OrthoGrad:
         clear_grads(self.optimizer)
         forgets, retains = closures_of("forget", forget), closures_of("retain", retain)
         spread = self._together()
+        if self.metric == "optimizer" and (spread is not None or len(forgets) + len(retains) > 2):
+            raise ValueError('metric="optimizer" takes one closure for each batch, in one process')
         with (
             nullcontext() if spread is None else spread.together(),
             Closures(self.model, self.optimizer, spread=spread is not None, **forgets, **retains) as closures,
@@ -234,8 +250,12 @@ class OrthoGrad:
                 clear_grads(self.optimizer)
                 p = next(iter(closures.params.values()))  # infinite: the scaler skips this step and scales less
                 p.grad = torch.full_like(p, float("inf"))
-                numbers = SKIPPED
-            self._apply(closures.params)
+                numbers = dict(SKIPPED)
+            metric_step = numbers.pop("metric_step", None)
+            if metric_step is None:
+                self._apply(closures.params)
+            else:
+                numbers |= metric_step.finish(self.scaler, self.max_norm, self.damping, self.rtol)
         return StepRecord(**numbers, seconds=time.perf_counter() - start)
 
     def graphed(
@@ -269,6 +289,8 @@ class OrthoGrad:
         """Set p.grad to what the optimizer is to apply; return the parameters. script: for `GraphedStep`."""
         if self.projector is not None or not self.keep_output_gradients:
             raise Impossible("a projector, or keep_output_gradients=False, has no graph")
+        if self.metric == "optimizer":
+            raise Impossible('metric="optimizer" has no graph')
         if self._together() is not None:
             raise Impossible("a model that is spread over processes has no graph")
         with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures:
@@ -367,6 +389,9 @@ class OrthoGrad:
             share = 2.0 ** -math.ceil(math.log2(n))
             losses = self.scaler.scale(losses) * share
         add = torch.full((n,), self.alpha / n / share, dtype=torch.float64, device=losses.device)
+        if self.metric == "optimizer":
+            metric_step = MetricStep(self.optimizer, params, tape, losses, self.scope, add)
+            return {"metric_step": metric_step, "forget_loss": values[0], "retain_loss": sum(values[1:]) / n}
         weights = add if self.alpha else None
         rates = learning_rates(self.optimizer, params)
         if self.projector is not None:

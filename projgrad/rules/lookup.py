@@ -6,7 +6,7 @@ from torch import Tensor
 from ..ops.cost import GramRoute, chunk_bytes, rates
 from ..ops.linear_cuda import powers, product
 from ..ops.numerics import product_dtype
-from .rule import Rule, gram
+from .rule import Rule, gram, weighted
 
 
 class Lookup(Rule):
@@ -83,8 +83,15 @@ class Lookup(Rule):
                 v[s : s + samples, k] = table[read].double().mul_(some).sum((1, 2))
         return v
 
-    def _gram_of_used(self, u: Tensor | None, float64: bool) -> tuple[Tensor, Tensor]:
-        """Compute K and v from chunks of the rows that occur."""
+    def weighted_gram(self, d: Tensor, u: Tensor, float64: bool = False) -> tuple[Tensor, Tensor]:
+        if self.b.is_cuda:
+            return super().weighted_gram(d, u, float64)
+        roots, scaled = weighted(d, u, float64)
+        K, v = self._gram_of_used(scaled[None], float64, roots.reshape(self.rows, self.cols))
+        return K, v[:, 0]
+
+    def _gram_of_used(self, u: Tensor | None, float64: bool, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compute K and v from chunks of the rows that occur; scales [rows, cols] multiply every gradient."""
         order, known = self._ordered()
         first = int(torch.searchsorted(known, 0))
         ends = (first + known[first:].unique_consecutive(return_counts=True)[1].cumsum(0)).tolist()
@@ -93,7 +100,7 @@ class Lookup(Rule):
         slots = (ids[1:] != ids[:-1]).cumsum(0)  # of all tokens but the first, whose slot is 0
         slots = torch.cat([slots.new_zeros(len(ids[:1])), slots])
         used = ids[torch.searchsorted(slots, torch.arange(len(ends), device=ids.device))]
-        step = self.chunk_rows(float64)
+        step = self.chunk_rows(float64) if scales is None else max(1, self.chunk_rows(float64) // 4)
         u = None if u is None else u.reshape(len(u), self.shape[0], -1)
         K = torch.zeros(self.n, self.n, dtype=torch.float64, device=ids.device)
         v = K.new_zeros((self.n, 0 if u is None else len(u)))
@@ -102,6 +109,8 @@ class Lookup(Rule):
             span = slice(ends[start - 1] - first if start else 0, ends[start + len(ids_now) - 1] - first)
             b = self.b.flatten(0, 1)[order[span]]
             g = self._scattered(b, order[span], slots[span] - start, len(ids_now), float64)
+            if scales is not None:
+                g.mul_(scales[ids_now])
             k, w = gram(g, None if u is None else u[:, ids_now], float64)
             K, v = K + k, v + w
         return K, v

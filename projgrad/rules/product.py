@@ -27,6 +27,7 @@ class Product(Rule):
     """
 
     name = "product"
+    fresh_chunks = True
 
     def __init__(self, p: Tensor, q: Tensor, left: Sequence[int], right: Sequence[int], order: Sequence[int]) -> None:
         self.n, self.p, self.q, self.device = p.shape[0], p, q, p.device

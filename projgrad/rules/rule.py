@@ -36,6 +36,7 @@ class Rule:
     device: torch.device
     has_16bit_factor = False  # whether a factor came in 16 bits
     cheap = False  # whether multiplying in float64 costs nothing to speak of
+    fresh_chunks = False  # whether what `chunk` returns may be changed in place
 
     def chunk(self, rows: slice, float64: bool = False) -> Tensor:
         """Return g_j for some rows of the parameter, [n, len(rows), cols]; multiplied in float64 if `float64`."""
@@ -58,6 +59,21 @@ class Rule:
         for rows, g in self._chunks(float64):
             k, w = gram(g, None if u is None else u.reshape(len(u), self.rows, self.cols)[:, rows], float64)
             K, v = K + k, v + w
+        return K, v
+
+    def weighted_gram(self, d: Tensor, u: Tensor, float64: bool = False) -> tuple[Tensor, Tensor]:
+        """Return K = G diag(d) Gᵀ [n, n] and v = G u [n] in float64.
+
+        d ≥ 0 and u have the shape `shape`; u is 0 where d is.
+        """
+        roots, scaled = weighted(d, u, float64)
+        roots, scaled = roots.reshape(self.rows, self.cols), scaled.reshape(1, self.rows, self.cols)
+        K = torch.zeros(self.n, self.n, dtype=torch.float64, device=self.device)
+        v = K.new_zeros(self.n)
+        for rows, g in self._chunks(float64, parts=4):  # all the state of the optimizer is in memory too
+            g = g.mul_(roots[rows]) if self.fresh_chunks else g * roots[rows]
+            k, w = gram(g, scaled[:, rows], float64)
+            K, v = K + k, v + w[:, 0]
         return K, v
 
     def dot(self, u: Tensor, float64: bool = False) -> Tensor:
@@ -111,8 +127,8 @@ class Rule:
         """Return G [n, *shape]."""
         return self.chunk(slice(0, self.rows)).reshape(self.n, *self.shape)
 
-    def _chunks(self, float64: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        step = self.chunk_rows(float64)
+    def _chunks(self, float64: bool = False, parts: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        step = max(1, self.chunk_rows(float64) // parts)
         for start in range(0, self.rows, step):
             rows = slice(start, min(self.rows, start + step))
             yield rows, self.chunk(rows, float64)
@@ -132,6 +148,12 @@ def groups_of(count: int, most: int) -> Iterator[slice]:
 def add_(out: Tensor, part: Tensor) -> None:
     """Add a part with as many elements, in another shape perhaps."""
     out.add_(part.reshape(out.shape))
+
+
+def weighted(d: Tensor, u: Tensor, float64: bool) -> tuple[Tensor, Tensor]:
+    """Return √d and u / √d: rows g √d have the weighted Gram matrix, and with u / √d the products of g and u."""
+    roots = (d.double() if float64 else d).sqrt()
+    return roots, torch.where(roots > 0, u / roots, 0.0)
 
 
 def gram(g: Tensor, u: Tensor | None, float64: bool = False) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,124 @@
+"""What metric="optimizer" costs: steps of the decoders with AdamW on a CPU, `python -m bench.applied_cost`.
+
+Every contender has a process of its own, and all take one step each in turn. Memory: the peak of a first step, which
+makes the optimizer's state too, and of two later ones, above the loaded model.
+"""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin disturb whoever runs next
+
+import torch
+
+from projgrad.experiments.comparison.memory import peak_memory
+
+from .command import Worker, complain, serve, started
+from .contenders import CASES, Case, orthograd, plain
+from .harness import spread, timed
+from .machine import environment
+from .models import LEARNING_RATE, Job
+from .report import RESULTS, read_csv, write_csv
+
+CONTENDERS = {
+    "plain": plain,
+    "gradient": orthograd(),
+    "optimizer": orthograd(metric="optimizer"),
+    "optimizer, per tensor": orthograd(metric="optimizer", scope="per_tensor"),
+}
+DECODERS = {case.name: case for case in CASES if case.name.startswith("decoder")}
+TIME, MEMORY = 2.0, 1.25  # at most, in units of plain
+COLUMNS = ("case", "model", "contender", "ms", "ms_20", "ms_80", "rounds", "time_over_plain", "first_mb")
+COLUMNS += ("first_over_plain", "later_mb", "later_over_plain", "residual")
+
+
+def job_of(case: Case, small: bool = False) -> Job:
+    job = case.job(small)
+    job.optimizer = torch.optim.AdamW(job.model.parameters(), lr=LEARNING_RATE)
+    return job
+
+
+def worker(case: Case, contender: str, memory: bool) -> Worker:
+    """Start a process that measures the time of a step, or the memory of three."""
+    # Freed memory leaves at once: the peak is what was needed.
+    variables = {"MALLOC_MMAP_THRESHOLD_": "65536"} if memory else {}
+    return Worker(
+        ["-m", "bench.applied_cost", "--worker", case.name, contender, "memory" if memory else "time"], variables
+    )
+
+
+def work(case: Case, contender: str, what: str) -> None:
+    """Answer every line of input, on the worker's side."""
+    try:
+        start = CONTENDERS[contender]
+        start(job_of(case, small=True))()
+        step = start(job_of(case))
+        serve(lambda _: three_steps(step) if what == "memory" else {"seconds": timed(step)})
+    except Exception as error:
+        complain(error)
+
+
+def three_steps(step: Callable[[], object]) -> dict:
+    with peak_memory() as first:
+        step()
+    with peak_memory() as later:
+        for _ in range(2):
+            record = step()
+    peaks = [peak.bytes and peak.bytes / 1e6 for peak in (first, later)]
+    return {"first_mb": peaks[0], "later_mb": peaks[1], "residual": getattr(record, "residual", None)}
+
+
+def measure(case: Case, rounds: int) -> list[dict]:
+    rows = {}
+    for name in CONTENDERS:
+        with worker(case, name, memory=True) as process:
+            rows[name] = {"case": case.name, "model": f"{case.title}, n = {case.n}, AdamW", "contender": name}
+            rows[name] |= process.ask()
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(worker(case, name, memory=False)) for name in CONTENDERS}
+        for i in range(-2, rounds):
+            for name, process in workers.items():
+                taken = process.ask()["seconds"]
+                if i >= 0:
+                    seconds[name].append(taken)
+    for name, row in rows.items():
+        middle = (1e3 * t for t in spread(seconds[name]))
+        row |= dict(zip(("ms", "ms_20", "ms_80"), middle, strict=True)) | {"rounds": rounds}
+    for row in rows.values():
+        for ratio, column in (("time", "ms"), ("first", "first_mb"), ("later", "later_mb")):
+            row[f"{ratio}_over_plain"] = row[column] / rows["plain"][column] if row[column] else None
+    return list(rows.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", nargs="+", choices=DECODERS, default=list(DECODERS))
+    parser.add_argument("--repeats", type=int, help="timed steps, at least 2")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for applied_cost.csv")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.worker:
+        name, contender, what = args.worker
+        return work(DECODERS[name], contender, what)
+    path, about = args.out / "applied_cost.csv", environment()
+    for name in args.case:
+        rows = measure(DECODERS[name], max(2, args.repeats or DECODERS[name].rounds))
+        for row in rows:
+            ratios = [row[f"{what}_over_plain"] for what in ("time", "first", "later")]
+            print(
+                f"{name}, {row['contender']}: time {ratios[0]:.2f} x (at most {TIME}), memory of the first step", end=""
+            )
+            print(f" {ratios[1]:.2f} x, of later ones {ratios[2]:.2f} x (at most {MEMORY})", flush=True)
+        others = [row for row in read_csv(path) if row["case"] != name] if path.exists() else []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(path, [*others, *(row | about for row in rows)], [*COLUMNS, *about])
+
+
+if __name__ == "__main__":
+    started(main)

@@ -1,0 +1,300 @@
+"""Steps whose applied change is orthogonal, whatever the optimizer: `OrthoGrad(..., metric="optimizer")`.
+
+The derivation is in docs/optimizer_metric.md. Letters: u the forget part of a gradient, M its momentum, D the diagonal
+by which the optimizer scaled gradients in this step, F the forgetting part of the change that it made.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._options import kind
+from ..ops.numerics import product_dtype
+from ..recording.host_reads import to_host
+from ..tape.tape import Tape
+from ..tape.weighted import Correction, Held, hold
+from .protocol import SteppingOptimizer
+
+MOMENTUM = "forget_momentum"  # the name of M in the state of the optimizer, and so in its state_dict
+
+State = dict[str, Any]
+Diagonal = Tensor | float
+
+
+class Response:
+    """What an optimizer makes of a gradient: Δ = -D ∘ (linear in it and in those before it) + (what it does not enter).
+
+    `state` and `group` are those of one parameter after the step, unless said otherwise. Here: without momentum.
+    """
+
+    def diagonal(self, p: Tensor, state: State, group: State) -> Diagonal:
+        """Return D, a number or like p."""
+        return group["lr"]
+
+    def has_momentum(self, group: State) -> bool:
+        """Return whether earlier gradients move the parameter too."""
+        return False
+
+    def starts_with_gradient(self, state: State) -> bool:
+        """Return, from the state before the step, whether the momentum will be a copy of the gradient."""
+        return False
+
+    def change(self, u: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State) -> Tensor:
+        """Return F, float32 or better, and bring M up to date in place; first: what `starts_with_gradient` said."""
+        return -D * u.to(product_dtype(u.dtype))
+
+    def carry(self, M: Tensor, combined: Tensor, delta: Tensor, state: State, group: State) -> None:
+        """Make M and the optimizer's own momentum what led to F + delta instead of F, delta = D combined."""
+
+
+class SGD(Response):
+    """D = lr; F = -lr M, or -lr (u + μ M) with Nesterov's momentum."""
+
+    def has_momentum(self, group: State) -> bool:
+        return bool(group["momentum"])
+
+    def starts_with_gradient(self, state: State) -> bool:
+        return state.get("momentum_buffer") is None
+
+    def change(self, u: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State) -> Tensor:
+        if M is None:
+            return super().change(u, M, D, first, state, group)
+        M.mul_(group["momentum"]).add_(u, alpha=1 if first else 1 - group["dampening"])
+        direction = u.add(M, alpha=group["momentum"]) if group["nesterov"] else M
+        return -D * direction.to(product_dtype(u.dtype))
+
+    def carry(self, M: Tensor, combined: Tensor, delta: Tensor, state: State, group: State) -> None:
+        share = combined / (1 + group["momentum"]) if group["nesterov"] else combined
+        _take_out(share, M, state["momentum_buffer"])
+
+
+class Adam(Response):
+    """D = lr / (√v̂ + eps); F = -D M / (1 - β₁ᵗ); v̂ is the largest so far with amsgrad."""
+
+    def diagonal(self, p: Tensor, state: State, group: State) -> Diagonal:
+        v = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        bias = 1 - group["betas"][1] ** _steps(state)
+        return group["lr"] / (v.to(product_dtype(v.dtype)).sqrt() / bias**0.5 + group["eps"])
+
+    def has_momentum(self, group: State) -> bool:
+        return True
+
+    def change(self, u: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State) -> Tensor:
+        M.lerp_(u, 1 - group["betas"][0])
+        return -D * (M.to(product_dtype(u.dtype)) / self._bias(state, group))
+
+    def carry(self, M: Tensor, combined: Tensor, delta: Tensor, state: State, group: State) -> None:
+        _take_out(combined * self._bias(state, group), M, state["exp_avg"])
+
+    def _bias(self, state: State, group: State) -> Diagonal:
+        return 1 - group["betas"][0] ** _steps(state)
+
+
+class RMSprop(Response):
+    """D = lr / (√v + eps), with v - mean² where centered; F = -lr M, the momentum of u / (√v + eps)."""
+
+    def diagonal(self, p: Tensor, state: State, group: State) -> Diagonal:
+        return group["lr"] / self._root(state, group)
+
+    def _root(self, state: State, group: State) -> Tensor:
+        v = state["square_avg"].to(product_dtype(state["square_avg"].dtype))
+        if group["centered"]:
+            mean = state["grad_avg"].to(v.dtype)
+            v = v.addcmul(mean, mean, value=-1)
+        return v.sqrt() + group["eps"]
+
+    def has_momentum(self, group: State) -> bool:
+        return group["momentum"] > 0
+
+    def change(self, u: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State) -> Tensor:
+        if M is None:
+            return super().change(u, M, D, first, state, group)
+        M.mul_(group["momentum"]).add_(u / self._root(state, group))
+        return -group["lr"] * M.to(product_dtype(u.dtype))
+
+    def carry(self, M: Tensor, combined: Tensor, delta: Tensor, state: State, group: State) -> None:
+        _take_out(combined / self._root(state, group), M, state["momentum_buffer"])
+
+
+class Custom(Response):
+    """What an optimizer says of itself: `diagonal(p, state, group)`, after a step in which u moved p by -D ∘ u."""
+
+    def __init__(self, optimizer: SteppingOptimizer) -> None:
+        self.diagonal = optimizer.diagonal
+
+
+KNOWN = {torch.optim.SGD: SGD(), torch.optim.Adam: Adam(), torch.optim.AdamW: Adam(), torch.optim.RMSprop: RMSprop()}
+
+
+def response_of(optimizer: SteppingOptimizer) -> Response:
+    """Return how an optimizer answers gradients; raises ValueError where it is not known."""
+    if callable(getattr(optimizer, "diagonal", None)):
+        return Custom(optimizer)
+    if type(optimizer) not in KNOWN:
+        raise ValueError(
+            'metric="optimizer" must know the diagonal of the optimizer: torch.optim.SGD, Adam, AdamW '
+            f"and RMSprop are known; got {kind(optimizer)}. Any other one without momentum can say it in a method "
+            "`diagonal(param, state, group) -> Tensor`"
+        )
+    return KNOWN[type(optimizer)]
+
+
+class MetricStep:
+    """One step: everything that can be refused is, before the optimizer steps; then its change is corrected.
+
+    Args:
+        params: what is updated, by name; p.grad holds the forget part of the gradient, and the whole one from here on.
+        losses: of the retain samples, recorded by the tape.
+        add: weights of their gradients in the step, [n].
+
+    Raises as `Tape.project_`, and ValueError for parameter groups that make no usable diagonal.
+    """
+
+    def __init__(
+        self,
+        optimizer: SteppingOptimizer,
+        params: Mapping[str, nn.Parameter],
+        tape: Tape,
+        losses: Tensor,
+        scope: str,
+        add: Tensor,
+    ) -> None:
+        self.optimizer, self.params, self.response = optimizer, params, response_of(optimizer)
+        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self.groups = {name: group_of[id(p)] for name, p in params.items()}
+        for group in optimizer.param_groups:
+            _check_group(group)
+        self.held: Held = hold(tape.passes, losses, scope, add)
+
+    def finish(
+        self, scaler: torch.amp.GradScaler | None, max_norm: float | None, damping: float, rtol: float | None
+    ) -> dict[str, Any]:
+        """Clip, step and correct; return the fields of the record. `.grad` holds F afterwards."""
+        scale = self._clip(scaler, max_norm)
+        before = self._copies() if isinstance(self.response, Custom) else None
+        moving = [name for name, p in self.params.items() if p.grad is not None]
+        first = {name: self.response.starts_with_gradient(self._state(name)) for name in moving}
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
+        try:
+            with torch.no_grad():
+                return self._correct(moving, first, scale, damping, rtol)
+        except BaseException:
+            if before is not None:
+                self._put_back(*before)
+            raise
+
+    def _clip(self, scaler: torch.amp.GradScaler | None, max_norm: float | None) -> Tensor | float:
+        """Unscale and clip p.grad; return by what it was multiplied, and with it both of its parts."""
+        scale: Tensor | float = 1.0
+        if scaler is not None:
+            scale = 1.0 / scaler.get_scale()
+            scaler.unscale_(self.optimizer)
+        if max_norm is not None:
+            norm = nn.utils.clip_grad_norm_(list(self.params.values()), max_norm)
+            scale = scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        return scale
+
+    def _correct(
+        self, moving: list[str], first: Mapping[str, bool], scale: Tensor | float, damping: float, rtol: float | None
+    ) -> dict[str, Any]:
+        if isinstance(self.response, Custom):
+            self._check_diagonals(moving)
+        change: dict[str, Tensor] = {}
+        for name in moving:
+            p, state, group = self.params[name], self._state(name), self.groups[name]
+            u = self.held.forgotten.pop(name, None)
+            u = torch.zeros_like(p.grad) if u is None else u.mul_(scale)
+            M = self._momentum(name) if self.response.has_momentum(group) else None
+            F = self.response.change(u, M, self._diagonal(name), first[name], state, group)
+            if F.dtype == p.grad.dtype:  # the gradient has done its work
+                p.grad.copy_(F)
+                F = p.grad
+            change[name] = F.contiguous()
+        correction = Correction(self.held, change, self._diagonal, self._carry, damping, rtol)
+        fields = {name: value for name, value in vars(correction.make_()).items() if name != "squares"}
+        for name, F in change.items():
+            if F is not self.params[name].grad:
+                self.params[name].grad.copy_(F)
+        return fields
+
+    def _state(self, name: str) -> State:
+        """Return the optimizer's state of a parameter, empty where it has none."""
+        return getattr(self.optimizer, "state", {}).get(self.params[name], {})
+
+    def _diagonal(self, name: str) -> Diagonal:
+        return self.response.diagonal(self.params[name], self._state(name), self.groups[name])
+
+    def _momentum(self, name: str) -> Tensor:
+        state = self._state(name)
+        if MOMENTUM not in state:
+            state[MOMENTUM] = torch.zeros_like(self.params[name], memory_format=torch.preserve_format)
+        return state[MOMENTUM]
+
+    def _carry(self, name: str, combined: Tensor, delta: Tensor) -> None:
+        group = self.groups[name]
+        if self.response.has_momentum(group):
+            self.response.carry(self._momentum(name), combined, delta, self._state(name), group)
+
+    def _copies(self) -> tuple[dict[str, Tensor], dict]:
+        """Return copies of the parameters and of the optimizer's state: whether D can be used shows after the step."""
+        params = {name: p.detach().clone() for name, p in self.params.items()}
+        return params, copy.deepcopy(self.optimizer.state_dict())
+
+    @torch.no_grad()
+    def _put_back(self, params: Mapping[str, Tensor], state: dict) -> None:
+        for name, before in params.items():
+            self.params[name].copy_(before)
+        self.optimizer.load_state_dict(state)
+
+    def _check_diagonals(self, names: list[str]) -> None:
+        """Check what an optimizer says of itself, in one transfer."""
+        smallest, largest = [], []
+        for name in names:
+            p, D = self.params[name], self._diagonal(name)
+            if isinstance(D, Tensor) and D.ndim and D.shape != p.shape:
+                raise ValueError(
+                    f"diagonal() returned shape {tuple(D.shape)} for {name}, which has {tuple(p.shape)}; "
+                    "nothing was changed"
+                )
+            D = torch.as_tensor(D, device=p.device)
+            smallest.append(D.amin().double() if D.numel() else D.new_ones((), dtype=torch.float64))
+            largest.append(D.amax().double() if D.numel() else D.new_ones((), dtype=torch.float64))
+        numbers = to_host(*smallest, *largest)
+        for name, low, high in zip(names, numbers[: len(names)], numbers[len(names) :], strict=True):
+            usable = 0 < low <= high < float("inf") or (low == high == 0 and self.groups[name].get("lr") == 0)
+            if not usable:
+                raise ValueError(
+                    f"the optimizer's diagonal of {name} must be positive and finite; got values from {low} to {high}. "
+                    "Nothing was changed"
+                )
+
+
+def _check_group(group: State) -> None:
+    """Check what makes the diagonal of a parameter group: it has no zeros and no infinities then."""
+    lr, eps = group.get("lr", 0.0), group.get("eps", 1.0)
+    if not isinstance(lr, Tensor) and not 0 <= lr < float("inf"):
+        raise ValueError(f'metric="optimizer" needs learning rates that are finite and not negative; got {lr}')
+    if not isinstance(eps, Tensor) and not eps > 0:
+        raise ValueError(
+            f'metric="optimizer" needs eps > 0: with {eps} the diagonal is infinite where no gradient ever was'
+        )
+
+
+def _steps(state: State) -> Diagonal:
+    """Return the number of steps: on a GPU it stays there."""
+    step = state["step"]
+    return step if isinstance(step, Tensor) and step.is_cuda else float(step)
+
+
+def _take_out(share: Tensor, *momenta: Tensor) -> None:
+    for M in momenta:
+        M.sub_(share)

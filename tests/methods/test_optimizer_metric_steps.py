@@ -1,0 +1,271 @@
+"""Steps under metric="optimizer": precision, resuming, scalers, other optimizers, and what is refused."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from unlearners import classifier, flat_parameters
+
+import projgrad
+from projgrad.methods.optimizer_metric import MOMENTUM
+
+AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
+
+
+def unlearner_of(model, optimizer, alpha=0.3, **options):
+    return projgrad.OrthoGrad(model, optimizer, alpha, metric="optimizer", **options)
+
+
+def flat_gradients(loss, params):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, params, retain_graph=True)]).double()
+
+
+def ascent(unlearner, forget, retain):
+    """With alpha = 0 and no decay the whole change is the forgetting part: return its cosine, itself and the record."""
+    params = list(unlearner.model.parameters())
+    G = torch.stack([flat_gradients(loss, params) for loss in retain()])
+    before = flat_parameters(unlearner.model).double()
+    record = unlearner.step(forget, retain)
+    moved = flat_parameters(unlearner.model).double() - before
+    return (G @ moved / G.norm(dim=1) / moved.norm()).abs().max().item(), moved, record
+
+
+def wide(dtype, weights=None):
+    """Two of the retain samples are the same; weights: of their losses."""
+    model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 10)).to(dtype)
+    x, xf = torch.randn(8, 64, dtype=dtype), torch.randn(6, 64, dtype=dtype)
+    y, yf = torch.randint(10, (8,)), torch.randint(10, (6,))
+    x[2], y[2] = x[1], y[1]
+    weights = torch.ones(8, dtype=dtype) if weights is None else weights
+    forget = lambda: F.cross_entropy(model(xf), yf)  # noqa: E731
+    return model, forget, lambda: weights * F.cross_entropy(model(x), y, reduction="none")
+
+
+@pytest.mark.parametrize("make", [AdamW, torch.optim.Adam, torch.optim.RMSprop, SGD], ids=lambda kind: kind.__name__)
+def test_float32_leaves_a_cosine_below_1e_5(make):
+    torch.manual_seed(0)
+    model, forget, retain = wide(torch.float32)
+    options = {"weight_decay": 0.0} if make is AdamW else {}
+    unlearner = unlearner_of(model, make(model.parameters(), lr=1e-3, **options), alpha=0.0)
+    cosine, _, record = ascent(unlearner, forget, retain)
+    assert cosine <= 1e-5 and abs(cosine - record.residual) <= 1e-6
+    plain = copy.deepcopy(model)
+    projected = projgrad.OrthoGrad(plain, make(plain.parameters(), lr=1e-3, **options), alpha=0.0)
+    assert projected.metric == "gradient"
+
+
+def test_projecting_first_leaves_more_than_a_hundredth_with_adamw():
+    torch.manual_seed(0)
+    model, forget, retain = wide(torch.float64)
+    cosine, *_ = ascent(
+        projgrad.OrthoGrad(model, AdamW(model.parameters(), 1e-3, weight_decay=0.0), 0.0), forget, retain
+    )
+    assert cosine > 1e-2
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e15, 0.0], ids=["tiny", "huge", "zero"])
+def test_gradients_of_very_different_length_count_alike(scale):
+    model, forget, losses = wide(torch.float32, torch.tensor([scale, *[1.0] * 7]))
+    params = list(model.parameters())
+    G = torch.stack([flat_gradients(loss, params) for loss in losses()])
+    before = flat_parameters(model).double()
+    record = unlearner_of(model, AdamW(params, 1e-3, weight_decay=0.0), alpha=0.0).step(forget, losses)
+    moved = flat_parameters(model).double() - before
+    assert ((G @ moved).abs() <= 1e-5 * G.norm(dim=1) * moved.norm()).all()
+    assert record.rank == 7 - (scale == 0)
+
+
+def test_16_bit_parameters_leave_what_their_rounding_leaves():
+    torch.manual_seed(0)
+    model, forget, retain = wide(torch.bfloat16)
+    cosine, moved, record = ascent(
+        unlearner_of(model, AdamW(model.parameters(), 1e-2, weight_decay=0.0), 0.0), forget, retain
+    )
+    assert moved.norm() > 0 and cosine < 5e-2 and record.residual < 5e-2
+
+
+def test_what_is_resumed_from_a_state_dict_has_the_same_bits():
+    torch.manual_seed(0)
+    model, forget, retain = classifier(torch.float32)
+    optimizer = AdamW(model.parameters(), 1e-2)
+    unlearner = unlearner_of(model, optimizer)
+    for _ in range(2):
+        unlearner.step(forget, retain)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    assert all(MOMENTUM in state for state in saved[1]["state"].values())
+    unlearner.step(forget, retain)
+    other, _, _ = classifier(torch.float32)
+    again = AdamW(other.parameters(), 1e-2)
+    other.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    unlearner_of(other, again).step(lambda: forget(other), lambda: retain(other))
+    assert torch.equal(flat_parameters(other), flat_parameters(model))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert all(torch.equal(value, again.state[q][key]) for key, value in optimizer.state[p].items())
+
+
+def test_the_steps_of_an_optimizer_that_cannot_remember_keep_no_state_of_ours():
+    model, forget, retain = classifier()
+    optimizer = SGD(model.parameters(), 0.1)
+    unlearner_of(model, optimizer).step(forget, retain)
+    assert not any(MOMENTUM in state for state in optimizer.state.values())
+
+
+def test_sgd_applies_what_the_gradient_metric_applies():
+    model, forget, retain = classifier()
+    other = copy.deepcopy(model)
+    unlearner_of(model, SGD(model.parameters(), 0.1)).step(forget, retain)
+    projgrad.OrthoGrad(other, SGD(other.parameters(), 0.1), 0.3).step(lambda: forget(other), lambda: retain(other))
+    torch.testing.assert_close(flat_parameters(model), flat_parameters(other), rtol=1e-10, atol=1e-12)
+
+
+def test_momentum_brings_back_nothing():
+    """After a step without a forget gradient the momentum of earlier ones moves on, orthogonally."""
+    torch.manual_seed(1)
+    model, forget, retain = wide(torch.float64)
+    unlearner = unlearner_of(model, SGD(model.parameters(), 1e-2, momentum=0.9), 0.0)
+    unlearner.step(forget, retain)
+    cosine, moved, _ = ascent(unlearner, lambda: 0.0 * forget(), retain)
+    assert cosine < 1e-10 and moved.norm() > 0
+
+
+def test_a_group_with_a_learning_rate_of_zero_stays():
+    model, forget, retain = classifier()
+    first, *rest = model.parameters()
+    optimizer = AdamW([{"params": [first], "lr": 0.0}, {"params": rest}], 1e-2, weight_decay=0.0)
+    before = first.clone()
+    cosine, *_ = ascent(unlearner_of(model, optimizer, 0.0), forget, retain)
+    assert torch.equal(first, before) and cosine < 1e-10
+
+
+def test_parameters_that_only_one_loss_uses_are_updated_too():
+    model, forget, retain = classifier()
+    extra = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    model.register_parameter("extra", extra)
+    forget_more = lambda: forget() + (extra**2).sum()  # noqa: E731
+    for scope in ("global", "per_tensor"):
+        before = extra.detach().clone()
+        optimizer = AdamW(model.parameters(), 1e-2, weight_decay=0.0)
+        record = unlearner_of(model, optimizer, scope=scope).step(forget_more, retain)
+        assert (extra > before).all() and record.residual < 1e-10
+
+
+class Halves(torch.optim.Optimizer):
+    """p ← p - d g with d = 0.2 or 0.1 in turn; it says that d is `factor` times as much."""
+
+    def __init__(self, params):
+        self.factor = 1.0
+        super().__init__(params, {"lr": 0.1})
+
+    def scales(self, param):
+        return (2 - torch.arange(param.numel()) % 2).to(param).view_as(param)
+
+    def diagonal(self, param, state, group):
+        return self.factor * group["lr"] * self.scales(param)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["steps"] = self.state[p].get("steps", 0) + 1
+                p -= group["lr"] * self.scales(p) * p.grad
+
+
+def test_any_optimizer_that_says_its_diagonal():
+    model, forget, retain = classifier()
+    cosine, _, record = ascent(unlearner_of(model, Halves(model.parameters()), 0.0), forget, retain)
+    assert cosine < 1e-10 and record.residual < 1e-10 and 0 < record.preserved_norm < 1
+
+
+@pytest.mark.parametrize("factor", [0.0, float("nan"), float("inf"), -1.0])
+def test_a_diagonal_that_cannot_be_used_changes_nothing(factor):
+    model, forget, retain = classifier()
+    optimizer = Halves(model.parameters())
+    unlearner = unlearner_of(model, optimizer)
+    unlearner.step(forget, retain)
+    before, state = flat_parameters(model), copy.deepcopy(optimizer.state_dict())
+    optimizer.factor = factor
+    with pytest.raises(ValueError, match="must be positive and finite"):
+        unlearner.step(forget, retain)
+    assert torch.equal(flat_parameters(model), before)
+    assert str(optimizer.state_dict()["state"]) == str(state["state"])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_diagonal_of_another_shape_is_named():
+    model, forget, retain = classifier()
+    optimizer = Halves(model.parameters())
+    optimizer.diagonal = lambda param, state, group: torch.ones(2, 2)
+    with pytest.raises(ValueError, match=re.escape("diagonal() returned shape (2, 2) for 0.weight, which has (7, 5)")):
+        unlearner_of(model, optimizer).step(forget, retain)
+
+
+REFUSED = {
+    "unknown": (lambda p: torch.optim.Adagrad(p), {}, "can say it in a method"),
+    "projector": (lambda p: SGD(p, 0.1), {"projector": projgrad.projectors.qr}, "cannot be used with projector"),
+    "two_passes": (lambda p: SGD(p, 0.1), {"keep_output_gradients": False}, "cannot be used with"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_done_is_refused_at_once(name):
+    model, *_ = classifier()
+    make, options, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        unlearner_of(model, make(model.parameters()), **options)
+
+
+def test_an_unknown_metric_is_named():
+    model, *_ = classifier()
+    with pytest.raises(ValueError, match="metric must be 'gradient' or 'optimizer'; got 'adam'"):
+        projgrad.OrthoGrad(model, SGD(model.parameters(), 0.1), metric="adam")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"eps": 0.0}, "needs eps > 0"), ({"lr": float("nan")}, "learning rates")]
+)
+def test_groups_without_a_usable_diagonal_are_refused(options, message):
+    model, forget, retain = classifier()
+    optimizer = AdamW(model.parameters(), 1e-2)
+    optimizer.param_groups[0].update(options)
+    before = flat_parameters(model)
+    with pytest.raises(ValueError, match=message):
+        unlearner_of(model, optimizer).step(forget, retain)
+    assert torch.equal(flat_parameters(model), before) and not optimizer.state
+
+
+@pytest.mark.parametrize("bad", ["forget", "retain"])
+def test_nan_changes_nothing(bad):
+    model, forget, retain = classifier()
+    optimizer = AdamW(model.parameters(), 1e-2)
+    unlearner = unlearner_of(model, optimizer)
+    unlearner.step(forget, retain)
+    before, state = flat_parameters(model), copy.deepcopy(optimizer.state_dict()["state"])
+    closures = {"forget": forget, "retain": retain}
+    broken = closures[bad]
+    with pytest.raises(FloatingPointError):
+        unlearner.step(**closures | {bad: lambda: broken() * float("nan")})
+    assert torch.equal(flat_parameters(model), before)
+    for key, values in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, state[key][name]) for name, value in values.items())
+
+
+def test_a_scaler_unscales_steps_and_skips():
+    torch.manual_seed(0)
+    model, forget, retain = classifier()
+    other = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    options = {"max_norm": 0.1}
+    optimizer = AdamW(model.parameters(), 1e-2)
+    scaled = unlearner_of(model, optimizer, scaler=scaler, **options)
+    plain = unlearner_of(other, AdamW(other.parameters(), 1e-2), **options)
+    for _ in range(2):
+        scaled.step(forget, retain)
+        plain.step(lambda: forget(other), lambda: retain(other))
+    torch.testing.assert_close(flat_parameters(model), flat_parameters(other), rtol=1e-9, atol=1e-10)
+    before = flat_parameters(model)
+    record = scaled.step(lambda: forget() * float("inf"), retain)
+    assert record.skipped and torch.equal(flat_parameters(model), before) and scaler.get_scale() == 512.0
