@@ -6,9 +6,10 @@ from . import baselines, functional, projectors
 from . import kernels as kernels  # importing them registers them
 from .methods.feasible_updates import FeasibleRecord, FeasibleUpdates
 from .methods.micro_batches import micro_batches
-from .methods.orthograd import OrthoGrad, StepRecord
+from .methods.orthograd import OrthoGrad
 from .methods.pgu.loss import unlearning_loss
 from .methods.pgu.pgu import PGU, PGURecord
+from .methods.step_record import StepRecord
 from .ops.basis_project import basis_project
 from .ops.feasible import feasible
 from .ops.gram import gram
