@@ -68,7 +68,8 @@ void dots_block(int64_t i, int64_t j, const T* const* a, const T* const* b, int6
 }
 
 // Products of one chunk: the lower triangle of the n rows of G, then the m rows of u against them, [n + m, n], and the
-// squared norms of the rows of u behind it, [m]. A panel of rows that fits into L2 meets all others before the next one.
+// squared norms of the rows of u behind it, [m]. A panel of rows that fits into L2 meets all others before the next
+// one.
 template <class T>
 void products(const T* const* all, int64_t n, int64_t m, int64_t length, double* out) {
   const int64_t panel = std::max<int64_t>(16, kHalfL2 / (static_cast<int64_t>(sizeof(T)) * length) / 4 * 4);
