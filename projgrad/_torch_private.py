@@ -107,7 +107,7 @@ def is_parallel_node(node: Node) -> bool:
 def reset_sharding(module: nn.Module) -> None:
     """Forget what a pass that failed left behind in a sharded module: the next one would gather in another order."""
     if hasattr(module, "reset_iter_state"):  # of torch 2.13, for the whole model
-        with suppress(RuntimeError):  # it is not the root
+        with suppress(RuntimeError, AttributeError):  # it is not the root, or has not run yet
             module.reset_iter_state()
         return
     state = module._get_fsdp_state()

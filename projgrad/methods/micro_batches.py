@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from ..tape.passes import Passes
 from ..tape.per_sample import per_sample
 from .closures import Closures
 from .protocol import Closure
+from .replicas import ReplicatedModel
 
 Closed = Closure | Iterable[Closure]
 
@@ -133,14 +134,22 @@ class Replay:
 class RetainBatches:
     """The micro-batches of the retain side: forward passes that are recorded, and the same at every call.
 
-    named: closures by name. prepare: what is done with losses [n] before they are differentiated.
+    named: closures by name. prepare: what is done with losses [n] before they are differentiated. spread: over
+    processes, where the model is.
     values: the losses of the first calls, by name.
     """
 
     def __init__(
-        self, model: nn.Module, closures: Closures, named: Mapping[str, Closure], prepare: Callable[[Tensor], Tensor]
+        self,
+        model: nn.Module,
+        closures: Closures,
+        named: Mapping[str, Closure],
+        prepare: Callable[[Tensor], Tensor],
+        spread: ReplicatedModel | None = None,
     ) -> None:
         self.model, self.closures, self.named, self.prepare = model, closures, named, prepare
+        self.tape = functools.partial(per_sample, model, closures.params) if spread is None else spread.tape
+        self.running = nullcontext if spread is None else spread.running
         self.replay = Replay(next(iter(closures.params.values())).device)
         self.values: dict[str, Tensor] = {}
 
@@ -152,14 +161,14 @@ class RetainBatches:
         first call; what comes of working with them.
         """
         closure, first = self.named[name], name not in self.values
-        params = self.closures.params
-        with self.replay.drawn(name, first), self.closures.watch(name), per_sample(self.model, params) as tape:
+        with self.replay.drawn(name, first), self.closures.watch(name), self.running(), self.tape() as tape:
             losses = _called(closure, name, first)
         self.closures.check_unchanged()
         with _named(name):
             check_shape(losses)
             if first and not tape.recording.sites:
-                self.closures.check_made_inside(losses, closure, name)
+                with self.running():
+                    self.closures.check_made_inside(losses, closure, name)
             check_values(losses.tolist())
             self._compare(name, losses.detach())
             with torch.enable_grad():

@@ -189,14 +189,18 @@ class OrthoGrad:
         """
         start = time.perf_counter()
         clear_grads(self.optimizer)
-        forgets, retains = closures_of("forget", forget), closures_of("retain", retain)
         spread = self._together()
+        with nullcontext() if spread is None else spread.together():
+            numbers = self._step(closures_of("forget", forget), closures_of("retain", retain), spread)
+        return StepRecord(**numbers, seconds=time.perf_counter() - start)
+
+    def _step(
+        self, forgets: dict[str, Closure], retains: dict[str, Closure], spread: ReplicatedModel | None
+    ) -> dict[str, Any]:
+        """Make one update; return the fields of its record."""
         if self.metric == "optimizer" and (spread is not None or len(forgets) + len(retains) > 2):
             raise ValueError('metric="optimizer" takes one closure for each batch, in one process')
-        with (
-            nullcontext() if spread is None else spread.together(),
-            Closures(self.model, self.optimizer, spread=spread is not None, **forgets, **retains) as closures,
-        ):
+        with Closures(self.model, self.optimizer, spread=spread is not None, **forgets, **retains) as closures:
             check_batch_norm(self.model)
             try:
                 if spread is not None:
@@ -216,7 +220,7 @@ class OrthoGrad:
                 self._apply(closures.params)
             else:
                 numbers |= metric_step.finish(self.scaler, self.max_norm, self.damping, self.rtol)
-        return StepRecord(**numbers, seconds=time.perf_counter() - start)
+        return numbers
 
     def graphed(
         self,

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from ..recording.losses import check_shape
 from ..tape.processes import Processes
+from ..tape.project import check_gradients
 from ..tape.spread import SpreadGradients, kept_rules, project_spread_
 from .closures import Closures
 from .common import distributed, is_sharded, learning_rates, loss_value, restore_shards, scalar_loss
+from .micro_batches import MicroBatchOptions, accumulate_forget
 from .protocol import Closure, SteppingOptimizer
 from .replicas import ReplicatedModel, wrappers
+from .union import project_union
 
 
 class StepOptions(Protocol):
@@ -32,6 +35,7 @@ class StepOptions(Protocol):
     scaler: torch.amp.GradScaler | None
     projector: Callable[[Tensor, Tensor], Tensor] | None
     keep_output_gradients: bool
+    micro: MicroBatchOptions
 
 
 def spread_model(model: nn.Module, group: dist.ProcessGroup | None = None) -> ReplicatedModel | None:
@@ -80,19 +84,35 @@ def spread_step(
 
     u is the mean of the processes' forget gradients, j goes over the samples of all of them.
     """
-    if len(forgets) > 1 or len(retains) > 1:
-        raise ValueError("micro-batches over several processes are not supported: give one closure for each batch")
-    (forget,), (retain,) = forgets.values(), retains.values()
     processes, scaler = spread.processes, options.scaler
     spread.begin(closures.params)
     _check_alike(options, spread)
-    with processes.attempt(), closures.watch("forget"), spread.running():
-        loss = scalar_loss(forget)
-    processes.agree()
-    with processes.attempt():
-        spread.backward(loss if scaler is None else scaler.scale(loss), options.sign * (1 - options.alpha))
-        loss = loss_value(loss)
+    several_forgets, several_retains = (
+        max(some) > 1 for some in zip(*processes.agree(len(forgets), len(retains)), strict=True)
+    )
+    if (several_forgets or several_retains) and type(spread) is not ReplicatedModel:
+        raise ValueError(
+            "micro-batches of a model under fully_shard are not supported: give one closure for each batch"
+        )
+    weight, scale = options.sign * (1 - options.alpha), (lambda loss: loss) if scaler is None else scaler.scale
+    if several_forgets:
+        with processes.attempt(), spread.running():
+            reduction = options.micro.forget_reduction
+            loss = accumulate_forget(closures, forgets, weight / processes.size, reduction, scale)
+            check_gradients(closures.params)
+            loss = loss_value(loss)
+    else:
+        (forget,) = forgets.values()
+        with processes.attempt(), closures.watch("forget"), spread.running():
+            loss = scalar_loss(forget)
+        processes.agree()
+        with processes.attempt():
+            spread.backward(scale(loss), weight)
+            loss = loss_value(loss)
     spread.average()
+    if several_retains:
+        return _union_step(options, spread, closures, retains, loss)
+    (retain,) = retains.values()
     n, tape = 0, spread.tape()
     with processes.attempt():
         with closures.watch("retain"), spread.running(), tape:
@@ -110,7 +130,7 @@ def spread_step(
     with spread.reading(tape.passes, losses), processes.attempt():
         value = float(losses.detach().double().sum()) if n else 0.0
         if n:
-            local = kept_rules(tape.passes, losses if scaler is None else scaler.scale(losses) * share)
+            local = kept_rules(tape.passes, scale(losses) * share if scaler else losses)
         else:
             spread.read_nothing(losses)
     processes.agree()
@@ -122,6 +142,35 @@ def spread_step(
     forget_loss, retain_loss = processes.sum_(sums, "agreements").tolist()
     fields = {name: value for name, value in vars(projection).items() if name != "squares"}
     return fields | {"forget_loss": forget_loss, "retain_loss": retain_loss}
+
+
+def _union_step(
+    options: StepOptions,
+    spread: ReplicatedModel,
+    closures: Closures,
+    retains: Mapping[str, Closure],
+    loss: float,
+) -> dict[str, Any]:
+    """Do the same for the union of the micro-batches of all processes, once u is in every p.grad."""
+    if options.damping or options.rtol is not None:
+        raise ValueError("a retain set in micro-batches is solved without damping and rtol: leave them out")
+    if all(p.grad is None for p in closures.params.values()):
+        raise ValueError("forget() returned a loss that depends on no parameter that the optimizer holds")
+    processes, scaler = spread.processes, options.scaler
+    share = 1 / 16 if scaler else 1.0  # as small as in a mean, which is what its scale has been found for
+    fields = project_union(
+        spread.model,
+        closures,
+        retains,
+        options.micro,
+        scope=options.scope,
+        alpha=options.alpha / share,
+        rates=learning_rates(options.optimizer, closures.params),
+        prepare=lambda losses: scaler.scale(losses) * share if scaler else losses,
+        spread=spread,
+    )
+    mean = torch.tensor([loss / processes.size], dtype=torch.float64, device=processes.device)
+    return fields | {"forget_loss": float(processes.sum_(mean, "agreements"))}
 
 
 def _check_alike(options: StepOptions, spread: ReplicatedModel) -> None:
@@ -136,6 +185,7 @@ def _check_alike(options: StepOptions, spread: ReplicatedModel) -> None:
     described = [(name, tuple(p.shape), str(p.dtype)) for name, p in spread.params.items()]
     processes.same("the parameters of the model that the optimizer holds", described)
     numbers = [getattr(options, name) for name in ("alpha", "scope", "sign", "damping", "rtol", "max_norm")]
+    numbers += [options.micro.tolerance, options.micro.max_passes, options.micro.forget_reduction]
     rates = [group.get("lr") for group in options.optimizer.param_groups]  # one on the device is not waited for
     numbers += [rate for rate in rates if not isinstance(rate, Tensor)]
     processes.same("the options of the step or the learning rates", numbers)

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..tape.union import Union
 from .closures import Closures
 from .micro_batches import MicroBatchOptions, RetainBatches
 from .protocol import Closure
+from .replicas import ReplicatedModel
 
 
 def project_union(
@@ -26,9 +28,14 @@ def project_union(
     alpha: float,
     rates: Mapping[str, float],
     prepare: Callable[[Tensor], Tensor],
+    spread: ReplicatedModel | None = None,
 ) -> dict[str, Any]:
-    """Set p.grad to its projection plus α mean_j(g_j) over all micro-batches; return the fields of the record."""
-    batches = RetainBatches(model, closures, named, prepare)
+    """Set p.grad to its projection plus α mean_j(g_j) over all micro-batches; return the fields of the record.
+
+    spread: over processes, each with micro-batches of its own.
+    """
+    batches = RetainBatches(model, closures, named, prepare, spread)
+    processes = None if spread is None else spread.processes
     largest = max(rates.values(), default=0.0)
     relative = {name: rate / largest for name, rate in rates.items()} if largest else {}
     with _progress(options, len(named)) as notify:
@@ -41,11 +48,14 @@ def project_union(
             options.max_passes,
             relative,
             notify,
+            processes,
         )
         projection = union.run()
     fields = {name: value for name, value in vars(projection).items() if name not in ("squares", "samples", "passes")}
-    losses = sum(float(values.double().sum()) for values in batches.values.values())
-    return fields | {"retain_loss": losses / projection.samples, "micro_batches": len(named)}
+    losses = sum(values.double().sum() for values in batches.values.values())
+    sums = torch.stack([losses, torch.full_like(losses, len(named))])
+    losses, count = (sums if processes is None else processes.sum_(sums, "agreements")).tolist()
+    return fields | {"retain_loss": losses / projection.samples, "micro_batches": int(count)}
 
 
 @contextmanager

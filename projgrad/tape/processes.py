@@ -7,7 +7,7 @@ import pickle
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -157,6 +157,13 @@ class Processes:
         for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             t.copy_(part.view(t.shape))
 
+    def largest_(self, t: Tensor) -> Tensor:
+        """Replace a contiguous tensor by the largest of those of all processes, element by element."""
+        with self._exchanging():
+            dist.all_reduce(t, dist.ReduceOp.MAX, group=self.group)
+        self.sent["agreements"] += 2 * t.nbytes * (self.size - 1) // self.size
+        return t
+
     def of_first(self, *tensors: Tensor) -> list[Tensor]:
         """Return what process 0 has of float64 tensors: what all decide by must be the same number everywhere."""
         flat = torch.cat([t.flatten() for t in tensors])
@@ -183,6 +190,24 @@ class Processes:
             dist.all_to_all_single(into, out, list(coming), list(leaving), group=self.group)
         self.sent[purpose] += sum(leaving) - leaving[self.rank]
         return list(into.split(list(coming)))
+
+
+class Alone:
+    """One process, in the place of several: nothing is exchanged."""
+
+    attempt = staticmethod(nullcontext)
+
+    def agree(self) -> None:
+        """Go on."""
+
+    def sum_(self, t: Tensor, purpose: str) -> Tensor:
+        return t
+
+    def largest_(self, t: Tensor) -> Tensor:
+        return t
+
+    def sum_all_(self, tensors: Iterable[Tensor], purpose: str) -> None:
+        """Leave them as they are."""
 
 
 def _named(error: Exception) -> tuple[str, str]:

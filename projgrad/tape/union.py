@@ -24,6 +24,7 @@ from .check import Checks, WeightStats, check_finite, check_relative_error, tole
 from .convergence import Convergence
 from .gradient_access import Block, KeptGradients
 from .passes import Passes
+from .processes import Alone, Processes
 from .records import Projection
 from .small_spans import SMALL, SmallSpan
 from .systems import HELD, without_underflow
@@ -74,6 +75,7 @@ class Union:
         max_passes: after so many the result is taken as it is, with a warning.
         rates: weights of the parameters in all inner products, 1 by default.
         notify: called after every visit with the pass, the micro-batch and the residual of the pass before.
+        processes: those that hold other micro-batches of the same union; all of them have the same parameters and u.
     """
 
     def __init__(
@@ -86,7 +88,9 @@ class Union:
         max_passes: int,
         rates: Mapping[str, float],
         notify: Callable[[int, int, float], object],
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Alone()
         self.batches, self.parameters, self.alpha = batches, parameters, alpha
         self.tolerance, self.max_passes, self.notify = tolerance, max_passes, notify
         self.rates = {} if scope == "per_tensor" else rates
@@ -142,7 +146,7 @@ class Union:
                 f"after {passes} passes over {len(self.batches)} micro-batches the result has a cosine of "
                 f"{self.residual:.1e} with a retain gradient, and differs from the exact one by about {error:.1e}, "
                 f"relative; wanted was {self.tolerance:.1e}. Allow more with max_passes, or raise union_tolerance",
-                stacklevel=6,
+                stacklevel=7,
             )
         return self._finish(u2, r2, len(convergence), passes, error, cosines)
 
@@ -157,18 +161,36 @@ class Union:
             t.zero_()
         zero = u2.new_zeros(len(self.blocks))
         worst, stats = zero, zero.new_zeros(len(self.blocks), 3)
-        for b, batch in enumerate(self.batches):
-            with batch() as (passes, losses), torch.autocast(losses.device.type, enabled=False):
-                w, s, norms = self._visit(passes, losses, b, index, last)
-            cosines = (s.abs() / norms.where(norms > 0, 1)).amax(1)
-            worst = torch.maximum(worst, cosines if last else cosines * self.iterated)
-            size = w.abs()
-            stats = stats + torch.stack([(s * w).sum(1), size.sum(1), (size * norms).sum(1)], 1)
-            del passes, losses  # the next forward pass would run beside their graph
-            self.notify(index, b, self.residual)
+        with self.processes.attempt():
+            for b, batch in enumerate(self.batches):
+                with batch() as (passes, losses), torch.autocast(losses.device.type, enabled=False):
+                    w, s, norms = self._visit(passes, losses, b, index, last)
+                cosines = (s.abs() / norms.where(norms > 0, 1)).amax(1)
+                worst = torch.maximum(worst, cosines if last else cosines * self.iterated)
+                size = w.abs()
+                stats = stats + torch.stack([(s * w).sum(1), size.sum(1), (size * norms).sum(1)], 1)
+                del passes, losses  # the next forward pass would run beside their graph
+                self.notify(index, b, self.residual)
+        self.processes.agree()
+        if not last or self.alpha:
+            self.processes.sum_all_(self.d.values(), "correction")
+        stats, worst = self.processes.sum_(stats, "K"), self.processes.largest_(worst)
+        if not index:
+            self._share()
         if not last:
             self._check(stats, self._products(self.r, self.d), self._products(self.r, self.r))
         return stats[:, 0], worst
+
+    def _share(self) -> None:
+        """Make what the first visits found that of all processes."""
+        used = [float(name not in self.unused) for name in self.parameters]
+        found = self.iterated.new_tensor([float(self.half), self.discrepancy, *used])
+        half, self.discrepancy, *used = self.processes.largest_(found).tolist()
+        self.half, self.unused = bool(half), {n for n, one in zip(self.parameters, used, strict=True) if not one}
+        counts = self.iterated.new_tensor([self.samples, *(span.count for span in self.small.values())])
+        self.samples, *counts = map(int, self.processes.sum_(counts, "K").tolist())
+        for span, count in zip(self.small.values(), counts, strict=True):
+            span.sums, span.count = self.processes.sum_(span.sums, "K"), count
 
     def _visit(self, passes: Passes, losses: Tensor, b: int, index: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Add one micro-batch's share to d; return its weights, s = G_b r and ‖g_j‖, [l, n] each."""

@@ -277,6 +277,50 @@ def check_micro_batches(processes):
     assert_same(twins.model, twins.single, 1e-8, "module.")
 
 
+def check_lists_of_micro_batches(processes):
+    """Lists of closures, of other lengths and sizes on every process: the step of one process with all samples."""
+    for scope, reduction in (("global", "mean"), ("per_tensor", "sum")):
+        model, forget, retain, unlearner = lists_of_micro_batches(processes, scope, reduction)
+    before = whole(model)
+    last = lambda: retain[-1]() * (float("nan") if processes.rank == 1 else 1.0)  # noqa: E731
+    with raises(FloatingPointError, "NaN"):
+        unlearner.step(forget, [*retain[:-1], last])
+    with raises(ValueError, "without closures"):
+        unlearner.step(forget, [] if processes.rank == 1 else retain)
+    with raises(ValueError, 'metric="optimizer" takes one closure'):
+        projgrad.OrthoGrad(model, sgd(model), metric="optimizer").step(forget[0], retain[0])
+    assert all(torch.equal(p, before[name]) for name, p in whole(model).items())
+    twins = Twins("tied", processes, lambda model: shard(model, processes.mesh))
+    closures = twins.closures()
+    with raises(ValueError, "micro-batches of a model under fully_shard"):
+        twins.unlearner.step(closures["forget"], [closures["retain"], closures["forget"]])
+
+
+def lists_of_micro_batches(processes, scope, reduction):
+    """Compare two steps; return the model, the closures of this process, and its unlearner."""
+    sizes = {2: ((2, 1), (2,)), 4: ((1, 2), (2,), (1, 1, 1), (1,))}[processes.size]  # of a process's micro-batches
+    counts, pieces, times = [sum(some) for some in sizes], sizes[processes.rank], 1 if reduction == "mean" else 2
+    single, x, y = build("tied", sum(counts))
+    _, fx, fy = build("tied", 2 * processes.size, seed=2)
+    model = replicated(processes)(copy.deepcopy(single))
+    alone = projgrad.OrthoGrad(single, sgd(single), scope=scope, alpha=0.4)
+    options = dict(scope=scope, alpha=0.4, union_tolerance=1e-9, forget_reduction=reduction)
+    unlearner = projgrad.OrthoGrad(model, sgd(model), **options)
+    mine = zip(*(processes.part(z, counts).split(pieces) for z in (x, y)), strict=True)
+    forgets = zip(*(processes.part(z, (2,) * processes.size).split(1) for z in (fx, fy)), strict=True)
+    retain = [lambda a=a, b=b: losses(model, a, b) for a, b in mine]
+    forget = [lambda a=a, b=b: losses(model, a, b).mean() for a, b in forgets]
+    for _ in range(2):
+        expected = alone.step(lambda: times * losses(single, fx, fy).mean(), lambda: losses(single, x, y))
+        record = unlearner.step(forget, retain)
+        assert record.micro_batches == sum(map(len, sizes)) and record.residual <= 1e-9
+        for name in ("preserved_norm", "forget_loss", "retain_loss"):
+            assert abs(getattr(record, name) - getattr(expected, name)) <= 1e-7, name
+    assert_same(model, single, 1e-7, "module.")
+    assert_same_bits(model, processes)
+    return model, forget, retain, unlearner
+
+
 def check_uneven_uses(processes):
     """Shares that are factors of other lengths, gradients in full, and so many that they come in rounds."""
     torch.manual_seed(0)
@@ -455,6 +499,7 @@ CHECKS = [
     check_the_module_inside,
     check_hard_rows,
     check_micro_batches,
+    check_lists_of_micro_batches,
     check_uneven_uses,
     check_failures,
     check_scaler,
