@@ -46,7 +46,7 @@ class Closures:
                     f"`lambda: cross_entropy(model(x), y)`; got {kind(closure)}"
                 )
         self.params, self.optimizer, self.model = trainable_parameters(model, optimizer), optimizer, model
-        self._spread = spread
+        self._spread, self._given = spread, tuple(given)
         updated = set(map(id, self.params.values()))
         held = enumerate(held_parameters(optimizer))
         others = {f"parameter {k} of the optimizer": p for k, p in held if id(p) not in updated}
@@ -67,7 +67,8 @@ class Closures:
 
     def __enter__(self) -> Closures:
         self._collects = gc.isenabled()
-        gc.disable()
+        if len(self._given) <= 2:  # with micro-batches a step may last for minutes
+            gc.disable()
         return self
 
     def __exit__(self, _, error: BaseException | None, __) -> None:

@@ -207,3 +207,14 @@ def test_the_garbage_collector_pauses_and_goes_on_as_before(name, enabled):
         assert gc.isenabled() is enabled
     finally:
         (gc.enable if collects else gc.disable)()
+
+
+def test_the_garbage_collector_goes_on_while_there_are_many_closures():
+    problem, seen = Problem(), []
+
+    def watched():
+        seen.append(gc.isenabled())
+        return problem.retain()
+
+    projgrad.OrthoGrad(problem.model, sgd(problem.model)).step(problem.forget, [watched, problem.retain])
+    assert all(seen)
