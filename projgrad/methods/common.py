@@ -52,6 +52,14 @@ def held_parameters(optimizer: SteppingOptimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def lay_out_grads(params: Mapping[str, nn.Parameter]) -> None:
+    """Give every p.grad the strides of p: fused optimizers of torch walk through both as they lie in memory."""
+    for p in params.values():
+        g = p.grad
+        if g is not None and any(m > 1 and a != b for m, a, b in zip(p.shape, p.stride(), g.stride(), strict=True)):
+            p.grad = torch.empty_like(p, dtype=g.dtype).copy_(g)
+
+
 def learning_rates(optimizer: SteppingOptimizer, params: dict[str, nn.Parameter]) -> dict[str, float]:
     """Return the learning rate of every parameter, by name; nothing if all parameter groups have the same."""
     groups = [group for group in optimizer.param_groups if "lr" in group]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _options
+from .._torch_private import tree_leaves
 from ..recording.losses import check_shape, check_values, instead
 from ..tape.passes import Passes
 from ..tape.per_sample import per_sample
@@ -47,6 +48,9 @@ def micro_batches(losses: Callable[..., Tensor], batches: Iterable[object]) -> l
         losses: a function of one batch: of its parts for a tuple or list, of its entries by name for a dictionary.
         batches: an iterable of batches, such as a `torch.utils.data.DataLoader`.
 
+    Raises:
+        ValueError: two batches that are the same tensors.
+
     Example:
         >>> model, loss = torch.nn.Linear(4, 2), torch.nn.functional.cross_entropy
         >>> loader = [(torch.randn(3, 4), torch.tensor([0, 1, 0])) for _ in range(2)]
@@ -61,7 +65,16 @@ def micro_batches(losses: Callable[..., Tensor], batches: Iterable[object]) -> l
             return functools.partial(losses, **batch)
         return functools.partial(losses, *(batch if isinstance(batch, (tuple, list)) else (batch,)))
 
-    return [closure(batch) for batch in batches]
+    held = list(batches)
+    seen: dict[tuple, int] = {}
+    for k, batch in enumerate(held):
+        key = tuple(id(t) for t in tree_leaves(batch) if isinstance(t, Tensor))
+        if key and seen.setdefault(key, k) != k:
+            raise ValueError(
+                f"batches {seen[key]} and {k} are the same tensors: a loader that fills its buffers anew has to be "
+                "given with a copy of each, `(batch.clone() for batch in loader)`"
+            )
+    return [closure(batch) for batch in held]
 
 
 def closures_of(name: str, given: Closed) -> dict[str, Closure]:

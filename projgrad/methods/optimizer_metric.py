@@ -7,6 +7,7 @@ by which the optimizer scaled gradients in this step, F the forgetting part of t
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..ops.numerics import product_dtype
 from ..recording.host_reads import to_host
 from ..tape.tape import Tape
 from ..tape.weighted import Correction, Held, hold
+from .common import lay_out_grads
 from .protocol import SteppingOptimizer
 
 MOMENTUM = "forget_momentum"  # the name of M in the state of the optimizer, and so in its state_dict
@@ -40,6 +42,10 @@ class Response:
         """Return whether earlier gradients move the parameter too."""
         return False
 
+    def decay(self, group: State) -> float:
+        """Return by what a step without a forget gradient multiplies M."""
+        return 0.0
+
     def starts_with_gradient(self, state: State) -> bool:
         """Return, from the state before the step, whether the momentum will be a copy of the gradient."""
         return False
@@ -57,6 +63,9 @@ class SGD(Response):
 
     def has_momentum(self, group: State) -> bool:
         return bool(group["momentum"])
+
+    def decay(self, group: State) -> float:
+        return group["momentum"]
 
     def starts_with_gradient(self, state: State) -> bool:
         return state.get("momentum_buffer") is None
@@ -84,6 +93,9 @@ class Adam(Response):
     def has_momentum(self, group: State) -> bool:
         return True
 
+    def decay(self, group: State) -> float:
+        return group["betas"][0]
+
     def change(self, u: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State) -> Tensor:
         M.lerp_(u, 1 - group["betas"][0])
         return -D * (M.to(product_dtype(u.dtype)) / self._bias(state, group))
@@ -110,6 +122,9 @@ class RMSprop(Response):
 
     def has_momentum(self, group: State) -> bool:
         return group["momentum"] > 0
+
+    def decay(self, group: State) -> float:
+        return group["momentum"]
 
     def change(self, u: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State) -> Tensor:
         if M is None:
@@ -144,6 +159,28 @@ def response_of(optimizer: SteppingOptimizer) -> Response:
     return KNOWN[type(optimizer)]
 
 
+_followed: weakref.WeakSet[SteppingOptimizer] = weakref.WeakSet()  # optimizers whose steps are followed
+_stepping: weakref.WeakSet[SteppingOptimizer] = weakref.WeakSet()  # those that a `MetricStep` calls now
+
+
+def follow(optimizer: SteppingOptimizer) -> None:
+    """Let M decay in steps that somebody else takes with an optimizer: nothing is forgotten in them."""
+    if type(optimizer) in KNOWN and optimizer not in _followed:
+        _followed.add(optimizer)
+        optimizer.register_step_post_hook(_decay)
+
+
+@torch.no_grad()
+def _decay(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
+    if optimizer in _stepping:
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            if p.grad is not None and MOMENTUM in state:
+                state[MOMENTUM].mul_(KNOWN[type(optimizer)].decay(group))
+
+
 class MetricStep:
     """One step: everything that can be refused is, before the optimizer steps; then its change is corrected.
 
@@ -169,6 +206,7 @@ class MetricStep:
         self.groups = {name: group_of[id(p)] for name, p in params.items()}
         for group in optimizer.param_groups:
             _check_group(group)
+        follow(optimizer)
         self.held: Held = hold(tape.passes, losses, scope, add)
 
     def finish(
@@ -179,11 +217,16 @@ class MetricStep:
         before = self._copies() if isinstance(self.response, Custom) else None
         moving = [name for name, p in self.params.items() if p.grad is not None]
         first = {name: self.response.starts_with_gradient(self._state(name)) for name in moving}
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-            scaler.update()
+        lay_out_grads(self.params)
+        _stepping.add(self.optimizer)
+        try:
+            if scaler is None:
+                self.optimizer.step()
+            else:
+                scaler.step(self.optimizer)
+                scaler.update()
+        finally:
+            _stepping.discard(self.optimizer)
         try:
             with torch.no_grad():
                 return self._correct(moving, first, scale, damping, rtol)

@@ -22,6 +22,7 @@ from .closures import Closures
 from .common import (
     check_batch_norm,
     clear_grads,
+    lay_out_grads,
     learning_rates,
     loss_value,
     restore_shards,
@@ -198,8 +199,9 @@ class OrthoGrad:
         self, forgets: dict[str, Closure], retains: dict[str, Closure], spread: ReplicatedModel | None
     ) -> dict[str, Any]:
         """Make one update; return the fields of its record."""
+        _options.within("alpha weighs the mean retain gradient and", self.alpha, "[0, 1]")  # it may have been changed
         if self.metric == "optimizer" and (spread is not None or len(forgets) + len(retains) > 2):
-            raise ValueError('metric="optimizer" takes one closure for each batch, in one process')
+            raise ValueError('metric="optimizer" takes one closure for each batch, no lists, and is for one process')
         with Closures(self.model, self.optimizer, spread=spread is not None, **forgets, **retains) as closures:
             check_batch_norm(self.model)
             try:
@@ -382,6 +384,7 @@ class OrthoGrad:
             self._spread.clip(self.max_norm)
         elif self.max_norm is not None:
             nn.utils.clip_grad_norm_(list(params.values()), self.max_norm)
+        lay_out_grads(params)
         if self.scaler is None:
             self.optimizer.step()
         else:

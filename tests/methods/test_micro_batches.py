@@ -403,3 +403,11 @@ def test_nothing_is_warned_of_where_it_converged():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         problem.update(problem.forget, problem.parts())
+
+
+def test_a_loader_that_fills_its_buffers_anew_is_refused():
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="batches 0 and 1 are the same tensors"):
+        projgrad.micro_batches(lambda x: x.sum(1), (x.fill_(k) for k in range(3)))
+    shared = torch.ones(3)
+    assert len(projgrad.micro_batches(lambda x, w: (x * w).sum(1), ((x.clone(), shared) for _ in range(3)))) == 3

@@ -269,3 +269,73 @@ def test_a_scaler_unscales_steps_and_skips():
     before = flat_parameters(model)
     record = scaled.step(lambda: forget() * float("inf"), retain)
     assert record.skipped and torch.equal(flat_parameters(model), before) and scaler.get_scale() == 512.0
+
+
+def mlp(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(40, 100), nn.Tanh(), nn.Linear(100, 100), nn.Tanh(), nn.Linear(100, 5))
+
+
+def batch(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 40, generator=generator), torch.randint(5, (n,), generator=generator)
+
+
+def plain_closures(model, dtype=torch.float32):
+    (xf, yf), (x, y) = batch(16, 1), batch(16, 2)
+    xf, x = xf.to(dtype), x.to(dtype)
+    entropy = nn.functional.cross_entropy
+    return lambda: entropy(model(xf), yf), lambda: entropy(model(x), y, reduction="none")
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "rmsprop"])
+def test_steps_of_others_let_the_forget_momentum_decay(name):
+    """Plain steps in between: what is left of the momentum is corrected, and nothing that is gone."""
+    model = mlp(0).double()
+    make = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+        "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
+        "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9),
+    }[name]
+    optimizer = make(model.parameters())
+    forget, retain = plain_closures(model, torch.float64)
+    unlearner = projgrad.OrthoGrad(model, optimizer, metric="optimizer")
+    projgrad.OrthoGrad(model, optimizer, metric="optimizer")  # another one on the same optimizer changes nothing
+    unlearner.step(forget, retain)
+    before = [optimizer.state[p]["forget_momentum"].clone() for p in model.parameters()]
+    for _ in range(3):
+        optimizer.zero_grad()
+        retain().mean().backward()
+        optimizer.step()
+    for p, M in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(optimizer.state[p]["forget_momentum"], 0.9**3 * M)
+
+
+@pytest.mark.parametrize("metric", ["gradient", "optimizer"])
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+def test_fused_optimizers_and_weights_in_another_order(make, metric):
+    """A fused optimizer walks through weight and gradient as they lie in memory."""
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 5)).double()
+    x, y = torch.randn(6, 3, 6, 6, dtype=torch.float64), torch.randint(5, (6,))
+    changed = []
+    for ordered in (False, True):
+        model = copy.deepcopy(first)
+        model = model.to(memory_format=torch.channels_last) if ordered else model
+        optimizer = make(model.parameters(), lr=0.01, fused=True)
+        unlearner = projgrad.OrthoGrad(model, optimizer, metric=metric)
+        for _ in range(2):
+            unlearner.step(
+                lambda m=model: F.cross_entropy(m(-x), y), lambda m=model: F.cross_entropy(m(x), y, reduction="none")
+            )
+        changed.append([p.detach().clone() for p in model.parameters()])
+    for p, q in zip(*changed, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+
+
+def test_an_alpha_out_of_its_range_is_refused_later_too():
+    model = mlp(0)
+    unlearner = projgrad.OrthoGrad(model, SGD(model.parameters(), lr=0.1))
+    unlearner.alpha = 3.0
+    with pytest.raises(ValueError, match="alpha"):
+        unlearner.step(*plain_closures(model))
