@@ -144,12 +144,15 @@ def test_waits_of_a_perceptron(mode):
 
 @pytest.mark.parametrize("mode", ["global", "per_tensor"])
 def test_refinement_is_decided_by_the_numbers_of_the_cpu(mode):
-    """In float32, of nearly parallel gradients: decided by the same numbers."""
+    """In float32, of gradients so nearly parallel that both refine, whatever the kernels round to."""
     torch.manual_seed(0)
-    x = [torch.randn(1, 16) + 1e-3 * torch.randn(N, 16), torch.randn(4, 16)]
+    x = [torch.randn(1, 16) + 3e-4 * torch.randn(N, 16), torch.randn(4, 16)]
     *both, _ = on_both(perceptron(), x, lambda y, x: y.square().mean(1), 1, **MODES[mode])
-    assert both[0][1].refinements > 0
-    check(*both, 1e-6)
+    (expected, record), (found, again) = both
+    assert record.refinements > 0 and again.refinements > 0 and record.rank == again.rank
+    assert max(record.residual, again.residual) <= 1e-6
+    for name, p in expected.items():  # what tells the gradients apart has four digits
+        torch.testing.assert_close(found[name], p, rtol=1e-5, atol=1e-5)
 
 
 class Rounded(TorchDispatchMode):
