@@ -106,7 +106,8 @@ class ShardedModel(ReplicatedModel):
 
     def average(self) -> None:
         """Average the gradients of parameters that are no shards; `fully_shard` has averaged the others."""
-        self.processes.agree()
+        used = [name for name, p in self.params.items() if p.grad is not None and isinstance(p, DTensor)]
+        self.processes.same("which parameters forget() uses, and fully_shard mixes their gradients then", used)
         whole = {name: p for name, p in self.params.items() if not isinstance(p, DTensor)}
         for p in whole.values():
             if p.grad is not None:

@@ -21,6 +21,8 @@ from .protocol import Closure, SteppingOptimizer
 from .replicas import ReplicatedModel, wrappers
 from .union import project_union
 
+PLAIN = (bool, int, float, str, tuple, type(None))  # settings of an optimizer that are compared
+
 
 class StepOptions(Protocol):
     """What of an `OrthoGrad` a step depends on; see there."""
@@ -47,7 +49,13 @@ def spread_model(model: nn.Module, group: dist.ProcessGroup | None = None) -> Re
     if not distributed():
         if group is not None:
             raise ValueError("process_group was given, but torch.distributed is not initialised")
+        if any(True for _ in wrappers(model)):
+            raise ValueError(
+                "the model is in DistributedDataParallel, but torch.distributed is not initialised any more"
+            )
         return None
+    if group is not None and dist.get_rank(group) < 0:
+        raise ValueError("this process is not among those of process_group")
     sharded, device = restore_shards(model), next(model.parameters()).device
     meshes = {p.device_mesh for p in model.parameters() if is_sharded(p)}
     groups = [wrapper.process_group for _, wrapper in wrappers(model)] + [_group_of(mesh) for mesh in meshes]
@@ -186,8 +194,10 @@ def _check_alike(options: StepOptions, spread: ReplicatedModel) -> None:
     processes.same("the parameters of the model that the optimizer holds", described)
     numbers = [getattr(options, name) for name in ("alpha", "scope", "sign", "damping", "rtol", "max_norm")]
     numbers += [options.micro.tolerance, options.micro.max_passes, options.micro.forget_reduction]
-    rates = [group.get("lr") for group in options.optimizer.param_groups]  # one on the device is not waited for
-    numbers += [rate for rate in rates if not isinstance(rate, Tensor)]
+    # The optimizer's settings too; a number on the device is not waited for.
+    numbers.append(type(options.optimizer).__name__)
+    for group in options.optimizer.param_groups:
+        numbers.append(sorted((key, value) for key, value in group.items() if isinstance(value, PLAIN)))
     processes.same("the options of the step or the learning rates", numbers)
     if not spread.met:
         spread.check()

@@ -377,6 +377,9 @@ def check_failures(processes):
         projgrad.OrthoGrad(twins.model, sgd(twins.model), alpha=0.1 * processes.rank).step(**closures)
     with raises(ValueError, "disagree on the options"):
         projgrad.OrthoGrad(twins.model, sgd(twins.model, 0.1 + processes.rank)).step(**closures)
+    with raises(ValueError, "disagree on the options"):
+        optimizer = torch.optim.SGD(twins.model.parameters(), lr=0.1, weight_decay=0.1 * processes.rank)
+        projgrad.OrthoGrad(twins.model, optimizer).step(**closures)
     with raises(ValueError, "not supported: the projection is made of the rules"):
         projgrad.OrthoGrad(twins.model, sgd(twins.model), keep_output_gradients=False).step(**closures)
     static = DistributedDataParallel(build("tied", 1)[0], process_group=processes.group, static_graph=True)
