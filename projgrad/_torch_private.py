@@ -115,7 +115,8 @@ def reset_sharding(module: nn.Module) -> None:
     state._training_state, state._state_ctx.iter_forward_root = idle, None
     state._state_ctx.post_backward_final_callback_queued = False
     state._modules_to_run_forward.clear()
-    state._comm_ctx.post_forward_order.clear()
+    if hasattr(state._comm_ctx, "post_forward_order"):  # it has run before
+        state._comm_ctx.post_forward_order.clear()
     groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
     for group in filter(None, groups):
         group._training_state = idle
