@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from .._options import kind
 from ..ops.numerics import product_dtype
 from ..recording.host_reads import to_host
-from ..tape.tape import Tape
-from ..tape.weighted import Correction, Held, hold
+from ..tape.weighted import RetainSide
 from .common import lay_out_grads
 from .protocol import SteppingOptimizer
 
@@ -186,20 +185,13 @@ class MetricStep:
 
     Args:
         params: what is updated, by name; p.grad holds the forget part of the gradient, and the whole one from here on.
-        losses: of the retain samples, recorded by the tape.
-        add: weights of their gradients in the step, [n].
+        hold: takes the retain side and adds its part to every p.grad.
 
-    Raises as `Tape.project_`, and ValueError for parameter groups that make no usable diagonal.
+    Raises as `hold`, and ValueError for parameter groups that make no usable diagonal.
     """
 
     def __init__(
-        self,
-        optimizer: SteppingOptimizer,
-        params: Mapping[str, nn.Parameter],
-        tape: Tape,
-        losses: Tensor,
-        scope: str,
-        add: Tensor,
+        self, optimizer: SteppingOptimizer, params: Mapping[str, nn.Parameter], hold: Callable[[], RetainSide]
     ) -> None:
         self.optimizer, self.params, self.response = optimizer, params, response_of(optimizer)
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -207,7 +199,7 @@ class MetricStep:
         for group in optimizer.param_groups:
             _check_group(group)
         follow(optimizer)
-        self.held: Held = hold(tape.passes, losses, scope, add)
+        self.held = hold()
 
     def finish(
         self, scaler: torch.amp.GradScaler | None, max_norm: float | None, damping: float, rtol: float | None
@@ -262,8 +254,8 @@ class MetricStep:
                 p.grad.copy_(F)
                 F = p.grad
             change[name] = F.contiguous()
-        correction = Correction(self.held, change, self._diagonal, self._carry, damping, rtol)
-        fields = {name: value for name, value in vars(correction.make_()).items() if name != "squares"}
+        projection = self.held.correct_(change, self._diagonal, self._carry, damping, rtol)
+        fields = {name: value for name, value in vars(projection).items() if name != "squares"}
         for name, F in change.items():
             if F is not self.params[name].grad:
                 self.params[name].grad.copy_(F)

@@ -18,6 +18,7 @@ from ..recording.losses import check_shape, check_values
 from ..tape.factors import ForgetFactors
 from ..tape.per_sample import per_sample
 from ..tape.records import Projection
+from ..tape.weighted import hold
 from .closures import Closures
 from .common import (
     check_batch_norm,
@@ -356,7 +357,7 @@ class OrthoGrad:
             losses = self.scaler.scale(losses) * share
         add = torch.full((n,), self.alpha / n / share, dtype=torch.float64, device=losses.device)
         if self.metric == "optimizer":
-            metric_step = MetricStep(self.optimizer, params, tape, losses, self.scope, add)
+            metric_step = MetricStep(self.optimizer, params, lambda: hold(tape.passes, losses, self.scope, add))
             return {"metric_step": metric_step, "forget_loss": values[0], "retain_loss": sum(values[1:]) / n}
         weights = add if self.alpha else None
         rates = learning_rates(self.optimizer, params)

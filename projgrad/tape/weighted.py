@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,11 +34,36 @@ from .verify import next_watched, verify
 Tensors = Mapping[str, Tensor]  # by parameter
 
 
-class Held:
-    """The per-sample gradients of a step, as rules, until the optimizer has stepped.
+class RetainSide(Protocol):
+    """The retain side of a step until the optimizer has stepped.
 
-    forgotten: p.grad of every parameter before Gᵀ add came to it. lengths: ‖g_j‖ [n] of every block.
-    discrepancy: of the self-check, by block.
+    forgotten: p.grad of every parameter before the retain part came to it.
+    """
+
+    forgotten: dict[str, Tensor]
+
+    def correct_(
+        self,
+        change: dict[str, Tensor],
+        diagonal: Callable[[str], Tensor | float],
+        carry: Callable[[str, Tensor, Tensor], None],
+        damping: float,
+        rtol: float | None,
+    ) -> Projection:
+        """Make F orthogonal to every per-sample gradient, and change the parameters by as much.
+
+        Args:
+            change: F by parameter, float32 or better, contiguous; those without one did not move, and stay as they are.
+            diagonal: D of a parameter, a number or like the parameter, not negative.
+            carry: called with name, Gᵀ w and D Gᵀ w for whatever is added to F of a parameter.
+            damping, rtol: see `projgrad.project_out`.
+        """
+
+
+class Held(RetainSide):
+    """The per-sample gradients of a batch, as rules.
+
+    lengths: ‖g_j‖ [n] of every block. discrepancy: of the self-check, by block.
     """
 
     def __init__(self, passes: Passes, losses: Tensor, per_tensor: bool) -> None:
@@ -87,6 +113,16 @@ class Held:
         checks.flush()
         self.discrepancy = dict(checks.worst)
 
+    def correct_(
+        self,
+        change: dict[str, Tensor],
+        diagonal: Callable[[str], Tensor | float],
+        carry: Callable[[str, Tensor, Tensor], None],
+        damping: float,
+        rtol: float | None,
+    ) -> Projection:
+        return Correction(self, change, diagonal, carry, damping, rtol).make_()
+
 
 def hold(passes: Passes, losses: Tensor, scope: str, add: Tensor) -> Held:
     """Take the per-sample gradients from one backward pass, and add Gᵀ add to p.grad; add [n].
@@ -107,15 +143,7 @@ def hold(passes: Passes, losses: Tensor, scope: str, add: Tensor) -> Held:
 
 
 class Correction:
-    """Makes the forgetting part of an applied change orthogonal to every per-sample gradient.
-
-    Args:
-        held: the per-sample gradients.
-        change: F by parameter, float32 or better, contiguous; those without one did not move, and stay as they are.
-        diagonal: D of a parameter, a number or like the parameter, not negative.
-        carry: called with name, Gᵀ w and D Gᵀ w for whatever is added to F of a parameter.
-        damping, rtol: see `projgrad.project_out`.
-    """
+    """Makes the forgetting part of an applied change orthogonal to every per-sample gradient; see `RetainSide`."""
 
     def __init__(
         self,
@@ -123,8 +151,8 @@ class Correction:
         change: dict[str, Tensor],
         diagonal: Callable[[str], Tensor | float],
         carry: Callable[[str, Tensor, Tensor], None],
-        damping: float = 0.0,
-        rtol: float | None = None,
+        damping: float,
+        rtol: float | None,
     ) -> None:
         self.held, self.change, self.diagonal, self.carry = held, change, diagonal, carry
         self.damping, self.rtol = damping, rtol
