@@ -2,8 +2,9 @@
 
 Unlearns a pretrained encoder with AdamW, once for metric="gradient" (project, then let AdamW rescale) and once for
 metric="optimizer". After every step the forgetting part of the change is taken from the parameters themselves: the
-change less what the retain part alone would have made with the same diagonal, in float64. Its largest cosine with a
-per-sample retain gradient, the record's own number and the scores at the end go to bench/results/applied.csv.
+change less what the retain part alone would have made with the diagonal E of docs/optimizer_metric.md, in float64. Its
+largest cosine with a per-sample retain gradient, the largest change of a weight, the record's own number and the scores
+at the end go to bench/results/applied.csv.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import projgrad
 from projgrad.experiments.comparison.methods import batches
 from projgrad.experiments.comparison.run import train
 from projgrad.experiments.scenarios import SCENARIOS
+from projgrad.methods.optimizer_metric import MOMENTUM
 
 from .machine import environment
 from .report import RESULTS, read_csv, write_csv
@@ -26,34 +28,52 @@ METRICS = ("gradient", "optimizer")
 ALPHA, DECAY = 0.5, 0.01
 RATES = {"news-LoRA": 2e-3, "news-full": 1e-4}  # the method's own, not searched for either metric
 COLUMNS = ("scenario", "metric", "scope", "seed", "lr", "alpha", "steps", "step", "cosine", "residual")
-COLUMNS += ("preserved_norm", "forget", "retain", "test", "tow")
+COLUMNS += ("largest_change", "preserved_norm", "forget", "retain", "test", "tow")
 
 
 class Ruler:
-    """Measures steps of AdamW: what the retain parts alone do is followed in float64."""
+    """Measures steps of AdamW: what the retain parts alone do is followed in float64.
+
+    momenta: R of docs/optimizer_metric.md, by parameter.
+    """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
         self.model, self.optimizer = model, optimizer
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.momenta = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.params.items()}
 
-    def measured(self, step: Callable[[], object], losses: Callable[[], Tensor]) -> tuple[object, float]:
-        """Take a step; return its record and max_j |cos(g_j, forgetting part of the change)|."""
+    def measured(
+        self, step: Callable[[], object], forget: Callable[[], Tensor], losses: Callable[[], Tensor]
+    ) -> tuple[object, float, float]:
+        """Take a step; return its record, max_j |cos(g_j, forgetting part)|, and the largest change over lr."""
         names, params = list(self.params), list(self.params.values())
         mean = torch.autograd.grad(losses().mean(), params)
+        ascent = torch.autograd.grad(forget(), params)
         before = [p.detach().clone() for p in params]
+        states = [self.optimizer.state.get(p, {}) for p in params]
+        M = [
+            state["exp_avg"].double() - self.momenta[n] if state else 0.0
+            for n, state in zip(names, states, strict=True)
+        ]
         record = step()
         (group,) = self.optimizer.param_groups
         beta1, beta2 = group["betas"]
-        change = {}
+        change, largest = {}, 0.0
         with torch.no_grad():
-            for name, p, old, g in zip(names, params, before, mean, strict=True):
-                state, M = self.optimizer.state[p], self.momenta[name]
+            for k, (name, p, old) in enumerate(zip(names, params, before, strict=True)):
+                state, R = self.optimizer.state[p], self.momenta[name]
                 t = float(state["step"])
-                M.lerp_(ALPHA * g.double(), 1 - beta1)
-                D = group["lr"] / ((state["exp_avg_sq"].double() / (1 - beta2**t)).sqrt() + group["eps"])
-                alone = -D * M / (1 - beta1**t) - group["lr"] * group["weight_decay"] * old.double()
+                R.lerp_(ALPHA * mean[k].double(), 1 - beta1)
+                if MOMENTUM in state:  # as it was before the correction
+                    M[k] = beta1 * M[k] - (1 - beta1) * (1 - ALPHA) * ascent[k].double()
+                else:
+                    M[k] = state["exp_avg"].double() - R
+                root = (state["exp_avg_sq"].double() / (1 - beta2**t)).sqrt()
+                longer = torch.maximum(M[k].abs(), R.abs()) / (1 - beta1**t)
+                E = group["lr"] / (torch.maximum(root, least(beta1, beta2, t) * longer) + group["eps"])
+                alone = -E * R / (1 - beta1**t) - group["lr"] * group["weight_decay"] * old.double()
                 change[name] = (p.double() - old.double() - alone).to(p.dtype)
+                largest = max(largest, float((p - old).abs().max()) / group["lr"])
         after = [p.detach().clone() for p in params]
         self._put(before)
         with projgrad.per_sample(self.model, self.params) as tape:
@@ -61,12 +81,19 @@ class Ruler:
         products, lengths = tape.dot(at_start, change), tape.gram(at_start).diagonal().sqrt()
         self._put(after)
         norm = sum(float(c.double().square().sum()) for c in change.values()) ** 0.5
-        return record, float((products.abs() / lengths).max()) / norm
+        return record, float((products.abs() / lengths).max()) / norm, largest
 
     @torch.no_grad()
     def _put(self, values: list[Tensor]) -> None:
         for p, value in zip(self.params.values(), values, strict=True):
             p.copy_(value)
+
+
+def least(beta1: float, beta2: float, t: float) -> float:
+    """Return the least √v̂ / |m̂| of Adam over all series of t gradients."""
+    ages = torch.arange(t, dtype=torch.float64)
+    first, second = (beta**ages / (beta**ages).sum() for beta in (beta1, beta2))
+    return 0.999 * float((first**2 / second).sum()) ** -0.5
 
 
 def unlearn(problem, model: nn.Module, metric: str, options: dict, seed: int, batch: int) -> Iterator[dict]:
@@ -86,9 +113,10 @@ def unlearn(problem, model: nn.Module, metric: str, options: dict, seed: int, ba
             return problem.losses(model, part)
 
         closures = (lambda part=some: problem.losses(model, part).mean()), losses
-        record, cosine = ruler.measured(lambda closures=closures: unlearner.step(*closures), losses)
+        record, cosine, largest = ruler.measured(lambda closures=closures: unlearner.step(*closures), *closures)
         decay.step()
-        yield {"step": step, "cosine": cosine, "residual": record.residual, "preserved_norm": record.preserved_norm}
+        numbers = {"cosine": cosine, "largest_change": largest}
+        yield {"step": step, "residual": record.residual, "preserved_norm": record.preserved_norm} | numbers
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict]:

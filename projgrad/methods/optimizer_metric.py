@@ -1,7 +1,8 @@
 """Steps whose applied change is orthogonal, whatever the optimizer: `OrthoGrad(..., metric="optimizer")`.
 
-The derivation is in docs/optimizer_metric.md. Letters: u the forget part of a gradient, M its momentum, D the diagonal
-by which the optimizer scaled gradients in this step, F the forgetting part of the change that it made.
+The derivation is in docs/optimizer_metric.md. Letters: u the forget part of a gradient, M its momentum, R that of all
+the rest, D the diagonal by which the optimizer scaled gradients in this step, F the forgetting part of the change that
+it made.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..tape.weighted import RetainSide
 from .common import lay_out_grads
 from .protocol import SteppingOptimizer
 
+FLOOR = 0.1  # of the root mean square of 1 / D in a tensor, which the metric adds to 1 / D
 MOMENTUM = "forget_momentum"  # the name of M in the state of the optimizer, and so in its state_dict
 
 State = dict[str, Any]
@@ -49,12 +51,17 @@ class Response:
         """Return, from the state before the step, whether the momentum will be a copy of the gradient."""
         return False
 
-    def change(self, u: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State) -> Tensor:
-        """Return F, float32 or better, and bring M up to date in place; first: what `starts_with_gradient` said."""
+    def change(
+        self, u: Tensor, h: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State
+    ) -> Tensor:
+        """Return F, float32 or better, and bring M up to date in place.
+
+        h: the gradient that the optimizer stepped on, u its forget part. first: what `starts_with_gradient` said.
+        """
         return -D * u.to(product_dtype(u.dtype))
 
-    def carry(self, M: Tensor, combined: Tensor, delta: Tensor, state: State, group: State) -> None:
-        """Make M and the optimizer's own momentum what led to F + delta instead of F, delta = D combined."""
+    def carry(self, M: Tensor, share: Tensor, state: State, group: State) -> None:
+        """Make M and the optimizer's own momentum what led to F + D share instead of F."""
 
 
 class SGD(Response):
@@ -69,25 +76,30 @@ class SGD(Response):
     def starts_with_gradient(self, state: State) -> bool:
         return state.get("momentum_buffer") is None
 
-    def change(self, u: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State) -> Tensor:
+    def change(
+        self, u: Tensor, h: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State
+    ) -> Tensor:
         if M is None:
-            return super().change(u, M, D, first, state, group)
+            return super().change(u, h, M, D, first, state, group)
         M.mul_(group["momentum"]).add_(u, alpha=1 if first else 1 - group["dampening"])
         direction = u.add(M, alpha=group["momentum"]) if group["nesterov"] else M
         return -D * direction.to(product_dtype(u.dtype))
 
-    def carry(self, M: Tensor, combined: Tensor, delta: Tensor, state: State, group: State) -> None:
-        share = combined / (1 + group["momentum"]) if group["nesterov"] else combined
+    def carry(self, M: Tensor, share: Tensor, state: State, group: State) -> None:
+        share = share / (1 + group["momentum"]) if group["nesterov"] else share
         _take_out(share, M, state["momentum_buffer"])
 
 
 class Adam(Response):
-    """D = lr / (√v̂ + eps); F = -D M / (1 - β₁ᵗ); v̂ is the largest so far with amsgrad."""
+    """D = lr / (√v̂ + eps); F = -D M̂ - (D - E) R̂; v̂ is the largest so far with amsgrad, M̂ = M / (1 - β₁ᵗ)."""
 
     def diagonal(self, p: Tensor, state: State, group: State) -> Diagonal:
+        return group["lr"] / (self._root(state, group) + group["eps"])
+
+    def _root(self, state: State, group: State) -> Tensor:
         v = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         bias = 1 - group["betas"][1] ** _steps(state)
-        return group["lr"] / (v.to(product_dtype(v.dtype)).sqrt() / bias**0.5 + group["eps"])
+        return v.to(product_dtype(v.dtype)).sqrt() / bias**0.5
 
     def has_momentum(self, group: State) -> bool:
         return True
@@ -95,19 +107,36 @@ class Adam(Response):
     def decay(self, group: State) -> float:
         return group["betas"][0]
 
-    def change(self, u: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State) -> Tensor:
+    def change(
+        self, u: Tensor, h: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State
+    ) -> Tensor:
         M.lerp_(u, 1 - group["betas"][0])
-        return -D * (M.to(product_dtype(u.dtype)) / self._bias(state, group))
+        bias = self._bias(state, group)
+        moment, both = (t.to(product_dtype(u.dtype)) / bias for t in (M, state["exp_avg"]))
+        rest = both.sub_(moment)
+        root = _lifted(self._root(state, group), moment, rest, self._least(state, group))
+        return -D * moment - (D - group["lr"] / (root + group["eps"])) * rest
 
-    def carry(self, M: Tensor, combined: Tensor, delta: Tensor, state: State, group: State) -> None:
-        _take_out(combined * self._bias(state, group), M, state["exp_avg"])
+    def carry(self, M: Tensor, share: Tensor, state: State, group: State) -> None:
+        _take_out(share * self._bias(state, group), M, state["exp_avg"])
 
     def _bias(self, state: State, group: State) -> Diagonal:
         return 1 - group["betas"][0] ** _steps(state)
 
+    def _least(self, state: State, group: State) -> Diagonal:
+        """Return the least √v̂ / |m̂| of any series of gradients, by Cauchy-Schwarz; 0 where there is no bound."""
+        (a, b), t = group["betas"], _steps(state)
+        q = a * a / b
+        if not q < 1:
+            return 0.0
+        return (1 - a**t) / (1 - a) * ((1 - b) * (1 - q) / ((1 - b**t) * (1 - q**t))) ** 0.5
+
 
 class RMSprop(Response):
-    """D = lr / (√v + eps), with v - mean² where centered; F = -lr M, the momentum of u / (√v + eps)."""
+    """D = lr / (√v + eps), with v - mean² where centered; F = -D u - (D - E) r, or -lr M of what that is a series of.
+
+    E is D where centered and with coupled decay: √v has no lower bound there.
+    """
 
     def diagonal(self, p: Tensor, state: State, group: State) -> Diagonal:
         return group["lr"] / self._root(state, group)
@@ -125,14 +154,21 @@ class RMSprop(Response):
     def decay(self, group: State) -> float:
         return group["momentum"]
 
-    def change(self, u: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State) -> Tensor:
-        if M is None:
-            return super().change(u, M, D, first, state, group)
-        M.mul_(group["momentum"]).add_(u / self._root(state, group))
-        return -group["lr"] * M.to(product_dtype(u.dtype))
+    def change(
+        self, u: Tensor, h: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State
+    ) -> Tensor:
+        root = self._root(state, group)
+        scaled = u / root
+        if not group["centered"] and not group["weight_decay"]:
+            rest = (h - u).to(root.dtype)
+            lifted = _lifted(root - group["eps"], u, rest, (1 - group["alpha"]) ** 0.5) + group["eps"]
+            scaled += rest / root - rest / lifted
+        if M is not None:
+            scaled = M.mul_(group["momentum"]).add_(scaled)
+        return -group["lr"] * scaled.to(product_dtype(u.dtype))
 
-    def carry(self, M: Tensor, combined: Tensor, delta: Tensor, state: State, group: State) -> None:
-        _take_out(combined / self._root(state, group), M, state["momentum_buffer"])
+    def carry(self, M: Tensor, share: Tensor, state: State, group: State) -> None:
+        _take_out(share / self._root(state, group), M, state["momentum_buffer"])
 
 
 class Custom(Response):
@@ -199,6 +235,7 @@ class MetricStep:
         for group in optimizer.param_groups:
             _check_group(group)
         follow(optimizer)
+        self.floors: dict[str, Tensor] = {}  # what is added to 1 / D of a parameter
         self.held = hold()
 
     def finish(
@@ -249,12 +286,12 @@ class MetricStep:
             u = self.held.forgotten.pop(name, None)
             u = torch.zeros_like(p.grad) if u is None else u.mul_(scale)
             M = self._momentum(name) if self.response.has_momentum(group) else None
-            F = self.response.change(u, M, self._diagonal(name), first[name], state, group)
+            F = self.response.change(u, p.grad, M, self._diagonal(name), first[name], state, group)
             if F.dtype == p.grad.dtype:  # the gradient has done its work
                 p.grad.copy_(F)
                 F = p.grad
             change[name] = F.contiguous()
-        projection = self.held.correct_(change, self._diagonal, self._carry, damping, rtol)
+        projection = self.held.correct_(change, self._metric, self._carry, damping, rtol)
         fields = {name: value for name, value in vars(projection).items() if name != "squares"}
         for name, F in change.items():
             if F is not self.params[name].grad:
@@ -268,16 +305,28 @@ class MetricStep:
     def _diagonal(self, name: str) -> Diagonal:
         return self.response.diagonal(self.params[name], self._state(name), self.groups[name])
 
+    def _metric(self, name: str) -> Diagonal:
+        """Return D with its largest elements bounded: those would take the whole correction."""
+        D = self._diagonal(name)
+        if not isinstance(D, Tensor) or not D.ndim:
+            return D
+        inverse = 1 / D
+        if name not in self.floors:
+            self.floors[name] = FLOOR / max(1, D.numel()) ** 0.5 * inverse.norm()
+        return 1 / inverse.add_(self.floors[name])
+
     def _momentum(self, name: str) -> Tensor:
         state = self._state(name)
         if MOMENTUM not in state:
             state[MOMENTUM] = torch.zeros_like(self.params[name], memory_format=torch.preserve_format)
         return state[MOMENTUM]
 
-    def _carry(self, name: str, combined: Tensor, delta: Tensor) -> None:
-        group = self.groups[name]
+    def _carry(self, name: str, delta: Tensor) -> None:
+        group, D = self.groups[name], self._diagonal(name)
         if self.response.has_momentum(group):
-            self.response.carry(self._momentum(name), combined, delta, self._state(name), group)
+            D = torch.as_tensor(D, dtype=delta.dtype, device=delta.device)
+            share = torch.where(D > 0, delta / D, 0.0)
+            self.response.carry(self._momentum(name), share, self._state(name), group)
 
     def _copies(self) -> tuple[dict[str, Tensor], dict]:
         """Return copies of the parameters and of the optimizer's state: whether D can be used shows after the step."""
@@ -322,6 +371,11 @@ def _check_group(group: State) -> None:
         raise ValueError(
             f'metric="optimizer" needs eps > 0: with {eps} the diagonal is infinite where no gradient ever was'
         )
+
+
+def _lifted(root: Tensor, u: Tensor, r: Tensor, least: Diagonal) -> Tensor:
+    """Return √v as it would be at least, had the longer one of the parts u and r come alone: where they cancel."""
+    return torch.maximum(root, torch.maximum(u.abs(), r.abs()).mul_(0.999 * least))  # rounding lifts nothing
 
 
 def _steps(state: State) -> Diagonal:

@@ -46,7 +46,7 @@ class RetainSide(Protocol):
         self,
         change: dict[str, Tensor],
         diagonal: Callable[[str], Tensor | float],
-        carry: Callable[[str, Tensor, Tensor], None],
+        carry: Callable[[str, Tensor], None],
         damping: float,
         rtol: float | None,
     ) -> Projection:
@@ -54,8 +54,8 @@ class RetainSide(Protocol):
 
         Args:
             change: F by parameter, float32 or better, contiguous; those without one did not move, and stay as they are.
-            diagonal: D of a parameter, a number or like the parameter, not negative.
-            carry: called with name, Gᵀ w and D Gᵀ w for whatever is added to F of a parameter.
+            diagonal: P of a parameter, a number or like the parameter, not negative; F changes by P Gᵀ w.
+            carry: called with the name and P Gᵀ w for whatever is added to F of a parameter.
             damping, rtol: see `projgrad.project_out`.
         """
 
@@ -117,7 +117,7 @@ class Held(RetainSide):
         self,
         change: dict[str, Tensor],
         diagonal: Callable[[str], Tensor | float],
-        carry: Callable[[str, Tensor, Tensor], None],
+        carry: Callable[[str, Tensor], None],
         damping: float,
         rtol: float | None,
     ) -> Projection:
@@ -150,7 +150,7 @@ class Correction:
         held: Held,
         change: dict[str, Tensor],
         diagonal: Callable[[str], Tensor | float],
-        carry: Callable[[str, Tensor, Tensor], None],
+        carry: Callable[[str, Tensor], None],
         damping: float,
         rtol: float | None,
     ) -> None:
@@ -286,7 +286,7 @@ class Correction:
             squares[k].append(lengths([moved - delta])[0].to(w.device) ** 2)
             F += moved
             p.copy_(after)
-            self.carry(name, combined, delta)
+            self.carry(name, delta)
         return torch.stack([sum(some, w.new_zeros(())) for some in squares]).sqrt()
 
     def _of_all(self, tensors: dict[str, Projection]) -> Projection:

@@ -25,12 +25,16 @@ OPTIMIZERS = {
     "adamw_amsgrad": (AdamW, {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
     "adamw_no_momentum": (AdamW, {"lr": 0.01, "betas": (0.0, 0.9)}),
     "rmsprop": (RMSprop, {"lr": 0.01, "weight_decay": 0.1}),
+    "rmsprop_no_decay": (RMSprop, {"lr": 0.01}),
+    "rmsprop_momentum_only": (RMSprop, {"lr": 0.01, "momentum": 0.9}),
     "rmsprop_centered": (RMSprop, {"lr": 0.01, "centered": True, "weight_decay": 0.1}),
     "rmsprop_momentum": (RMSprop, {"lr": 0.01, "centered": True, "momentum": 0.9}),
 }
 VARIANTS = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 CASES = [(name, v) for name in OPTIMIZERS for v in VARIANTS if v != "fused" or not name.startswith("rmsprop")]
 REMEMBERED = ("momentum", "dampening", "adam", "adam_amsgrad", "adamw", "adamw_amsgrad", "rmsprop_momentum")
+REMEMBERED += ("rmsprop_momentum_only",)
+DECOUPLED = {"adamw": 0.1, "adamw_amsgrad": 0.1, "adamw_no_momentum": 0.01}  # weight decay of every step
 OWN = {SGD: "momentum_buffer", Adam: "exp_avg", AdamW: "exp_avg", RMSprop: "momentum_buffer"}
 
 
@@ -165,19 +169,24 @@ def test_the_applied_forgetting_part_is_orthogonal_to_every_retain_gradient(name
         # What would have happened: by the optimizer's own code, with the diagonal of this step.
         stepped = copy.copy(optimizer)
         stepped.state = {twin: optimizer.state[p] for twin, p in zip(twins, params, strict=True)}
-        plain, _ = proposal(before, twins, clip * h)
-        alone, retained = proposal(before, twins, clip * r, retained, stepped)
+        plain, moments = proposal(before, twins, clip * h)
+        lift = lift_of_rmsprop(name, optimizer, params, clip * u * (ALPHA - 1), clip * r)
+        alone, retained = proposal(before, twins, lift * clip * r, retained, stepped)
+        if name.startswith("adam"):
+            decay = -flat([rate_of(before, p) * DECOUPLED.get(name, 0.0) * p for p in twins])
+            lift = lift_of_adam(optimizer, params, moments, retained, problem.turn + 1)
+            alone = decay + lift * (alone - decay)
         applied, wanted = moved - alone, plain - alone
         for part in blocks_of(params, scope):
             rows, change, unprojected = G[:, part], applied[part], wanted[part]
             noise = 1e-13 * start.norm()  # of parameters near 1
             assert (rows @ change).abs().max() <= rows.norm(dim=1).max() * (1e-9 * change.norm() + noise)
-            # The correction is D Gᵀ c: in the metric D⁻¹ nothing smaller would do.
-            lifted = optimizer_diagonal(optimizer, params)[part] * rows
+            # The correction is P Gᵀ c: in the metric P⁻¹ nothing smaller would do.
+            lifted = metric(optimizer, params)[part] * rows
             c = torch.linalg.lstsq(lifted.T, (unprojected - change)[:, None], driver="gelsd").solution[:, 0]
             assert (lifted.T @ c - (unprojected - change)).norm() <= 1e-9 * unprojected.norm() + noise
         if scope == "global":
-            assert 0.05 < applied.norm() / wanted.norm() < 1
+            assert 0.05 < applied.norm() / wanted.norm() < 1.5
             assert abs(record.preserved_norm - float(applied.norm() / wanted.norm())) < 1e-8
         held = flat([p.grad for p in params])
         assert (held - applied).norm() <= 1e-9 * wanted.norm() + 1e-13 * start.norm()
@@ -190,8 +199,45 @@ def test_the_applied_forgetting_part_is_orthogonal_to_every_retain_gradient(name
             kept = flat([optimizer.state[p][MOMENTUM] for p in params])
             D = optimizer_diagonal(optimizer, params, whole=not name.startswith("rmsprop"))
             bias = 1 - 0.9 ** (problem.turn + 1) if name.startswith("adam") else 1
-            assert (D * kept / bias + applied).norm() <= 1e-9 * wanted.norm() + 1e-13 * start.norm()
+            lifted_rest = (1 - lift) * D * flat(retained) / bias if name.startswith("adam") else 0.0
+            assert (D * kept / bias + lifted_rest + applied).norm() <= 1e-9 * wanted.norm() + 1e-13 * start.norm()
     assert torch.equal(problem.model.frozen.weight, frozen)
+
+
+def rate_of(optimizer, p):
+    return next(group["lr"] for group in optimizer.param_groups if any(p is x for x in group["params"]))
+
+
+def lift_of_adam(optimizer, params, moments, rests, t):
+    """E / D: the √v̂ of this step, over what it has to be at least for the longer one of both parts alone."""
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    ages = torch.arange(t, dtype=torch.float64)
+    first, second = (beta**ages / (beta**ages).sum() for beta in (beta1, beta2))
+    least = (first**2 / second).sum() ** -0.5
+    lifts = []
+    for p, both, rest in zip(params, moments, rests, strict=True):
+        state = optimizer.state[p]
+        root = (state.get("max_exp_avg_sq", state["exp_avg_sq"]) / (1 - beta2**t)).sqrt()
+        longer = torch.maximum((both - rest).abs(), rest.abs()) / (1 - beta1**t)
+        lifts.append((root + 1e-8) / (torch.maximum(root, 0.999 * least * longer) + 1e-8))
+    return flat(lifts)
+
+
+def lift_of_rmsprop(name, optimizer, params, u, r):
+    """The same for one step's gradients, where RMSprop has neither decay nor a mean."""
+    if name not in ("rmsprop_no_decay", "rmsprop_momentum_only"):
+        return torch.ones_like(u)
+    root = flat([optimizer.state[p]["square_avg"].sqrt() for p in params])
+    return (root + 1e-8) / (torch.maximum(root, 0.0999 * torch.maximum(u.abs(), r.abs())) + 1e-8)
+
+
+def metric(optimizer, params):
+    """1 / P is 1 / D and a tenth of its root mean square in the tensor."""
+    parts = []
+    for D in optimizer_diagonal(optimizer, params).split([p.numel() for p in params]):
+        uniform = bool((D[0] == D).all())
+        parts.append(D if uniform else 1 / (1 / D + 0.1 * (1 / D).square().mean().sqrt()))
+    return torch.cat(parts)
 
 
 def optimizer_diagonal(optimizer, params, whole=True):

@@ -139,6 +139,7 @@ def test_a_group_with_a_learning_rate_of_zero_stays():
     before = first.clone()
     cosine, *_ = ascent(unlearner_of(model, optimizer, 0.0), forget, retain)
     assert torch.equal(first, before) and cosine < 1e-10
+    assert all(state.isfinite().all() for state in optimizer.state[first].values())
 
 
 def test_parameters_that_only_one_loss_uses_are_updated_too():
@@ -339,3 +340,30 @@ def test_an_alpha_out_of_its_range_is_refused_later_too():
     unlearner.alpha = 3.0
     with pytest.raises(ValueError, match="alpha"):
         unlearner.step(*plain_closures(model))
+
+
+@pytest.mark.parametrize("make", [AdamW, torch.optim.RMSprop])
+def test_no_weight_is_thrown_far_where_both_parts_of_a_first_gradient_cancel(make):
+    """The diagonal of the optimizer is lr / 0 there: each part alone would be 10,000 times lr."""
+    model = mlp(0)
+    unlearner = unlearner_of(model, make(model.parameters(), lr=1e-3), 0.5)
+    usual = 1e-3 if make is AdamW else 1e-2  # the largest change of a plain first step
+    for _ in range(3):
+        before = flat_parameters(model)
+        record = unlearner.step(*plain_closures(model))
+        assert record.residual < 1e-5
+        assert (flat_parameters(model) - before).abs().max() < 10 * usual
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, AdamW, torch.optim.RMSprop])
+def test_a_step_without_a_forget_part_changes_what_the_optimizer_alone_would(make):
+    models = [mlp(0), mlp(0)]
+    optimizers = [make(model.parameters(), lr=0.01, weight_decay=0.1) for model in models]
+    unlearner = unlearner_of(models[0], optimizers[0], 1.0)
+    for _ in range(5):
+        record = unlearner.step(*plain_closures(models[0]))
+        assert record.preserved_norm == 1 and record.residual == 0
+        optimizers[1].zero_grad()
+        plain_closures(models[1])[1]().mean().backward()
+        optimizers[1].step()
+    torch.testing.assert_close(flat_parameters(models[0]), flat_parameters(models[1]))
