@@ -4,8 +4,8 @@ Each axis makes one size of an encoder larger and keeps the others: n samples, t
 is the small encoder of `bench.steps` at n = 256. Contenders: plain training, projgrad, and explicit per-sample
 gradients (vmap) with QR or with their Gram matrix. What would not fit into `LIMIT` is not run, and its row says so.
 Memory: the peak of a first step, which inspects the model, above the loaded model. Time: of the first step, and the
-median of later ones, in which all contenders take one step each in turn; on the clock, and of the processors. A wrong
-result is not timed.
+median of later ones, in which all contenders take one step each in turn; on the clock, and of the processors. All
+updates are compared with one in float64, and ours is not timed where it is wrong.
 """
 
 import os
@@ -29,7 +29,7 @@ import torch
 from projgrad.experiments.comparison.memory import peak_memory
 
 from .command import Failed, Worker, complain, serve, started
-from .contenders import STEPS
+from .contenders import ALPHA, STEPS
 from .machine import environment
 from .models import Job, encoder
 from .report import RESULTS, read_csv, write_csv
@@ -38,6 +38,7 @@ from .steps import RESIDUAL_LIMIT, THREADS, UPDATE_LIMIT
 LIMIT = 10 << 30  # bytes that a contender may take above the model
 NAMES = ("plain", "projgrad global", "vmap + Gram", "vmap + QR")
 ROUNDS = {"plain": 4, "projgrad global": 4, "vmap + Gram": 2, "vmap + QR": 1}  # after the first step
+REFERENCE = "float64"  # is compared with, and is no contender
 LETTERS = {"n": "samples n", "t": "positions t", "p": "parameters p", "encoder": "samples n, encoder of the README"}
 COLUMNS = ("axis", "contender", "n", "t", "p", "width", "blocks", "ms", "ms_cpu", "first_ms", "first_ms_cpu", "rounds")
 COLUMNS += ("peak_mb", "difference", "residual", "note")
@@ -88,7 +89,7 @@ def work(name: str, folder: str | None) -> None:
     """Answer with a step's milliseconds for a point that stays, or with `folder` the memory and result of one."""
     warnings.filterwarnings("ignore", "There is a performance drop")  # vmap runs attention sample by sample
     torch.set_num_threads(THREADS)
-    start, at, step = STEPS[name].start, None, None
+    start, at, step = exact if name == REFERENCE else STEPS[name].start, None, None
 
     def answer(question: str) -> dict:
         nonlocal at, step
@@ -105,6 +106,27 @@ def work(name: str, folder: str | None) -> None:
         serve(answer)
     except Exception as error:
         complain(error)
+
+
+def exact(job: Job) -> Callable[[], object]:
+    """Start a step in float64: one backward pass for every retain sample, and their Gram matrix."""
+
+    def step() -> None:
+        job.model.double()
+        job.samples = [(x.double(), y) for x, y in job.samples]
+        params = list(job.model.parameters())
+        u, losses = torch.autograd.grad(job.forget(), params), job.retain()
+        G = [p.new_empty(len(losses), p.numel()) for p in params]
+        for j, loss in enumerate(losses):
+            for rows, g in zip(G, torch.autograd.grad(loss, params, retain_graph=True), strict=True):
+                rows[j] = g.flatten()
+        K = sum(rows @ rows.mT for rows in G)
+        v = sum(rows @ f.flatten() for rows, f in zip(G, u, strict=True))
+        weights = ALPHA / len(K) + (1 - ALPHA) * torch.linalg.solve(K, v)
+        for p, rows, f in zip(params, G, u, strict=True):
+            p.grad = (weights @ rows).view_as(p) - (1 - ALPHA) * f
+
+    return step
 
 
 def named(question: str) -> Point:
@@ -171,24 +193,27 @@ def measure_memory(points: Sequence[Point], limit: float = LIMIT) -> list[dict]:
                 except Failed as error:
                     row["note"] = str(error)
                     continue
-                results[name] = Path(folder) / name
                 if row["peak_mb"]:
                     bytes_each[point.axis, name] = 1e6 * row["peak_mb"] / (point.n * point.p)
-            check(rows, results)
+                results[name] = row
+            team.ask(REFERENCE, point)
+            check(results, Path(folder))
     return rows
 
 
-def check(rows: list[dict], results: dict[str, Path]) -> None:
-    """Note how far projgrad's update of the last point is from an explicit contender's, and whether it is wrong."""
-    row = next(row for row in reversed(rows) if row["contender"] == NAMES[1])
-    reference = next((name for name in reversed(NAMES[2:]) if name in results), None)
-    if reference and NAMES[1] in results:
-        ours, theirs = (torch.load(results[name]).double() for name in (NAMES[1], reference))
-        row["difference"] = float((ours - theirs).norm() / theirs.norm())
-        if not row["difference"] <= UPDATE_LIMIT:
-            row["note"] = f"wrong: differs from {reference} by {row['difference']:.0e}"
-    if row["residual"] is not None and not row["residual"] <= RESIDUAL_LIMIT:
-        row["note"] = f"wrong: residual {row['residual']:.0e}"
+def check(results: dict[str, dict], folder: Path) -> None:
+    """Add to a point's rows how far the updates are from that in float64, and note whether projgrad's is wrong."""
+    exact = torch.load(folder / REFERENCE)
+    for name, row in results.items():
+        if name != "plain":
+            row["difference"] = float((torch.load(folder / name) - exact).norm() / exact.norm())
+    ours = results.get(NAMES[1])
+    if ours is None:
+        return
+    if not ours["difference"] <= UPDATE_LIMIT:
+        ours["note"] = f"wrong: differs from float64 by {ours['difference']:.0e}"
+    if not ours["residual"] <= RESIDUAL_LIMIT:
+        ours["note"] = f"wrong: residual {ours['residual']:.0e}"
 
 
 def measure_time(rows: list[dict], rounds: dict[str, int]) -> None:

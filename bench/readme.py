@@ -177,8 +177,10 @@ def growth() -> str:
 
 
 def _size(row: dict) -> str:
-    """Return time and memory of one row of the growth, or why there are none."""
-    return row["note"] or f"{float(row['ms_cpu']):,.0f} ms, {float(row['peak_mb']):,.0f} MB"
+    """Return time and memory of one row of the growth, or why there are none, and an error above 1e-5."""
+    error = float(row["difference"] or 0)
+    off = f", wrong by {error:.0e}" if error > 1e-5 else ""
+    return row["note"] or f"{float(row['ms_cpu']):,.0f} ms, {float(row['peak_mb']):,.0f} MB{off}"
 
 
 def processes() -> str:
