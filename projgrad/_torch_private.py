@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_unflatten as tree_unflatten
+from torch.utils.flop_counter import flop_registry
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of all batch norms
 CompiledModule = torch._dynamo.eval_frame.OptimizedModule  # what `torch.compile` makes of a module
@@ -155,3 +157,45 @@ def inside_transform() -> bool:
 def name_of(op: object) -> str:
     """Return the name of a `torch.library.custom_op`."""
     return op._name
+
+
+@contextmanager
+def conversions_of_fakes() -> Iterator[None]:
+    """Make a context in which `module.to` gives fake tensors in new parameters: torch would swap them, and cannot."""
+
+    def convert(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        made: dict[int, torch.Tensor] = {}
+        for part in module.modules() if recurse else (module,):
+            for key, p in part._parameters.items():
+                if p is not None:
+                    new = lambda p=p: nn.Parameter(function(p.detach()), p.requires_grad)  # noqa: E731
+                    part._parameters[key] = made[id(p)] if id(p) in made else made.setdefault(id(p), new())
+            for key, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[key] = function(buffer)
+        return module
+
+    before, nn.Module._apply = nn.Module._apply, convert
+    try:
+        yield
+    finally:
+        nn.Module._apply = before
+
+
+def attention_flops() -> dict[object, Callable[..., int]]:
+    """Return formulas for the attention of a CPU, which torch's counter of operations does not know: those of a GPU."""
+    aten = torch.ops.aten
+
+    def as_on_a_gpu(operation: object) -> Callable[..., int]:
+        def flops(*args: object, **kwargs: object) -> int:
+            return flop_registry[operation](*args, **kwargs)
+
+        flops._get_raw = True  # the formula takes tensors
+        return flops
+
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: as_on_a_gpu(aten._scaled_dot_product_flash_attention),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: as_on_a_gpu(
+            aten._scaled_dot_product_flash_attention_backward
+        ),
+    }

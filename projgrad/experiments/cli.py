@@ -1,4 +1,4 @@
-"""Command line: projgrad demo | compare | doctor."""
+"""Command line: projgrad demo | compare | plan | doctor."""
 
 from __future__ import annotations
 
@@ -43,10 +43,13 @@ def _run(argv: Sequence[str] | None) -> int:
     compare.add_argument("--study", action="store_true", help="also vary the number of retain samples a step")
     compare.add_argument("--list", action="store_true", help="show scenarios and methods, and what is installed")
     _common(compare, "out/compare")
+    _add_plan(commands.add_parser("plan", help="memory and work of a step, before anything is allocated"))
     commands.add_parser("doctor", help="versions, and which kernels are available")
     args = parser.parse_args(argv)
     if args.command == "doctor":
         return _doctor()
+    if args.command == "plan":
+        return _plan(args, parser)
     return _demo(args) if args.command == "demo" else _compare(args, parser)
 
 
@@ -142,6 +145,65 @@ def _list() -> int:
         state = f"not installed; run:{commands}" if commands else "installed"
         print(f"{name}: {scenario.title}; {state}")
     print("Methods: " + ", ".join(METHODS))
+    return 0
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config",
+        help="a config.json of transformers, its folder, a name such as Llama-3.2-1B or gpt2, or module:function",
+    )
+    parser.add_argument("--n", type=_positive, required=True, help="retain samples a step, and as many to forget")
+    parser.add_argument("--tokens", type=_positive, default=512, help="of a sample [%(default)s]")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="[%(default)s]")
+    optimizers = ("sgd", "momentum", "adam", "adamw", "rmsprop")
+    parser.add_argument("--optimizer", choices=optimizers, default="adamw", help="[%(default)s]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[%(default)s]")
+    parser.add_argument("--lora", type=_positive, default=0, metavar="R", help="train adapters of this rank alone")
+    parser.add_argument(
+        "--loss",
+        choices=("chunked", "float32"),
+        default="chunked",
+        help="float32: of all logits at once, as models of transformers compute it [%(default)s]",
+    )
+    parser.add_argument("--memory", type=float, metavar="GB", help="also find the largest n that fits")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
+    return value
+
+
+def _plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Print what a step takes, in every way."""
+    import json
+
+    from .plan.plan import make_plan, rows, sentence
+    from .plan.subjects import Unknown
+
+    given = {key: value for key, value in vars(args).items() if key not in ("command", "json")}
+    is_watched = sys.stderr.isatty() and not args.json
+
+    def notify(what: str) -> None:
+        if is_watched:
+            print(f"\r{what:<78}", end="\r", file=sys.stderr, flush=True)
+
+    try:
+        plan = make_plan(**given, notify=notify)
+    except (Unknown, ImportError) as error:
+        parser.error(str(error))
+    finally:
+        notify("")
+    if args.json:
+        print(json.dumps(plan))
+        return 0
+    heads = ["GB", "GB, first step", "x plain", "Tflop", "x plain", *(["largest n"] if args.memory else [])]
+    for title, *cells in [("", *heads), *rows(plan)]:
+        print(f"{title:<47}", *(f"{cell:>{max(9, len(head))}}" for cell, head in zip(cells, heads, strict=True)))
+    print(sentence(plan))
     return 0
 
 
