@@ -37,7 +37,7 @@ from .protocol import Closure
 from .replicas import ReplicatedModel
 from .spread import spread_model, spread_step
 from .step_record import SKIPPED, StepRecord, record_fields
-from .union import project_union
+from .union import project_union, union_metric_step
 
 
 class OrthoGrad:
@@ -201,8 +201,8 @@ class OrthoGrad:
     ) -> dict[str, Any]:
         """Make one update; return the fields of its record."""
         _options.within("alpha weighs the mean retain gradient and", self.alpha, "[0, 1]")  # it may have been changed
-        if self.metric == "optimizer" and (spread is not None or len(forgets) + len(retains) > 2):
-            raise ValueError('metric="optimizer" takes one closure for each batch, no lists, and is for one process')
+        if self.metric == "optimizer" and spread is not None:
+            raise ValueError('metric="optimizer" is for one process')
         with Closures(self.model, self.optimizer, spread=spread is not None, **forgets, **retains) as closures:
             check_batch_norm(self.model)
             try:
@@ -322,6 +322,18 @@ class OrthoGrad:
             )
         self._factors, self._factors_help = ForgetFactors(), False
         share = 1 / 16 if self.scaler else 1.0  # as small as in a mean, which is what its scale has been found for
+        if self.metric == "optimizer":
+            factor = self.scaler.get_scale() * share if self.scaler else 1.0  # the same after the optimizer's step
+            fields = union_metric_step(
+                self.model,
+                closures,
+                retains,
+                self.micro,
+                scope=self.scope,
+                alpha=self.alpha / share,
+                prepare=lambda losses: losses * factor,
+            )
+            return fields | {"forget_loss": loss_value(loss)}
         fields = project_union(
             self.model,
             closures,

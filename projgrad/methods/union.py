@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..tape.union import Union
+from ..tape.weighted_union import HeldUnion
 from .closures import Closures
 from .micro_batches import MicroBatchOptions, RetainBatches
+from .optimizer_metric import LEFT_OUT, MetricStep
 from .protocol import Closure
 from .replicas import ReplicatedModel
 
@@ -51,11 +53,34 @@ def project_union(
             processes,
         )
         projection = union.run()
-    fields = {name: value for name, value in vars(projection).items() if name not in ("squares", "samples", "passes")}
+    fields = {name: value for name, value in vars(projection).items() if name not in LEFT_OUT}
     losses = sum(values.double().sum() for values in batches.values.values())
     sums = torch.stack([losses, torch.full_like(losses, len(named))])
     losses, count = (sums if processes is None else processes.sum_(sums, "agreements")).tolist()
     return fields | {"retain_loss": losses / projection.samples, "micro_batches": int(count)}
+
+
+def union_metric_step(
+    model: nn.Module,
+    closures: Closures,
+    named: Mapping[str, Closure],
+    options: MicroBatchOptions,
+    *,
+    scope: str,
+    alpha: float,
+    prepare: Callable[[Tensor], Tensor],
+) -> dict[str, Any]:
+    """Add α mean_j(g_j) over all micro-batches to p.grad; return the step that follows, and fields of its record."""
+    batches = RetainBatches(model, closures, named, prepare)
+    visits = [functools.partial(batches.recorded, name) for name in named]
+    progress = functools.partial(_progress, options, len(named))
+
+    def hold() -> HeldUnion:
+        return HeldUnion(visits, closures.params, scope, alpha, options.tolerance, options.max_passes, progress)
+
+    step = MetricStep(closures.optimizer, closures.params, hold)
+    losses = torch.cat(list(batches.values.values())).double()
+    return {"metric_step": step, "retain_loss": float(losses.mean()), "micro_batches": len(named)}
 
 
 @contextmanager

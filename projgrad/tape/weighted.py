@@ -38,9 +38,13 @@ class RetainSide(Protocol):
     """The retain side of a step until the optimizer has stepped.
 
     forgotten: p.grad of every parameter before the retain part came to it.
+    reruns: whether `correct_` runs closures again, at the weights before the step, which are in `weights` then. An error
+        in it may leave any values in parameters; those that had others before are in `weights`.
     """
 
     forgotten: dict[str, Tensor]
+    reruns: bool = False
+    weights: dict[str, Tensor]
 
     def correct_(
         self,
