@@ -1,7 +1,8 @@
-"""The correction of a step in the metric of its optimizer, for retain sets in micro-batches that are never held together.
+"""The correction of a step in the metric of its optimizer, for a retain set in micro-batches that are never together.
 
-Conjugate gradients for G D Gᵀ c = G F over all samples. r = F - D Gᵀ x is a change of the parameters, q = Gᵀ p and d are
-gradients. So D multiplies in K = G_b D G_bᵀ and in r ← r - γ D q, and divides in ‖r‖² = Σ r²/D alone: it may have zeros.
+Conjugate gradients for G D Gᵀ c = G F over all samples. r = F - D Gᵀ x is a change of the parameters, q = Gᵀ p and d
+are gradients. So D multiplies, in K = G_b D G_bᵀ and r ← r - γ D q; it divides in ‖r‖² = Σ r²/D alone, and may have
+zeros.
 """
 
 from __future__ import annotations
@@ -178,9 +179,7 @@ class ChangeUnion(Union):
         self, held: HeldUnion, change: dict[str, Tensor], stepped: Vector, diagonal: Diagonal, notify: Notify
     ) -> None:
         parameters = {name: held.parameters[name] for name in change}
-        super().__init__(
-            held.batches, parameters, held.scope, 0.0, held.tolerance, held.max_passes - 1, {}, notify
-        )
+        super().__init__(held.batches, parameters, held.scope, 0.0, held.tolerance, held.max_passes - 1, {}, notify)
         self.r, self.change = change, {name: F.clone() for name, F in change.items()}
         self.stepped, self.diagonal, self.discrepancy = stepped, diagonal, held.discrepancy
         self.numbers: dict[str, float] = {}
