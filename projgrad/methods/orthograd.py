@@ -158,7 +158,8 @@ class OrthoGrad:
         """Make one update.
 
         An error before the optimizer steps leaves the model and the optimizer as they were, with every
-        `.grad` set to None; what a closure itself changes stays changed.
+        `.grad` set to None; what a closure itself changes stays changed. So does one in the closures of `retain` that
+        metric="optimizer" runs after it.
 
         What was accumulated in `.grad` before is dropped. Each closure makes its forward pass itself, in every step
         anew, and returns losses: it may call `zero_grad()`, but must leave no gradients behind (attack inputs with
