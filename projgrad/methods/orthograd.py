@@ -202,8 +202,6 @@ class OrthoGrad:
     ) -> dict[str, Any]:
         """Make one update; return the fields of its record."""
         _options.within("alpha weighs the mean retain gradient and", self.alpha, "[0, 1]")  # it may have been changed
-        if self.metric == "optimizer" and spread is not None:
-            raise ValueError('metric="optimizer" is for one process')
         with Closures(self.model, self.optimizer, spread=spread is not None, **forgets, **retains) as closures:
             check_batch_norm(self.model)
             try:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tape.processes import Processes
 from ..tape.union import Union
 from ..tape.weighted_union import HeldUnion
 from .closures import Closures
@@ -54,10 +55,7 @@ def project_union(
         )
         projection = union.run()
     fields = {name: value for name, value in vars(projection).items() if name not in LEFT_OUT}
-    losses = sum(values.double().sum() for values in batches.values.values())
-    sums = torch.stack([losses, torch.full_like(losses, len(named))])
-    losses, count = (sums if processes is None else processes.sum_(sums, "agreements")).tolist()
-    return fields | {"retain_loss": losses / projection.samples, "micro_batches": int(count)}
+    return fields | _of_losses(batches, projection.samples, processes)
 
 
 def union_metric_step(
@@ -69,18 +67,31 @@ def union_metric_step(
     scope: str,
     alpha: float,
     prepare: Callable[[Tensor], Tensor],
+    spread: ReplicatedModel | None = None,
 ) -> dict[str, Any]:
-    """Add α mean_j(g_j) over all micro-batches to p.grad; return the step that follows, and fields of its record."""
-    batches = RetainBatches(model, closures, named, prepare)
+    """Add α mean_j(g_j) over all micro-batches to p.grad; return the step that follows, and fields of its record.
+
+    spread: as for `project_union`.
+    """
+    batches = RetainBatches(model, closures, named, prepare, spread)
+    processes = None if spread is None else spread.processes
     visits = [functools.partial(batches.recorded, name) for name in named]
     progress = functools.partial(_progress, options, len(named))
 
     def hold() -> HeldUnion:
-        return HeldUnion(visits, closures.params, scope, alpha, options.tolerance, options.max_passes, progress)
+        tolerance, passes = options.tolerance, options.max_passes
+        return HeldUnion(visits, closures.params, scope, alpha, tolerance, passes, progress, processes)
 
     step = MetricStep(closures.optimizer, closures.params, hold)
-    losses = torch.cat(list(batches.values.values())).double()
-    return {"metric_step": step, "retain_loss": float(losses.mean()), "micro_batches": len(named)}
+    return {"metric_step": step} | _of_losses(batches, step.held.samples, processes)
+
+
+def _of_losses(batches: RetainBatches, samples: int, processes: Processes | None) -> dict[str, Any]:
+    """Return the mean loss and the number of all micro-batches."""
+    losses = sum(values.double().sum() for values in batches.values.values())
+    sums = torch.stack([losses, torch.full_like(losses, len(batches.named))])
+    losses, count = (sums if processes is None else processes.sum_(sums, "agreements")).tolist()
+    return {"retain_loss": losses / samples, "micro_batches": int(count)}
 
 
 @contextmanager

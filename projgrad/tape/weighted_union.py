@@ -19,6 +19,7 @@ from .consumers import part
 from .gradient_access import Block
 from .grouping import Group
 from .passes import Passes
+from .processes import Processes
 from .records import Projection
 from .union import Batch, MicroBatch, Union, UnionProjection, Vector
 from .verify import verify
@@ -38,9 +39,12 @@ class HeldUnion(RetainSide):
     """The per-sample gradients of many micro-batches: their forward passes are made anew, at the weights of before.
 
     Args:
-        batches, parameters, scope, tolerance: see `Union`. alpha: α Σ_j g_j / N is added to every p.grad, here.
+        batches, parameters, scope, tolerance, processes: see `Union`.
+        alpha: α Σ_j g_j / N is added to every p.grad, here.
         max_passes: with the one that is made here.
         progress: makes a context that gives what is called after every visit.
+
+    samples: in all micro-batches.
 
     Raises as `Union.run`.
     """
@@ -56,13 +60,15 @@ class HeldUnion(RetainSide):
         tolerance: float,
         max_passes: int,
         progress: Callable[[], AbstractContextManager[Notify]],
+        processes: Processes | None = None,
     ) -> None:
         self.batches, self.parameters, self.scope, self.progress = batches, parameters, scope, progress
+        self.processes = processes
         self.tolerance, self.max_passes = tolerance, max_passes
         with progress() as notify:
-            first = RetainPart(batches, parameters, scope, alpha, notify)
+            first = RetainPart(batches, parameters, scope, alpha, notify, processes)
             self.forgotten = first.add_()
-        self.lengths, self.discrepancy = first.lengths, first.discrepancy
+        self.lengths, self.discrepancy, self.samples = first.lengths, first.discrepancy, first.samples
 
     def correct_(
         self, change: dict[str, Tensor], diagonal: Diagonal, carry: Carry, damping: float, rtol: float | None
@@ -94,9 +100,10 @@ class RetainPart(Union):
         scope: str,
         alpha: float,
         notify: Notify,
+        processes: Processes | None,
     ) -> None:
         self.given = {name for name, p in parameters.items() if p.grad is not None}
-        super().__init__(batches, parameters, scope, alpha, 1.0, 2, {}, notify)
+        super().__init__(batches, parameters, scope, alpha, 1.0, 2, {}, notify, processes)
         self.small, self.lengths = {}, []
 
     @torch.no_grad()
@@ -119,9 +126,10 @@ class RetainPart(Union):
             raise FloatingPointError("NaN or Inf in the gradient of the step; nothing was changed")
         return {name: self.r[name].to(self.parameters[name].dtype) for name in self.given}
 
-    def _norms(self, K: Tensor) -> Tensor:
-        self.lengths.append(super()._norms(K))
-        return self.lengths[-1]
+    def _visit(self, passes: Passes, losses: Tensor, b: int, index: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
+        w, s, norms = super()._visit(passes, losses, b, index, last)
+        self.lengths.append(norms)
+        return w, s, norms
 
 
 class ChangeBatch(MicroBatch):
@@ -179,7 +187,8 @@ class ChangeUnion(Union):
         self, held: HeldUnion, change: dict[str, Tensor], stepped: Vector, diagonal: Diagonal, notify: Notify
     ) -> None:
         parameters = {name: held.parameters[name] for name in change}
-        super().__init__(held.batches, parameters, held.scope, 0.0, held.tolerance, held.max_passes - 1, {}, notify)
+        passes = held.max_passes - 1  # one was made before
+        super().__init__(held.batches, parameters, held.scope, 0.0, held.tolerance, passes, {}, notify, held.processes)
         self.r, self.change = change, {name: F.clone() for name, F in change.items()}
         self.stepped, self.diagonal, self.discrepancy = stepped, diagonal, held.discrepancy
         self.numbers: dict[str, float] = {}
