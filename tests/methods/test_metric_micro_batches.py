@@ -1,5 +1,6 @@
 """metric="optimizer" with retain sets in micro-batches: against explicit gradients in float64, and where it fails."""
 
+import contextlib
 import copy
 import itertools
 
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from unlearners import flat_parameters
 
 import projgrad
+from projgrad.methods import union as methods_union
 from projgrad.tape import union, weighted_union
 
 ALPHA, SIZES, CLIP = 0.4, (1, 3, 2, 2), 0.5
@@ -276,6 +278,27 @@ def test_a_change_as_small_as_the_rounding_of_the_weights_ends_the_iteration():
     assert record.iterations < 60 and record.estimated_error < 1e-4
 
 
+def test_rounding_is_taken_back_where_the_iteration_goes_on(monkeypatch):
+    """Else what it measures is rounding, and it would never end."""
+    problem, measured = Wide(), []
+    is_rounding = weighted_union.ChangeUnion._is_rounding
+
+    def spy(self, before):
+        measured.append(before)
+        return len(measured) > 1 and is_rounding(self, before)
+
+    monkeypatch.setattr(weighted_union.ChangeUnion, "_is_rounding", spy)
+    _, record, _ = problem.ascent(lambda p: AdamW(p, lr=3e-8, weight_decay=0.0))
+    assert len(measured) == 2 and max(measured) < 1e-4 < record.residual and record.iterations < 60
+
+
+def test_a_tensor_that_the_samples_span_has_no_direction_left():
+    problem = Wide(count=4)
+    _, record, _ = problem.ascent(lambda p: AdamW(p, lr=1e-5, weight_decay=0.0), scope="per_tensor")
+    bias = record.tensors["3.bias"]  # 4 elements, and 64 samples
+    assert bias.preserved_norm < 1e-2 and bias.residual < 1e-2
+
+
 def test_16_bit_parameters_leave_what_their_rounding_leaves():
     problem = Wide(torch.bfloat16, 2)
     moved, record, unit = problem.ascent(lambda p: AdamW(p, lr=1e-2, weight_decay=0.0))
@@ -345,12 +368,13 @@ def test_an_adapter_whose_gradient_is_zero_at_first(path, scope):
     torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-8, atol=1e-10)
 
 
-def test_a_group_with_a_learning_rate_of_zero_stays(path):
+@pytest.mark.parametrize("make", [AdamW, SGD], ids=lambda kind: kind.__name__)
+def test_a_group_with_a_learning_rate_of_zero_stays(path, make):
     problem = Problem()
     first, *rest = problem.params
     before = first.clone()
     start, (_, G) = flat(problem.params), explicit(problem)
-    optimizer = AdamW([{"params": [first], "lr": 0.0}, {"params": rest}], 1e-2, weight_decay=0.0)
+    optimizer = make([{"params": [first], "lr": 0.0}, {"params": rest}], 1e-2, weight_decay=0.0)
     problem.unlearner(optimizer, 0.0).step(problem.forget, problem.parts())
     moved = flat(problem.params) - start
     assert torch.equal(first, before) and moved.norm() > 0
@@ -608,9 +632,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert torch.equal(flat(model.parameters()), before)
 
 
-def test_progress_is_shown_in_all_passes(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich, that is a terminal
+def test_progress_is_told_of_every_pass(monkeypatch):
+    visits = []
+
+    @contextlib.contextmanager
+    def recording(options, count):
+        yield lambda index, batch, residual: visits.append((index, batch))
+
+    monkeypatch.setattr(methods_union, "_progress", recording)
     problem = Problem()
-    problem.unlearner(problem.optimizer("adamw"), progress=True).step(problem.forget, problem.parts())
-    out, err = capsys.readouterr()
-    assert out == "" and "pass 1" in err and "residual" in err
+    record = problem.unlearner(problem.optimizer("adamw")).step(problem.forget, problem.parts())
+    assert visits == list(itertools.product(range(record.iterations + 2), range(len(SIZES))))
