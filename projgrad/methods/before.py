@@ -22,7 +22,7 @@ class Before:
     def __init__(
         self, optimizer: SteppingOptimizer, params: Mapping[str, Tensor], scaler: torch.amp.GradScaler | None
     ) -> None:
-        self.params = {name: aside(p.detach()) for name, p in params.items()}
+        self.params = {name: aside(p) for name, p in params.items()}
         self._of, self._scaler = params, scaler
         self._scale = scaler.state_dict() if scaler is not None else {}
         groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -44,7 +44,7 @@ class Before:
 def _kept(value: Any) -> Callable[[], Any]:
     """Return a function that makes a value what it is now, and returns it."""
     if isinstance(value, Tensor):
-        held = aside(value.detach())
+        held = aside(value)
         return lambda: value.copy_(held)
     if not isinstance(value, dict):
         held = copy.deepcopy(value)

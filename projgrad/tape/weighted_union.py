@@ -32,11 +32,11 @@ Carry = Callable[[str, Tensor, Tensor], None]
 
 def aside(t: Tensor) -> Tensor:
     """Return a copy that is not calculated with: in host memory."""
-    return torch.empty_like(t, device="cpu").copy_(t)
+    return t.detach().to("cpu", copy=True)
 
 
 class HeldUnion(RetainSide):
-    """The per-sample gradients of many micro-batches: their forward passes are made anew, at the weights of before.
+    """The per-sample gradients of many micro-batches: `correct_` makes them anew, at the weights before the step.
 
     Args:
         batches, parameters, scope, tolerance, processes: see `Union`.
@@ -170,9 +170,10 @@ class ChangeBatch(MicroBatch):
 
 
 class ChangeUnion(Union):
-    """Takes out of the forgetting part F of a change what moves a loss of any micro-batch: F ← F - D Gᵀ c.
+    """Takes out of F, the forgetting part of a change, what moves a loss of any micro-batch: F' = F - D Gᵀ c.
 
-    The last pass measures what the parameters really change by, which is rounded as they are.
+    The last pass measures what the parameters will really change by, which is rounded as they are. Lengths of the
+    iteration are those in the metric, √Σ r² / D; cosines are ordinary ones.
 
     Args:
         held: of the retain side.
@@ -187,8 +188,8 @@ class ChangeUnion(Union):
         self, held: HeldUnion, change: dict[str, Tensor], stepped: Vector, diagonal: Diagonal, notify: Notify
     ) -> None:
         parameters = {name: held.parameters[name] for name in change}
-        passes = held.max_passes - 1  # one was made before
-        super().__init__(held.batches, parameters, held.scope, 0.0, held.tolerance, passes, {}, notify, held.processes)
+        left = held.max_passes - 1  # a pass was made before
+        super().__init__(held.batches, parameters, held.scope, 0.0, held.tolerance, left, {}, notify, held.processes)
         self.r, self.change = change, {name: F.clone() for name, F in change.items()}
         self.stepped, self.diagonal, self.discrepancy = stepped, diagonal, held.discrepancy
         self.numbers: dict[str, float] = {}
