@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -272,7 +273,9 @@ def test_the_default_tolerance_holds_in_float32_and_the_record_tells_what_is_lef
 
 def test_a_change_as_small_as_the_rounding_of_the_weights_ends_the_iteration():
     problem = Wide()
-    moved, record, unit = problem.ascent(lambda p: AdamW(p, lr=3e-8, weight_decay=0.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        moved, record, unit = problem.ascent(lambda p: AdamW(p, lr=3e-8, weight_decay=0.0))
     cosine = float((unit @ moved).abs().max() / moved.norm())
     assert 1e-4 < cosine < 1e-1 and record.residual == pytest.approx(cosine, rel=0.1)
     assert record.iterations < 60 and record.estimated_error < 1e-4
