@@ -399,18 +399,19 @@ def test_parameters_that_only_one_side_uses(scope):
 
 
 class Halves(torch.optim.Optimizer):
-    """p ← p - d g with d = 0.2 or 0.1 in turn, and it says so."""
+    """p ← p - d g with d = 0.2 or 0.1 in turn, and it says so. It counts its steps, in its state and its settings."""
 
     factor = 1.0
 
     def __init__(self, params):
-        super().__init__(params, {"lr": 0.1})
+        super().__init__(params, {"lr": 0.1, "steps": 0})
 
     def diagonal(self, param, state, group):
         return self.factor * group["lr"] * (2 - torch.arange(param.numel()) % 2).to(param).view_as(param)
 
     @torch.no_grad()
     def step(self):
+        self.param_groups[0]["steps"] += 1
         for p in self.param_groups[0]["params"]:
             self.state[p]["steps"] = self.state[p].get("steps", 0) + 1
             p -= 0.1 * (2 - torch.arange(p.numel()) % 2).to(p).view_as(p) * p.grad
@@ -427,7 +428,7 @@ def test_an_optimizer_that_says_its_diagonal(path):
     with pytest.raises(ValueError, match="must be positive and finite"):
         problem.unlearner(optimizer, 0.0).step(problem.forget, problem.parts())
     assert torch.equal(flat(problem.params), before)
-    assert all(state["steps"] == 1 for state in optimizer.state.values())
+    assert all(held["steps"] == 1 for held in (*optimizer.state.values(), optimizer.param_groups[0]))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
