@@ -319,10 +319,13 @@ def check_lists_in_the_metric_of_the_optimizer(processes):
         assert state.keys() == held.keys() and all(torch.equal(value, held[key]) for key, value in state.items())
     unlearner.step(forget, retain)
     assert_same_bits(model, processes)
-    sharded = shard(build("tied", 1)[0], processes.mesh)
-    other = projgrad.OrthoGrad(sharded, adamw(sharded.parameters()), metric="optimizer")
+    twins = Twins("tied", processes, lambda m: shard(m, processes.mesh))
+    closures, other = (
+        twins.closures(),
+        projgrad.OrthoGrad(twins.model, adamw(twins.model.parameters()), metric="optimizer"),
+    )
     with raises(ValueError, "fully_shard"):
-        other.step(forget[0], [lambda: None] * 2)
+        other.step(closures["forget"], [closures["retain"], lambda: closures["retain"]()])
 
 
 def lists_of_micro_batches(processes, scope, reduction, make=sgd, **more):
