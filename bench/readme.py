@@ -13,6 +13,7 @@ from projgrad.experiments.scenarios import FAST, SCENARIOS
 from . import growth as growing
 from .gpu_readme import gpu, step_rows
 from .micro_batches import by_hand_table, union_table
+from .micro_batches_metric import metric_table
 from .report import RESULTS, read_csv
 from .steps import SUMMARY, summary
 
@@ -259,7 +260,7 @@ SECTIONS = {
     "docs/benchmarks.md": {"steps": steps, "host": host, "growth": growth, "flat": flat},
     "docs/comparison.md": {"compare": compare},
     "docs/gpu.md": {"gpu": gpu},
-    "docs/micro_batches.md": {"union": union_table, "by hand": by_hand_table},
+    "docs/micro_batches.md": {"union": union_table, "metric": metric_table, "by hand": by_hand_table},
     "docs/processes.md": {"processes": processes},
     "docs/scenarios.md": {"scenarios": scenarios},
 }

@@ -7,7 +7,6 @@ it made.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,11 +18,13 @@ from .._options import kind
 from ..ops.numerics import product_dtype
 from ..recording.host_reads import to_host
 from ..tape.weighted import RetainSide
+from .before import Before
 from .common import lay_out_grads
 from .protocol import SteppingOptimizer
 
 FLOOR = 0.1  # of the root mean square of 1 / D in a tensor, which the metric adds to 1 / D
 MOMENTUM = "forget_momentum"  # the name of M in the state of the optimizer, and so in its state_dict
+LEFT_OUT = ("squares", "samples", "passes")  # of a projection, in the record of a step
 
 State = dict[str, Any]
 Diagonal = Tensor | float
@@ -243,7 +244,10 @@ class MetricStep:
     ) -> dict[str, Any]:
         """Clip, step and correct; return the fields of the record. `.grad` holds F afterwards."""
         scale = self._clip(scaler, max_norm)
-        before = self._copies() if isinstance(self.response, Custom) else None
+        may_fail = self.held.reruns or isinstance(self.response, Custom)  # whether D can be used shows after the step
+        before = Before(self.optimizer, self.params, scaler) if may_fail else None
+        if before is not None:
+            self.held.weights = before.params
         moving = [name for name, p in self.params.items() if p.grad is not None]
         first = {name: self.response.starts_with_gradient(self._state(name)) for name in moving}
         lay_out_grads(self.params)
@@ -261,7 +265,7 @@ class MetricStep:
                 return self._correct(moving, first, scale, damping, rtol)
         except BaseException:
             if before is not None:
-                self._put_back(*before)
+                before.put_back()
             raise
 
     def _clip(self, scaler: torch.amp.GradScaler | None, max_norm: float | None) -> Tensor | float:
@@ -292,7 +296,7 @@ class MetricStep:
                 F = p.grad
             change[name] = F.contiguous()
         projection = self.held.correct_(change, self._metric, self._carry, damping, rtol)
-        fields = {name: value for name, value in vars(projection).items() if name != "squares"}
+        fields = {name: value for name, value in vars(projection).items() if name not in LEFT_OUT}
         for name, F in change.items():
             if F is not self.params[name].grad:
                 self.params[name].grad.copy_(F)
@@ -327,17 +331,6 @@ class MetricStep:
             D = torch.as_tensor(D, dtype=delta.dtype, device=delta.device)
             share = torch.where(D > 0, delta / D, 0.0)
             self.response.carry(self._momentum(name), share, self._state(name), group)
-
-    def _copies(self) -> tuple[dict[str, Tensor], dict]:
-        """Return copies of the parameters and of the optimizer's state: whether D can be used shows after the step."""
-        params = {name: p.detach().clone() for name, p in self.params.items()}
-        return params, copy.deepcopy(self.optimizer.state_dict())
-
-    @torch.no_grad()
-    def _put_back(self, params: Mapping[str, Tensor], state: dict) -> None:
-        for name, before in params.items():
-            self.params[name].copy_(before)
-        self.optimizer.load_state_dict(state)
 
     def _check_diagonals(self, names: list[str]) -> None:
         """Check what an optimizer says of itself, in one transfer."""

@@ -37,7 +37,7 @@ from .protocol import Closure
 from .replicas import ReplicatedModel
 from .spread import spread_model, spread_step
 from .step_record import SKIPPED, StepRecord, record_fields
-from .union import project_union
+from .union import project_union, union_metric_step
 
 
 class OrthoGrad:
@@ -158,7 +158,8 @@ class OrthoGrad:
         """Make one update.
 
         An error before the optimizer steps leaves the model and the optimizer as they were, with every
-        `.grad` set to None; what a closure itself changes stays changed.
+        `.grad` set to None; what a closure itself changes stays changed. So does one in the closures of `retain` that
+        metric="optimizer" runs after it.
 
         What was accumulated in `.grad` before is dropped. Each closure makes its forward pass itself, in every step
         anew, and returns losses: it may call `zero_grad()`, but must leave no gradients behind (attack inputs with
@@ -201,8 +202,6 @@ class OrthoGrad:
     ) -> dict[str, Any]:
         """Make one update; return the fields of its record."""
         _options.within("alpha weighs the mean retain gradient and", self.alpha, "[0, 1]")  # it may have been changed
-        if self.metric == "optimizer" and (spread is not None or len(forgets) + len(retains) > 2):
-            raise ValueError('metric="optimizer" takes one closure for each batch, no lists, and is for one process')
         with Closures(self.model, self.optimizer, spread=spread is not None, **forgets, **retains) as closures:
             check_batch_norm(self.model)
             try:
@@ -322,6 +321,18 @@ class OrthoGrad:
             )
         self._factors, self._factors_help = ForgetFactors(), False
         share = 1 / 16 if self.scaler else 1.0  # as small as in a mean, which is what its scale has been found for
+        if self.metric == "optimizer":
+            factor = self.scaler.get_scale() * share if self.scaler else 1.0  # the same after the optimizer's step
+            fields = union_metric_step(
+                self.model,
+                closures,
+                retains,
+                self.micro,
+                scope=self.scope,
+                alpha=self.alpha / share,
+                prepare=lambda losses: losses * factor,
+            )
+            return fields | {"forget_loss": loss_value(loss)}
         fields = project_union(
             self.model,
             closures,

@@ -19,7 +19,7 @@ from .common import distributed, is_sharded, learning_rates, loss_value, restore
 from .micro_batches import MicroBatchOptions, accumulate_forget
 from .protocol import Closure, SteppingOptimizer
 from .replicas import ReplicatedModel, wrappers
-from .union import project_union
+from .union import project_union, union_metric_step
 
 PLAIN = (bool, int, float, str, tuple, type(None))  # settings of an optimizer that are compared
 
@@ -37,6 +37,7 @@ class StepOptions(Protocol):
     scaler: torch.amp.GradScaler | None
     projector: Callable[[Tensor, Tensor], Tensor] | None
     keep_output_gradients: bool
+    metric: str
     micro: MicroBatchOptions
 
 
@@ -120,6 +121,8 @@ def spread_step(
     spread.average()
     if several_retains:
         return _union_step(options, spread, closures, retains, loss)
+    if options.metric == "optimizer":
+        raise ValueError('metric="optimizer" over several processes takes a list of closures for retain')
     (retain,) = retains.values()
     n, tape = 0, spread.tape()
     with processes.attempt():
@@ -166,17 +169,17 @@ def _union_step(
         raise ValueError("forget() returned a loss that depends on no parameter that the optimizer holds")
     processes, scaler = spread.processes, options.scaler
     share = 1 / 16 if scaler else 1.0  # as small as in a mean, which is what its scale has been found for
-    fields = project_union(
-        spread.model,
-        closures,
-        retains,
-        options.micro,
-        scope=options.scope,
-        alpha=options.alpha / share,
-        rates=learning_rates(options.optimizer, closures.params),
-        prepare=lambda losses: scaler.scale(losses) * share if scaler else losses,
-        spread=spread,
-    )
+    given = spread.model, closures, retains, options.micro
+    common = {"scope": options.scope, "alpha": options.alpha / share, "spread": spread}
+    if options.metric == "optimizer":
+        if type(spread) is not ReplicatedModel:
+            raise ValueError('metric="optimizer" with a list for retain is not supported under fully_shard')
+        factor = scaler.get_scale() * share if scaler else 1.0  # the same after the optimizer's step
+        fields = union_metric_step(*given, **common, prepare=lambda losses: losses * factor)
+    else:
+        rates = learning_rates(options.optimizer, closures.params)
+        prepare = lambda losses: scaler.scale(losses) * share if scaler else losses  # noqa: E731
+        fields = project_union(*given, **common, rates=rates, prepare=prepare)
     mean = torch.tensor([loss / processes.size], dtype=torch.float64, device=processes.device)
     return fields | {"forget_loss": float(processes.sum_(mean, "agreements"))}
 
@@ -192,7 +195,7 @@ def _check_alike(options: StepOptions, spread: ReplicatedModel) -> None:
     spread.check_options(options.scaler)
     described = [(name, tuple(p.shape), str(p.dtype)) for name, p in spread.params.items()]
     processes.same("the parameters of the model that the optimizer holds", described)
-    numbers = [getattr(options, name) for name in ("alpha", "scope", "sign", "damping", "rtol", "max_norm")]
+    numbers = [getattr(options, name) for name in ("alpha", "scope", "sign", "damping", "rtol", "max_norm", "metric")]
     numbers += [options.micro.tolerance, options.micro.max_passes, options.micro.forget_reduction]
     # The optimizer's settings too; a number on the device is not waited for.
     numbers.append(type(options.optimizer).__name__)

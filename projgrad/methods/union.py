@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tape.processes import Processes
 from ..tape.union import Union
+from ..tape.weighted_union import HeldUnion
 from .closures import Closures
 from .micro_batches import MicroBatchOptions, RetainBatches
+from .optimizer_metric import LEFT_OUT, MetricStep
 from .protocol import Closure
 from .replicas import ReplicatedModel
 
@@ -51,11 +54,44 @@ def project_union(
             processes,
         )
         projection = union.run()
-    fields = {name: value for name, value in vars(projection).items() if name not in ("squares", "samples", "passes")}
+    fields = {name: value for name, value in vars(projection).items() if name not in LEFT_OUT}
+    return fields | _of_losses(batches, projection.samples, processes)
+
+
+def union_metric_step(
+    model: nn.Module,
+    closures: Closures,
+    named: Mapping[str, Closure],
+    options: MicroBatchOptions,
+    *,
+    scope: str,
+    alpha: float,
+    prepare: Callable[[Tensor], Tensor],
+    spread: ReplicatedModel | None = None,
+) -> dict[str, Any]:
+    """Add α mean_j(g_j) over all micro-batches to p.grad; return the step that follows, and fields of its record.
+
+    spread: as for `project_union`.
+    """
+    batches = RetainBatches(model, closures, named, prepare, spread)
+    processes = None if spread is None else spread.processes
+    visits = [functools.partial(batches.recorded, name) for name in named]
+    progress = functools.partial(_progress, options, len(named))
+
+    def hold() -> HeldUnion:
+        tolerance, passes = options.tolerance, options.max_passes
+        return HeldUnion(visits, closures.params, scope, alpha, tolerance, passes, progress, processes)
+
+    step = MetricStep(closures.optimizer, closures.params, hold)
+    return {"metric_step": step} | _of_losses(batches, step.held.samples, processes)
+
+
+def _of_losses(batches: RetainBatches, samples: int, processes: Processes | None) -> dict[str, Any]:
+    """Return the mean loss and the number of all micro-batches."""
     losses = sum(values.double().sum() for values in batches.values.values())
-    sums = torch.stack([losses, torch.full_like(losses, len(named))])
+    sums = torch.stack([losses, torch.full_like(losses, len(batches.named))])
     losses, count = (sums if processes is None else processes.sum_(sums, "agreements")).tolist()
-    return fields | {"retain_loss": losses / projection.samples, "micro_batches": int(count)}
+    return {"retain_loss": losses / samples, "micro_batches": int(count)}
 
 
 @contextmanager

@@ -38,9 +38,14 @@ class RetainSide(Protocol):
     """The retain side of a step until the optimizer has stepped.
 
     forgotten: p.grad of every parameter before the retain part came to it.
+    reruns: whether `correct_` runs closures again, which may fail.
+    weights: parameters as they were before the step, set before `correct_` where something may fail. `correct_` takes
+        out those that it made what they were: all that is in there after an error has to be put back.
     """
 
     forgotten: dict[str, Tensor]
+    reruns: bool = False
+    weights: dict[str, Tensor]
 
     def correct_(
         self,

@@ -3,6 +3,7 @@
 import pytest
 
 from bench.micro_batches import Problem, by_hand_table, contenders, union_table
+from bench.micro_batches_metric import measured, metric_table
 
 
 @pytest.fixture(scope="module")
@@ -30,4 +31,10 @@ def test_what_is_done_by_hand_is_not(results):
 
 
 def test_the_tables_have_a_line_for_every_result():
-    assert union_table().count("\n") > 4 and by_hand_table().count("\n") > 4
+    assert union_table().count("\n") > 4 and by_hand_table().count("\n") > 4 and metric_table().count("\n") > 8
+
+
+def test_the_union_in_the_metric_of_adamw_is_one_batch():
+    (row, ours), (one, truth) = (measured("tiny", 4, f"{way}, global") for way in ("projgrad", "one batch"))
+    assert (ours - truth).norm() < 1e-4 * truth.norm() and row["cosine"] < 1e-4
+    assert row["passes"] == row["iterations"] + 2 and one["passes"] == 1

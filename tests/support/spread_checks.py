@@ -287,7 +287,7 @@ def check_lists_of_micro_batches(processes):
         unlearner.step(forget, [*retain[:-1], last])
     with raises(ValueError, "without closures"):
         unlearner.step(forget, [] if processes.rank == 1 else retain)
-    with raises(ValueError, 'metric="optimizer" takes one closure'):
+    with raises(ValueError, 'metric="optimizer" over several processes takes a list'):
         projgrad.OrthoGrad(model, sgd(model), metric="optimizer").step(forget[0], retain[0])
     assert all(torch.equal(p, before[name]) for name, p in whole(model).items())
     twins = Twins("tied", processes, lambda model: shard(model, processes.mesh))
@@ -296,16 +296,48 @@ def check_lists_of_micro_batches(processes):
         twins.unlearner.step(closures["forget"], [closures["retain"], closures["forget"]])
 
 
-def lists_of_micro_batches(processes, scope, reduction):
+def check_lists_in_the_metric_of_the_optimizer(processes):
+    """The same with AdamW; an error after its step, on one process, leaves everything as it was on all of them."""
+    adamw = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+    for scope in ("global", "per_tensor"):
+        more = dict(max_norm=0.5, metric="optimizer", max_passes=400)
+        model, forget, retain, unlearner = lists_of_micro_batches(
+            processes, scope, "mean", lambda m: adamw(m.parameters()), **more
+        )
+    before, states = whole(model), copy.deepcopy(list(unlearner.optimizer.state.values()))
+    calls = itertools.count()
+
+    def broken():
+        if processes.rank == 1 and next(calls):
+            raise KeyError("a file is missing")
+        return retain[-1]()
+
+    with raises((KeyError, RuntimeError), "a file is missing"):
+        unlearner.step(forget, [*retain[:-1], broken])
+    assert all(torch.equal(p, before[name]) for name, p in whole(model).items())
+    for state, held in zip(unlearner.optimizer.state.values(), states, strict=True):
+        assert state.keys() == held.keys() and all(torch.equal(value, held[key]) for key, value in state.items())
+    unlearner.step(forget, retain)
+    assert_same_bits(model, processes)
+    twins = Twins("tied", processes, lambda m: shard(m, processes.mesh))
+    closures, other = (
+        twins.closures(),
+        projgrad.OrthoGrad(twins.model, adamw(twins.model.parameters()), metric="optimizer"),
+    )
+    with raises(ValueError, "fully_shard"):
+        other.step(closures["forget"], [closures["retain"], lambda: closures["retain"]()])
+
+
+def lists_of_micro_batches(processes, scope, reduction, make=sgd, **more):
     """Compare two steps; return the model, the closures of this process, and its unlearner."""
     sizes = {2: ((2, 1), (2,)), 4: ((1, 2), (2,), (1, 1, 1), (1,))}[processes.size]  # of a process's micro-batches
     counts, pieces, times = [sum(some) for some in sizes], sizes[processes.rank], 1 if reduction == "mean" else 2
     single, x, y = build("tied", sum(counts))
     _, fx, fy = build("tied", 2 * processes.size, seed=2)
     model = replicated(processes)(copy.deepcopy(single))
-    alone = projgrad.OrthoGrad(single, sgd(single), scope=scope, alpha=0.4)
+    alone = projgrad.OrthoGrad(single, make(single), scope=scope, alpha=0.4, **more)
     options = dict(scope=scope, alpha=0.4, union_tolerance=1e-9, forget_reduction=reduction)
-    unlearner = projgrad.OrthoGrad(model, sgd(model), **options)
+    unlearner = projgrad.OrthoGrad(model, make(model), **options | more)
     mine = zip(*(processes.part(z, counts).split(pieces) for z in (x, y)), strict=True)
     forgets = zip(*(processes.part(z, (2,) * processes.size).split(1) for z in (fx, fy)), strict=True)
     retain = [lambda a=a, b=b: losses(model, a, b) for a, b in mine]
@@ -503,6 +535,7 @@ CHECKS = [
     check_hard_rows,
     check_micro_batches,
     check_lists_of_micro_batches,
+    check_lists_in_the_metric_of_the_optimizer,
     check_uneven_uses,
     check_failures,
     check_scaler,
