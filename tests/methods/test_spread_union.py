@@ -1,4 +1,4 @@
-"""Lists of closures over several processes, under fully_shard: the step of one process with all samples in one batch."""
+"""Lists of closures over several processes, under fully_shard: the step of one process with all samples in a batch."""
 
 import os
 

@@ -5,7 +5,6 @@ Every check compares with one process that has all samples in one batch.
 
 import copy
 import datetime
-import functools
 import time
 import warnings
 
@@ -26,9 +25,7 @@ from spread_checks import (
     whole,
 )
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 import projgrad
 from projgrad.tape import shards
