@@ -248,6 +248,26 @@ def check_forgets_of_other_lengths(processes):
     assert_same(model, single)
 
 
+class Pair(nn.Module):
+    """Two parameters of one shape, of which a forward pass uses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x, first):
+        return self.a(x) if first else self.b(x)
+
+
+def check_forgets_that_use_other_parameters(processes):
+    """fully_shard would add the gradient of one to that of the other: over the whole list all use both."""
+    model = fully_shard(Pair(), mesh=processes.mesh)
+    unlearner, x = projgrad.OrthoGrad(model, sgd(model)), torch.randn(3, 4)
+    order = (True, False) if processes.rank == 0 else (False, True)
+    with raises(ValueError, "which parameters forget() uses"):
+        unlearner.step([lambda first=first: model(x, first).sum() for first in order], lambda: model(x, True).sum(1))
+
+
 def check_random_numbers(processes):
     """Dropout of every micro-batch is the same in all passes, and visits that do not count draw nothing."""
     lists = Lists("wide", processes, [sharded(processes)], UNEQUAL)
@@ -273,6 +293,7 @@ CHECKS = [
     check_adapters_that_stay_whole,
     check_failures,
     check_forgets_of_other_lengths,
+    check_forgets_that_use_other_parameters,
     check_random_numbers,
 ]
 
