@@ -5,8 +5,10 @@ Every check compares with one process that has all samples in one batch.
 
 import copy
 import datetime
+import runpy
 import time
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -344,4 +346,6 @@ def run(rank, file):
             if rank == 0:
                 print(f"{check.__name__} with {mesh.size()}: {time.perf_counter() - start:.1f} s", flush=True)
     check_shards_of_replicas(pairs)
+    main = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "several_processes.py"))["main"]
+    assert main("fsdp", "lists", steps=1) <= 1e-4
     dist.barrier()
