@@ -119,7 +119,7 @@ def check_lists(processes):
     keep = [sharded(processes, reshard_after_forward=False)]
     assert Lists("wide", processes, keep, UNEQUAL, scope="per_tensor", max_norm=0.1).compare(1).iterations > 2
     if processes.size == 2:
-        Lists("wide", processes, [sharded(processes)], EQUAL).compare(3)
+        Lists("wide", processes, [sharded(processes)], EQUAL).compare(2)
     else:  # a process has an empty shard of a bias
         Lists("convolutions", processes, [sharded(processes)], UNEQUAL, max_norm=0.1).compare(1)
 
@@ -264,7 +264,7 @@ def check_mixed_precision(processes):
     alone, unlearner = (projgrad.OrthoGrad(m, sgd(m), alpha=0.1, union_tolerance=1e-2) for m in (single, model))
     start = whole(single)
     alone.step(lambda: forget(single), lambda: retain(single, x, y))
-    mine = x.split(3)[processes.rank % 2], y.split(3)[processes.rank % 2]  # with four processes some are there twice
+    mine = x.split(3)[processes.rank], y.split(3)[processes.rank]
     parts = projgrad.micro_batches(lambda x, y: retain(model, x, y), zip(*(z.split(2) for z in mine), strict=True))
     record = unlearner.step(lambda: forget(model), parts)
     assert record.residual < 0.05 and record.iterations > 0
@@ -311,16 +311,16 @@ def check_random_numbers(processes):
     assert torch.equal(*after)
 
 
-CHECKS = [
-    check_lists,
-    check_rounds,
-    check_adapters_that_stay_whole,
-    check_mixed_precision,
-    check_failures,
-    check_forgets_of_other_lengths,
-    check_forgets_that_use_other_parameters,
-    check_random_numbers,
-]
+CHECKS = {  # with how many processes
+    check_lists: (2, 4),
+    check_rounds: (2,),
+    check_adapters_that_stay_whole: (4,),
+    check_mixed_precision: (2,),
+    check_failures: (2, 4),
+    check_forgets_of_other_lengths: (2, 4),
+    check_forgets_that_use_other_parameters: (2,),
+    check_random_numbers: (2,),
+}
 
 
 def check_shards_of_replicas(mesh):
@@ -339,8 +339,8 @@ def run(rank, file):
         dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "member")),
         dist.init_device_mesh("cpu", (4,)),
     )
-    for check in CHECKS:
-        for mesh in (pairs["member"], everyone):
+    for check, sizes in CHECKS.items():
+        for mesh in [mesh for mesh in (pairs["member"], everyone) if mesh.size() in sizes]:
             start = time.perf_counter()
             check(Processes(mesh))
             if rank == 0:
