@@ -1,7 +1,7 @@
-"""OrthoGrad over several processes: `torchrun --nproc-per-node 2 examples/several_processes.py [ddp|fsdp]`.
+"""OrthoGrad over several processes: `torchrun --nproc-per-node 2 examples/several_processes.py [ddp|fsdp] [lists]`.
 
 Every process holds some of the forget and of the retain samples. All take the step that one process with all samples
-would take.
+would take. With "lists" the retain samples come in micro-batches of eight, and processes have other numbers of them.
 """
 
 import sys
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import projgrad
 
 
-def main(way: str = "ddp", steps: int = 20) -> float:
+def main(way: str = "ddp", how: str = "batch", steps: int = 20) -> float:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -38,11 +38,10 @@ def main(way: str = "ddp", steps: int = 20) -> float:
         torch.randint(5, (16 + rank,)),
     )
     unlearner = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.05), alpha=0.5, max_norm=1.0)
+    parts = zip(xr.split(8 if how == "lists" else len(xr)), yr.split(8 if how == "lists" else len(yr)), strict=True)
+    retain = projgrad.micro_batches(lambda x, y: cross_entropy(model(x), y, reduction="none"), parts)
     for step in range(steps):
-        record = unlearner.step(
-            forget=lambda: cross_entropy(model(xf), yf),
-            retain=lambda: cross_entropy(model(xr), yr, reduction="none"),
-        )
+        record = unlearner.step(forget=lambda: cross_entropy(model(xf), yf), retain=retain)
         if rank == 0 and step % 5 == 0:
             print(f"rank {record.rank}, residual {record.residual:.0e}, forget loss {record.forget_loss:.3f}")
     return record.residual

@@ -162,13 +162,16 @@ class RetainBatches:
     ) -> None:
         self.model, self.closures, self.named, self.prepare = model, closures, named, prepare
         self.tape = functools.partial(per_sample, model, closures.params) if spread is None else spread.tape
-        self.running = nullcontext if spread is None else spread.running
+        self.running, self.spread = nullcontext if spread is None else spread.running, spread
+        self.check_made_inside = closures.check_made_inside
+        if spread is not None:
+            self.check_made_inside = functools.partial(spread.check_made_inside, closures)
         self.replay = Replay(next(iter(closures.params.values())).device)
         self.values: dict[str, Tensor] = {}
 
     @contextmanager
-    def recorded(self, name: str) -> Iterator[tuple[Passes, Tensor]]:
-        """Call one closure; give the passes over its graph, and its losses.
+    def recorded(self, name: str, counts: bool = True) -> Iterator[tuple[Passes, Tensor]]:
+        """Call one closure; give the passes over its graph, and its losses; of them none, (0,), unless it counts.
 
         Raises, with the name of the micro-batch: ValueError where the losses are none of samples, or not those of the
         first call; what comes of working with them.
@@ -177,15 +180,15 @@ class RetainBatches:
         with self.replay.drawn(name, first), self.closures.watch(name), self.running(), self.tape() as tape:
             losses = _called(closure, name, first)
         self.closures.check_unchanged()
-        with _named(name):
-            check_shape(losses)
-            if first and not tape.recording.sites:
-                with self.running():
-                    self.closures.check_made_inside(losses, closure, name)
+        with _named(name, self.spread):
+            if self.spread is None or not (isinstance(losses, Tensor) and losses.shape == (0,)):
+                check_shape(losses)
+            if first and len(losses) and not tape.recording.sites:
+                self.check_made_inside(losses, closure, name)
             check_values(losses.tolist())
             self._compare(name, losses.detach())
             with torch.enable_grad():
-                losses = self.prepare(losses)
+                losses = self.prepare(losses if counts else losses[:0])
             yield tape.passes, losses
 
     def _compare(self, name: str, losses: Tensor) -> None:
@@ -214,28 +217,43 @@ def _called(closure: Closure, name: str, first: bool) -> Tensor:
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Put the name of a micro-batch before the message of an error."""
+def _named(name: str, spread: ReplicatedModel | None = None) -> Iterator[None]:
+    """Put the name of a micro-batch before the message of an error, unless it is that of another process."""
     try:
         yield
     except (ValueError, ArithmeticError) as error:
         if type(error) not in (ValueError, ArithmeticError, FloatingPointError):
             raise
+        if spread is not None and spread.processes.told(error):
+            raise
         raise type(error)(f"{name}: {error}") from error
 
 
+def padded(names: Iterable[str], count: int) -> list[tuple[str, bool]]:
+    """Return the names of `count` visits, and whether each counts: the last micro-batch fills up what is missing."""
+    counting = [(name, True) for name in names]
+    return counting + [(counting[-1][0], False)] * (count - len(counting))
+
+
 def accumulate_forget(
-    closures: Closures, named: Mapping[str, Closure], weight: float, reduction: str, scale: Callable[[Tensor], Tensor]
+    closures: Closures,
+    named: Mapping[str, Closure],
+    weight: float,
+    reduction: str,
+    scale: Callable[[Tensor], Tensor],
+    spread: ReplicatedModel | None = None,
 ) -> Tensor:
     """Add weight times the gradient of the forget loss over all micro-batches to p.grad; return that loss, ().
 
     A micro-batch returns one scalar, or one loss per sample. reduction: "mean": of the scalars, or of all samples.
-    "sum": of the same.
+    "sum": of the same. spread: over processes, where the model is; weight is that of the mean over them.
     """
     params, total, count, shapes = list(closures.params.values()), 0.0, 0, set()
-    for name, closure in named.items():
-        with closures.watch(name):
-            losses = _called(closure, name, True)
+    each = weight / len(named) if reduction == "mean" else weight
+    replay = Replay(params[0].device)
+    for name, counts in padded(named, len(named) if spread is None else spread.visits(len(named))):
+        with closures.watch(name), nullcontext() if counts else replay.drawn(name, False):
+            losses = _called(named[name], name, counts)
         if not isinstance(losses, Tensor):
             raise ValueError(f"{name}() must return a loss; got {instead(losses, 'loss')}")
         if losses.ndim > 1 or not losses.numel():
@@ -250,12 +268,18 @@ def accumulate_forget(
             )
         with _named(name):
             check_values(losses.detach().reshape(-1).tolist())
-        total, count = total + losses.detach().sum(), count + losses.numel()
+        if counts:
+            total, count = total + losses.detach().sum(), count + losses.numel()
         loss = scale(losses.sum())
-        torch.autograd.backward(loss, torch.full_like(loss, weight), inputs=params)
+        if spread is None:
+            torch.autograd.backward(loss, torch.full_like(loss, each), inputs=params)
+        else:
+            spread.accumulate(loss, each if counts else 0.0)
     if reduction == "mean":  # only now is the number of samples known
-        for p in params:
+        if spread is not None:
+            spread.check_means(count, len(named))
+        for p in params if count > len(named) else ():
             if p.grad is not None:
-                p.grad.div_(count)
+                p.grad.mul_(len(named) / count)
         total = total / count
     return total

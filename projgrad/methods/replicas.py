@@ -16,6 +16,7 @@ from ..tape.placement import Replicas
 from ..tape.processes import Processes
 from ..tape.project import check_gradients
 from ..tape.tape import Tape
+from ..tape.union import Union
 from .closures import Closures
 from .protocol import Closure
 
@@ -79,19 +80,34 @@ class ReplicatedModel:
         """Make a context for backward passes over this process's samples; losses: of them, perhaps (0,)."""
         yield
 
-    def check_made_inside(self, closures: Closures, losses: Tensor, retain: Closure) -> None:
+    def check_made_inside(self, closures: Closures, losses: Tensor, retain: Closure, name: str = "retain") -> None:
         """Check that a closure made its forward pass itself; see `Closures`."""
         with self.running():
-            closures.check_made_inside(losses, retain)
+            closures.check_made_inside(losses, retain, name)
+
+    def visits(self, count: int) -> int:
+        """Return how many micro-batches this process goes through, of which it has `count`."""
+        return count
+
+    def union(self, **options: object) -> Union:
+        """Return the union of the retain samples of all processes; options: of `Union`."""
+        return Union(**options, processes=self.processes)
 
     def read_nothing(self, losses: Tensor) -> None:
         """Do what a process without samples has to do in the place of backward passes; losses (0,)."""
 
     def backward(self, loss: Tensor, weight: float) -> None:
-        """Set every p.grad to weight times the gradient of this process's loss."""
+        """Add weight times the gradient of this process's loss to every p.grad, over the number of processes."""
         weights = torch.full_like(loss, weight / self.processes.size)
         torch.autograd.backward(loss, weights, inputs=list(self.params.values()))
         check_gradients(self.params)
+
+    def accumulate(self, loss: Tensor, weight: float) -> None:
+        """Add weight times the gradient of the loss of one of this process's micro-batches to every p.grad."""
+        self.backward(loss, weight)
+
+    def check_means(self, samples: int, micro_batches: int) -> None:
+        """Check that p.grad can be made a mean over this process's samples; raises ValueError."""
 
     def average(self) -> None:
         """Replace every p.grad by the mean over the processes, once all of them have come so far."""

@@ -18,9 +18,11 @@ from .._torch_private import reset_sharding
 from ..recording.fixed import fixed_tensors
 from ..tape.passes import Passes
 from ..tape.processes import Processes
+from ..tape.sharded_union import ShardedUnion
 from ..tape.shards import Shards
 from ..tape.spread import takes_one_pass
 from ..tape.tape import Tape
+from ..tape.union import Union
 from .closures import Closures
 from .protocol import Closure
 from .replicas import ReplicatedModel
@@ -67,13 +69,18 @@ class ShardedModel(ReplicatedModel):
 
     @contextmanager
     def reading(self, passes: Passes, losses: Tensor) -> Iterator[None]:
-        """Make a context for backward passes over this process's samples.
+        """Make a context for backward passes over this process's samples, of one forward pass.
 
         Where every process runs one, parameters are gathered in it as in training. Else the number of passes may differ
         from one process to another: all parameters are gathered before, so that the passes exchange nothing.
         """
         alone = not len(losses)
         with self.processes.attempt():
+            if alone and not losses.requires_grad:
+                raise ValueError(
+                    "with fully_shard a process without retain samples runs the model too, on an empty batch, and "
+                    "returns its losses (0,) with their graph"
+                )
             alone = alone or takes_one_pass(passes, losses, self._whole.values())
         self.gathers_all = not all(flag for (flag,) in self.processes.agree(alone))
         for module in self._modules if self.gathers_all else ():
@@ -86,28 +93,56 @@ class ShardedModel(ReplicatedModel):
                 module.set_reshard_after_backward(True, recurse=False)
                 module.reshard()
 
-    def check_made_inside(self, closures: Closures, losses: Tensor, retain: Closure) -> None:
+    def check_made_inside(self, closures: Closures, losses: Tensor, retain: Closure, name: str = "retain") -> None:
         """Check it without calling the closure again, which one process cannot do alone."""
-        closures.check_made_inside(losses, None)
+        closures.check_made_inside(losses, None, name)
+
+    def visits(self, count: int) -> int:
+        """Return the number of micro-batches of the process that has most: in their passes all exchange shards."""
+        return max(theirs for (theirs,) in self.processes.agree(count))
+
+    def union(self, **options: object) -> Union:
+        return ShardedUnion(self.placement, self.followed, self.reading, self.read_nothing, **options)
 
     def read_nothing(self, losses: Tensor) -> None:
         """Run one backward pass of no losses: it ends the forward pass for `fully_shard`, which else waits for one."""
-        if not losses.requires_grad:
-            raise ValueError(
-                "with fully_shard a process without retain samples runs the model too, on an empty batch, and returns "
-                "its losses (0,) with their graph"
-            )
         torch.autograd.grad(losses, list(self.followed.values()), torch.zeros_like(losses), allow_unused=True)
 
     def backward(self, loss: Tensor, weight: float) -> None:
+        """Add weight times the gradient of this process's loss to p.grad; of shards the mean over the processes."""
         for module in self._modules:  # else the gradients would stay where no optimizer sees them
             module.set_requires_gradient_sync(True, recurse=False)
+        shards = [p for p in self.params.values() if isinstance(p, DTensor)]
+        before = [p.grad for p in shards]
+        for p in shards:
+            p.grad = None
         torch.autograd.backward(loss, torch.full_like(loss, weight), inputs=list(self.followed.values()))
+        used = [name for name, p in self.params.items() if p.grad is not None and isinstance(p, DTensor)]
+        self.processes.same("which parameters forget() uses, and fully_shard mixes their gradients then", used)
+        for p, grad in zip(shards, before, strict=True):
+            if grad is not None:
+                p.grad = grad if p.grad is None else grad.add_(p.grad)
+
+    def accumulate(self, loss: Tensor, weight: float) -> None:
+        self.processes.agree()  # they exchange shards, and gradients of this micro-batch
+        self.backward(loss, weight)
+
+    def check_means(self, samples: int, micro_batches: int) -> None:
+        """Check that all processes have equally many samples in a micro-batch, on average.
+
+        Their gradients are in the same sums by now. Raises ValueError.
+        """
+        every = self.processes.agree(samples, micro_batches)
+        for rank, (theirs, of) in enumerate(every):
+            if theirs * every[0][1] != every[0][0] * of:
+                raise ValueError(
+                    "with fully_shard and one loss per sample all processes need equally many forget samples in a "
+                    f"micro-batch, on average: process 0 has {every[0][0]} in {every[0][1]}, process {rank} has "
+                    f'{theirs} in {of}. Return scalar losses, weighted, with forget_reduction="sum"'
+                )
 
     def average(self) -> None:
         """Average the gradients of parameters that are no shards; `fully_shard` has averaged the others."""
-        used = [name for name, p in self.params.items() if p.grad is not None and isinstance(p, DTensor)]
-        self.processes.same("which parameters forget() uses, and fully_shard mixes their gradients then", used)
         whole = {name: p for name, p in self.params.items() if not isinstance(p, DTensor)}
         for p in whole.values():
             if p.grad is not None:

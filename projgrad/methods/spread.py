@@ -99,15 +99,10 @@ def spread_step(
     several_forgets, several_retains = (
         max(some) > 1 for some in zip(*processes.agree(len(forgets), len(retains)), strict=True)
     )
-    if (several_forgets or several_retains) and type(spread) is not ReplicatedModel:
-        raise ValueError(
-            "micro-batches of a model under fully_shard are not supported: give one closure for each batch"
-        )
     weight, scale = options.sign * (1 - options.alpha), (lambda loss: loss) if scaler is None else scaler.scale
     if several_forgets:
         with processes.attempt(), spread.running():
-            reduction = options.micro.forget_reduction
-            loss = accumulate_forget(closures, forgets, weight / processes.size, reduction, scale)
+            loss = accumulate_forget(closures, forgets, weight, options.micro.forget_reduction, scale, spread)
             check_gradients(closures.params)
             loss = loss_value(loss)
     else:

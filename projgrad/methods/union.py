@@ -15,7 +15,7 @@ from ..tape.processes import Processes
 from ..tape.union import Union
 from ..tape.weighted_union import HeldUnion
 from .closures import Closures
-from .micro_batches import MicroBatchOptions, RetainBatches
+from .micro_batches import MicroBatchOptions, RetainBatches, padded
 from .optimizer_metric import LEFT_OUT, MetricStep
 from .protocol import Closure
 from .replicas import ReplicatedModel
@@ -37,21 +37,21 @@ def project_union(
 
     spread: over processes, each with micro-batches of its own.
     """
-    batches = RetainBatches(model, closures, named, prepare, spread)
+    batches, names = RetainBatches(model, closures, named, prepare, spread), list(named)
+    visits = len(named) if spread is None else spread.visits(len(named))
     processes = None if spread is None else spread.processes
     largest = max(rates.values(), default=0.0)
     relative = {name: rate / largest for name, rate in rates.items()} if largest else {}
-    with _progress(options, len(named)) as notify:
-        union = Union(
-            [functools.partial(batches.recorded, name) for name in named],
-            closures.params,
-            scope,
-            alpha,
-            options.tolerance,
-            options.max_passes,
-            relative,
-            notify,
-            processes,
+    with _progress(options, visits) as notify:
+        union = (Union if spread is None else spread.union)(
+            batches=[functools.partial(batches.recorded, *one) for one in padded(names, visits)],
+            parameters=closures.params,
+            scope=scope,
+            alpha=alpha,
+            tolerance=options.tolerance,
+            max_passes=options.max_passes,
+            rates=relative,
+            notify=notify,
         )
         projection = union.run()
     fields = {name: value for name, value in vars(projection).items() if name not in LEFT_OUT}

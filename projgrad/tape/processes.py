@@ -54,7 +54,13 @@ class Processes:
         try:
             yield
         except Exception as error:
+            if self.told(error):
+                raise
             self._failed = self._failed or error
+
+    def told(self, error: Exception) -> bool:
+        """Return whether the other processes know of an error: it passes through as it is, up to `together`."""
+        return error is self._told
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -63,7 +69,7 @@ class Processes:
         try:
             yield
         except Exception as error:
-            if error is not self._told:
+            if not self.told(error):
                 self._failed = error
                 self.agree()
             raise

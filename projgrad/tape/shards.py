@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from ..recording.host_reads import lengths
 from .placement import Replicas
@@ -46,8 +46,7 @@ class Shards(Replicas):
         for name, total in sums.items():
             p = self.parameters[name]
             if name not in whole:
-                parts = DTensor.from_local(total, p.device_mesh, [Partial()] * p.device_mesh.ndim, run_check=False)
-                total = parts.redistribute(placements=p.placements)
+                total = self._shards_of_sum(name, total)
                 self._count("corrections", name)
             p.grad = total if p.grad is None else p.grad.add_(total)
 
@@ -59,6 +58,68 @@ class Shards(Replicas):
             squares = lengths(local).square() / squares.new_tensor([self._copies(g) for g in grads])
         return self.processes.sum_(squares, "agreements").sqrt()
 
+    # Vectors that lie like the parameters, of which a process holds its shards as plain tensors.
+
+    def local(self, t: Tensor) -> Tensor:
+        """Return this process's shard of a tensor."""
+        return t.to_local() if isinstance(t, DTensor) else t
+
+    def laid_out(self, name: str, local: Tensor) -> Tensor:
+        """Return shards as one tensor that lies like a parameter."""
+        p = self.parameters[name]
+        if not isinstance(p, DTensor):
+            return local
+        place = {"shape": p.shape, "stride": p.stride(), "run_check": False}
+        return DTensor.from_local(local, p.device_mesh, p.placements, **place)
+
+    def gathered(self, vector: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Return a vector's tensors of these names whole, once all processes have come so far."""
+        self.processes.agree()
+        whole: dict[str, Tensor] = {}
+        for name in names:
+            t = whole[name] = self.laid_out(name, vector[name])
+            if isinstance(t, DTensor):
+                whole[name] = t.full_tensor()
+                self._count("iterations", name, t)
+        return whole
+
+    def scatter_(self, sums: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> None:
+        """Add the sums over all processes of whole tensors to a vector, once all processes have come so far."""
+        self.processes.agree()
+        whole = {name: total for name, total in sums.items() if not isinstance(self.parameters[name], DTensor)}
+        self.processes.sum_all_(whole.values(), "iterations")
+        for name, total in sums.items():
+            if name not in whole:
+                total = self._shards_of_sum(name, total).to_local()
+                self._count("iterations", name, total)
+            vector[name].add_(total)
+
+    def zeros(self, names: Sequence[str], vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return whole zeros in the type of a vector, for `scatter_`."""
+        return {name: vector[name].new_zeros(self.parameters[name].shape) for name in names}
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """Return this process's shard of a tensor that all processes hold alike."""
+        p = self.parameters[name]
+        if not isinstance(p, DTensor):
+            return whole
+        copies = DTensor.from_local(whole, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
+        return copies.redistribute(placements=p.placements).to_local()
+
+    def summed_products(self, values: Tensor) -> Tensor:
+        """Return inner products of whole tensors, from those of this process's shards, [number of parameters].
+
+        What several processes hold alike counts once.
+        """
+        copies = values.new_tensor([self._copies(p) for p in self.parameters.values()])
+        return self.processes.sum_(values / copies, "agreements")
+
+    def _shards_of_sum(self, name: str, total: Tensor) -> DTensor:
+        """Return the sum over all processes of whole tensors, in shards like a parameter."""
+        p = self.parameters[name]
+        parts = DTensor.from_local(total, p.device_mesh, [Partial()] * p.device_mesh.ndim, run_check=False)
+        return parts.redistribute(placements=p.placements)
+
     def _copies(self, grad: Tensor) -> int:
         """Return how many processes hold the same part of a gradient."""
         if not isinstance(grad, DTensor):
@@ -66,9 +127,11 @@ class Shards(Replicas):
         sizes = zip(grad.placements, grad.device_mesh.shape, strict=True)
         return math.prod(size for placement, size in sizes if placement.is_replicate())
 
-    def _count(self, purpose: str, name: str) -> None:
-        """Count a gathering of shards, or the sum of whole gradients into them."""
-        self.processes.sent[purpose] += self._bytes(name) * (self.processes.size - 1) // self.processes.size
+    def _count(self, purpose: str, name: str, like: Tensor | None = None) -> None:
+        """Count a gathering of shards, or the sum of whole gradients into them; like: of what type, the parameter's."""
+        p = self.parameters[name]
+        size = p.numel() * (p if like is None else like).dtype.itemsize
+        self.processes.sent[purpose] += size * (self.processes.size - 1) // self.processes.size
 
     def _bytes(self, name: str) -> int:
         p = self.parameters[name]

@@ -85,9 +85,11 @@ class Union:
         rates: weights of the parameters in all inner products, 1 by default.
         notify: called after every visit with the pass, the micro-batch and the residual of the pass before.
         processes: those that hold other micro-batches of the same union; all of them have the same parameters and u.
+            One of them may have micro-batches of no samples, losses (0,).
     """
 
     caller = 7  # functions from `run` to who called the step, for warnings
+    micro_batch: Callable[..., MicroBatch] = MicroBatch
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class Union:
         self.dtype = coarser(*(block.dtype for block in self.blocks))
         self.eps = torch.finfo(self.dtype).eps
         self.unused = {name for name, p in parameters.items() if p.grad is None}  # by forget, and by no micro-batch
-        self.r = {name: _taken(p) for name, p in parameters.items()}
+        self.r = {name: self._take(p) for name, p in parameters.items()}
         self.d: Vector = {}
         self.q: Vector = {}
         self.K: list[Tensor | None] = [None] * len(batches)  # [l, n, n] of every micro-batch, as far as HELD allows
@@ -147,8 +149,7 @@ class Union:
                 self._take_back()
             else:
                 if not convergence:
-                    for span in self.small.values():
-                        span.project_([self.r[name] for name in span.block.parameters])
+                    self._project_small()
                 self._advance(rho, convergence)
                 size = self._erase(u2)
                 left = convergence.left(size, (64 * self.eps) ** 2 * u2).sum().sqrt()
@@ -203,7 +204,7 @@ class Union:
                 self.notify(index, b, self.residual)
         self.processes.agree()
         if not last or self.alpha:
-            self.processes.sum_all_(self.d.values(), "correction")
+            self._collect()
         stats, worst = self.processes.sum_(stats, "K"), self.processes.largest_(worst)
         if not index:
             self._share()
@@ -219,11 +220,16 @@ class Union:
         self.half, self.unused = bool(half), {n for n, one in zip(self.parameters, used, strict=True) if not one}
         counts = self.iterated.new_tensor([self.samples, *(span.count for span in self.small.values())])
         self.samples, *counts = map(int, self.processes.sum_(counts, "K").tolist())
+        if not self.samples:
+            raise ValueError("no process has a retain sample: there is nothing to be orthogonal to")
         for span, count in zip(self.small.values(), counts, strict=True):
             span.sums, span.count = self.processes.sum_(span.sums, "K"), count
 
     def _visit(self, passes: Passes, losses: Tensor, b: int, index: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Add one micro-batch's share to d; return its weights, s = G_b r and ‖g_j‖, [l, n] each."""
+        if not len(losses):
+            self._visit_nothing(passes, losses, last)
+            return (self.iterated.new_zeros(len(self.blocks), 1),) * 3
         batch = self._read(passes, losses, not index)
         K = self.K[b]
         if K is None:
@@ -257,15 +263,41 @@ class Union:
             batch.add_(self.blocks, w)
         return w, s, norms
 
+    # What a model in shards does in another way.
+
+    def _take(self, p: Tensor) -> Tensor:
+        """Return p.grad as `_taken`; p.grad is None then."""
+        return _taken(p)
+
+    def _give(self, name: str, r: Tensor) -> Tensor:
+        """Return what p.grad is set to; r in its type."""
+        return r
+
     def _read(self, passes: Passes, losses: Tensor, watched: bool) -> MicroBatch:
         """Return the rules of a micro-batch, from a backward pass; watched: plain autograd checks one parameter."""
         verify(passes, losses)
         watch = next_watched(passes, losses) if watched else ""
-        return MicroBatch(passes, losses, self.rates, watch, self.r, self.d)
+        return self.micro_batch(passes, losses, self.rates, watch, self.r, self.d)
 
     def _norms(self, K: Tensor) -> Tensor:
         """Return ‖g_j‖ [l, n] of the micro-batch that is visited; K are its Gram matrices."""
         return K.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+
+    def _visit_nothing(self, passes: Passes, losses: Tensor, last: bool) -> None:
+        """Do what a visit to no samples, losses (0,), has to do for the other processes."""
+
+    def _collect(self) -> None:
+        """Make d the sum over all processes."""
+        self.processes.sum_all_(self.d.values(), "correction")
+
+    def _project_small(self) -> None:
+        """Take the spans of small blocks out of r."""
+        for span in self.small.values():
+            span.project_([self.r[name] for name in span.block.parameters])
+
+    def _of_parameters(self, values: Tensor) -> Tensor:
+        """Return inner products of whole tensors; values [number of parameters]: of what this process holds."""
+        return values
 
     def _advance(self, rho: Tensor, convergence: Convergence) -> None:
         """Make the next direction q of d, and step along it."""
@@ -312,7 +344,7 @@ class Union:
             r = self.r.pop(name)
             if self.alpha:
                 r.add_(self.d.pop(name), alpha=self.alpha / self.samples)
-            p.grad = None if name in self.unused else r.to(p.dtype)
+            p.grad = None if name in self.unused else self._give(name, r.to(p.dtype))
         coarse = max(torch.finfo(b.stored).eps / 2 for b in self.blocks) if self.half else 0.0  # p.grad is rounded to
         before, after, residuals = u2.tolist(), r2.tolist(), cosines.clamp_max(1.0).tolist()
 
@@ -343,6 +375,7 @@ class Union:
             values = lengths(list(a.values())).square()
         else:
             values = torch.stack([inner(a[name], b[name]).to(self.iterated.device) for name in a])
+        values = self._of_parameters(values)
         if self.rates:
             values = values * values.new_tensor([self.rates.get(name, 1.0) for name in a])
         return values.sum()[None] if len(self.blocks) == 1 else values  # blocks are in the order of the parameters

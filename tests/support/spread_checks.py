@@ -290,10 +290,6 @@ def check_lists_of_micro_batches(processes):
     with raises(ValueError, 'metric="optimizer" over several processes takes a list'):
         projgrad.OrthoGrad(model, sgd(model), metric="optimizer").step(forget[0], retain[0])
     assert all(torch.equal(p, before[name]) for name, p in whole(model).items())
-    twins = Twins("tied", processes, lambda model: shard(model, processes.mesh))
-    closures = twins.closures()
-    with raises(ValueError, "micro-batches of a model under fully_shard"):
-        twins.unlearner.step(closures["forget"], [closures["retain"], closures["forget"]])
 
 
 def check_lists_in_the_metric_of_the_optimizer(processes):
