@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops.numerics import product_dtype
+from ..recording.sites import window_view
 from ..rules.convolution import Convolution
 from ..rules.parcels import in_line, pack, unpack
 from ..rules.product import Grouped
@@ -100,14 +101,35 @@ class Crossing:
         self.own = slice(starts[processes.rank], starts[processes.rank] + n)
         self._latest: tuple[object, Rule] | None = None  # gradients in full, whose rows are sent one after the other
 
-    def gram(self, places: Mapping[str, int], rates: Mapping[str, float], count: int, float64: bool) -> Tensor:
-        """Return this process's shares of K [count, n, n], those of a parameter at its place, times its rate."""
+    def gram(
+        self,
+        places: Mapping[str, int],
+        rates: Mapping[str, float],
+        count: int,
+        float64: bool,
+        diagonal: Callable[[str], Tensor | float] | None = None,
+    ) -> Tensor:
+        """Return this process's shares of K [count, n, n], those of a parameter at its place, times its rate.
+
+        diagonal: D of a parameter, whole, or a number, for G D Gᵀ without rates. All processes call it alike, in the
+        order of names.
+        """
         K = torch.zeros(count, self.total, self.total, dtype=torch.float64, device=self.processes.device)
+        latest, D = None, 1.0
         for shares in self._rounds(places, float64):
-            sizes = self._sizes(shares, float64)
+            sizes, owned = self._sizes(shares, float64), []
             came = self.processes.exchange(sizes, lambda outs, s=shares: self._fill(outs, s, float64), "K")
             with self.processes.attempt():
-                self._add(K, places, rates, shares, came, float64)
+                owned = self._joined(shares, came, float64)
+                if diagonal is None:
+                    self._add(K, places, rates, owned, float64)
+            for name in dict.fromkeys(share.part[0] for share in shares) if diagonal is not None else ():
+                if name != latest:  # rows of one parameter may come in many rounds
+                    latest, D = name, diagonal(name)
+                with self.processes.attempt():
+                    for share, rule in owned:
+                        if share.part[0] == name:
+                            self._accumulate(K[places[name]], share, _weighted_gram(rule, share, D, float64))
         self._latest = None
         return K
 
@@ -205,17 +227,9 @@ class Crossing:
                     buffer.view(t.dtype).copy_(t.flatten())
                 at[share.owner] += padded(t.nbytes)
 
-    def _add(
-        self,
-        K: Tensor,
-        places: Mapping[str, int],
-        rates: Mapping[str, float],
-        shares: Sequence[Share],
-        came: Sequence[Tensor],
-        float64: bool,
-    ) -> None:
-        """Add the shares that this process owns to K."""
-        at, groups = [0] * len(came), defaultdict(list)
+    def _joined(self, shares: Sequence[Share], came: Sequence[Tensor], float64: bool) -> list[tuple[Share, Rule]]:
+        """Return the shares that this process owns, with one rule for the samples of all processes."""
+        at, owned = [0] * len(came), []
         for share in shares:
             if share.owner != self.processes.rank:
                 continue
@@ -234,19 +248,37 @@ class Crossing:
             d = self._one(share.part)
             fills = d.fills if share.rows is None else (None,)
             joint = [in_line(some, fill) for some, fill in zip(zip(*columns, strict=True), fills, strict=True)]
-            rule = Rows(joint[0]) if share.rows is not None else unpack(d.kind, joint)
+            owned.append((share, Rows(joint[0]) if share.rows is not None else unpack(d.kind, joint)))
+        return owned
+
+    def _add(
+        self,
+        K: Tensor,
+        places: Mapping[str, int],
+        rates: Mapping[str, float],
+        owned: Sequence[tuple[Share, Rule]],
+        float64: bool,
+    ) -> None:
+        """Add the shares that this process owns to K."""
+        groups = defaultdict(list)
+        for share, rule in owned:
             key = rule.group_key if rule.group_key is not None else id(share)
-            groups[key, share.ranks].append((share.part[0], rule))
-        for (_, ranks), some in groups.items():
+            groups[key, share.ranks].append((share, rule))
+        for some in groups.values():
             rules = [rule for _, rule in some]
-            samples = torch.tensor([j for rank in ranks for j in self._samples[rank]], device=K.device)
             wide = float64 or rules[0].cheap  # where that costs nothing to speak of
             if len(rules) == 1:
                 shares_of_K = rules[0].gram(None, wide)[0][None]
             else:
                 shares_of_K = type(rules[0]).gram_of_group(rules, [None] * len(rules), wide)[0]
-            for (name, _), one in zip(some, shares_of_K, strict=True):
-                K[places[name]][samples[:, None], samples] += rates.get(name, 1.0) * one
+            for (share, _), one in zip(some, shares_of_K, strict=True):
+                name = share.part[0]
+                self._accumulate(K[places[name]], share, rates.get(name, 1.0) * one)
+
+    def _accumulate(self, K: Tensor, share: Share, one: Tensor) -> None:
+        """Add what a share makes of the samples of its processes to K [n, n]."""
+        samples = torch.tensor([j for rank in share.ranks for j in self._samples[rank]], device=K.device)
+        K[samples[:, None], samples] += one
 
 
 def _by_part(pieces: Mapping[str, Sequence[Use]]) -> dict[Part, Rule]:
@@ -258,6 +290,16 @@ def _key(use: Use) -> object:
     if use.source.whole:
         return "whole"
     return "rows" if use.source.rows is not None else use.source.window
+
+
+def _weighted_gram(rule: Rule, share: Share, D: Tensor | float, float64: bool) -> Tensor:
+    """Return G D Gᵀ of one share; D: of the whole parameter, or a number."""
+    wide = float64 or rule.cheap
+    if not isinstance(D, Tensor) or not D.ndim:
+        return D * rule.gram(None, wide)[0]
+    d = D.contiguous() if share.part[1] == "whole" else window_view(D.contiguous()[None], share.part[1])[0]
+    d = d.reshape(rule.shape) if share.rows is None else d.reshape(-1, rule.cols)[share.rows]
+    return rule.weighted_gram(d, d.new_zeros(()).expand_as(d), wide)[0]
 
 
 def _describe(rule: Rule) -> Description:
