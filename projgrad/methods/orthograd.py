@@ -201,8 +201,8 @@ class OrthoGrad:
     ) -> dict[str, Any]:
         """Make one update; return the fields of its record."""
         _options.within("alpha weighs the mean retain gradient and", self.alpha, "[0, 1]")  # it may have been changed
-        if self.metric == "optimizer" and (spread is not None or len(forgets) + len(retains) > 2):
-            raise ValueError('metric="optimizer" takes one closure for each batch, no lists, and is for one process')
+        if self.metric == "optimizer" and len(forgets) + len(retains) > 2:
+            raise ValueError('metric="optimizer" takes one closure for each batch, no lists')
         with Closures(self.model, self.optimizer, spread=spread is not None, **forgets, **retains) as closures:
             check_batch_norm(self.model)
             try:

@@ -17,6 +17,7 @@ from ..tape.processes import Processes
 from ..tape.project import check_gradients
 from ..tape.tape import Tape
 from .closures import Closures
+from .common import clip_
 from .protocol import Closure
 
 
@@ -105,9 +106,9 @@ class ReplicatedModel:
                 p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
         self.processes.sum_all_([p.grad for p in params.values() if p.grad is not None], "forget gradient")
 
-    def clip(self, max_norm: float) -> None:
-        """Scale all p.grad so that their norm is at most `max_norm`."""
-        nn.utils.clip_grad_norm_(list(self.params.values()), max_norm)
+    def clip(self, max_norm: float) -> Tensor | float:
+        """Scale all p.grad so that their norm is at most `max_norm`; return by what they were multiplied."""
+        return clip_(list(self.params.values()), max_norm)
 
 
 def wrappers(model: nn.Module) -> Iterable[tuple[str, DistributedDataParallel]]:

@@ -114,11 +114,12 @@ class ShardedModel(ReplicatedModel):
                 p.grad.div_(self.processes.size)
         self.sum_grads(whole)
 
-    def clip(self, max_norm: float) -> None:
+    def clip(self, max_norm: float) -> float:
         names = [name for name, p in self.params.items() if p.grad is not None]
-        scale = max_norm / (float(self.placement.norms(names).norm()) + 1e-6)
+        scale = min(max_norm / (float(self.placement.norms(names).norm()) + 1e-6), 1.0)
         for name in names if scale < 1 else ():
             self.params[name].grad.mul_(scale)
+        return scale
 
 
 def sharding_modules(model: nn.Module) -> list[FSDPModule]:

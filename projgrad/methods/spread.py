@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -14,9 +15,11 @@ from ..recording.losses import check_shape
 from ..tape.processes import Processes
 from ..tape.project import check_gradients
 from ..tape.spread import SpreadGradients, kept_rules, project_spread_
+from ..tape.spread_weighted import hold_spread
 from .closures import Closures
 from .common import distributed, is_sharded, learning_rates, loss_value, restore_shards, scalar_loss
 from .micro_batches import MicroBatchOptions, accumulate_forget
+from .optimizer_metric import MetricStep
 from .protocol import Closure, SteppingOptimizer
 from .replicas import ReplicatedModel, wrappers
 from .union import project_union
@@ -37,6 +40,7 @@ class StepOptions(Protocol):
     scaler: torch.amp.GradScaler | None
     projector: Callable[[Tensor, Tensor], Tensor] | None
     keep_output_gradients: bool
+    metric: str
     micro: MicroBatchOptions
 
 
@@ -90,7 +94,8 @@ def spread_step(
 ) -> dict[str, Any]:
     """Set every p.grad to ± (1 - α) u_perp + α mean_j(g_j), on all processes; return the fields of the record.
 
-    u is the mean of the processes' forget gradients, j goes over the samples of all of them.
+    u is the mean of the processes' forget gradients, j goes over the samples of all of them. With metric="optimizer"
+    one field is the `MetricStep` to finish.
     """
     processes, scaler = spread.processes, options.scaler
     spread.begin(closures.params)
@@ -145,10 +150,14 @@ def spread_step(
     rates = learning_rates(options.optimizer, closures.params)
     access = SpreadGradients(processes, spread.placement, closures.params, spread.followed, local, counts)
     add = torch.full((total,), options.alpha / total / share, dtype=torch.float64, device=processes.device)
-    projection = project_spread_(access, options.scope, options.damping, options.rtol, add, rates)
+    if options.metric == "optimizer":
+        hold = functools.partial(hold_spread, access, options.scope, add)
+        fields = {"metric_step": MetricStep(options.optimizer, closures.params, hold, spread.clip)}
+    else:
+        projection = project_spread_(access, options.scope, options.damping, options.rtol, add, rates)
+        fields = {name: value for name, value in vars(projection).items() if name != "squares"}
     sums = torch.tensor([loss / processes.size, value / total], dtype=torch.float64, device=processes.device)
     forget_loss, retain_loss = processes.sum_(sums, "agreements").tolist()
-    fields = {name: value for name, value in vars(projection).items() if name != "squares"}
     return fields | {"forget_loss": forget_loss, "retain_loss": retain_loss}
 
 
@@ -192,7 +201,7 @@ def _check_alike(options: StepOptions, spread: ReplicatedModel) -> None:
     spread.check_options(options.scaler)
     described = [(name, tuple(p.shape), str(p.dtype)) for name, p in spread.params.items()]
     processes.same("the parameters of the model that the optimizer holds", described)
-    numbers = [getattr(options, name) for name in ("alpha", "scope", "sign", "damping", "rtol", "max_norm")]
+    numbers = [getattr(options, name) for name in ("alpha", "scope", "sign", "damping", "rtol", "max_norm", "metric")]
     numbers += [options.micro.tolerance, options.micro.max_passes, options.micro.forget_reduction]
     # The optimizer's settings too; a number on the device is not waited for.
     numbers.append(type(options.optimizer).__name__)

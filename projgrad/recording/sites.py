@@ -16,7 +16,6 @@ from ..rules.layout import Layout
 from ..rules.rule import Rule
 from .refusals import CHANGED, FREED
 
-
 Window = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset
 
 

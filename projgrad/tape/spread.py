@@ -122,9 +122,7 @@ class SpreadGradients(GradientAccess):
         flat = self.processes.sum_(torch.cat([K.flatten(), v.flatten()]), "K")
         return flat[: K.numel()].view(K.shape), flat[K.numel() :].view(v.shape)
 
-    def dot_with(
-        self, us: Mapping[str, Tensor | None], places: Mapping[str, int], count: int, float64: bool
-    ) -> Tensor:
+    def dot_with(self, us: Mapping[str, Tensor | None], places: Mapping[str, int], count: int, float64: bool) -> Tensor:
         """Return v = G u [count, n].
 
         us: u of every parameter, lying as it does, None for zero. places: row of v to which a parameter adds.
@@ -154,9 +152,7 @@ class SpreadGradients(GradientAccess):
         some = set(names)
         return grouped([use for use in self._uses if use.name in some])
 
-    def combine_(
-        self, sums: Mapping[str, Tensor], w: Tensor, places: Mapping[str, int], float64: bool
-    ) -> None:
+    def combine_(self, sums: Mapping[str, Tensor], w: Tensor, places: Mapping[str, int], float64: bool) -> None:
         """Add Gᵀ w of this process's samples to whole tensors, w [l, n]; places: the row of w of every parameter."""
         rows = w[:, self.crossing.own].contiguous().unbind()
         for group in self._groups(list(sums)):

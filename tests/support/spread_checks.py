@@ -288,7 +288,7 @@ def check_lists_of_micro_batches(processes):
     with raises(ValueError, "without closures"):
         unlearner.step(forget, [] if processes.rank == 1 else retain)
     with raises(ValueError, 'metric="optimizer" takes one closure'):
-        projgrad.OrthoGrad(model, sgd(model), metric="optimizer").step(forget[0], retain[0])
+        projgrad.OrthoGrad(model, sgd(model), metric="optimizer").step([forget[0]] * 2, retain[0])
     assert all(torch.equal(p, before[name]) for name, p in whole(model).items())
     twins = Twins("tied", processes, lambda model: shard(model, processes.mesh))
     closures = twins.closures()

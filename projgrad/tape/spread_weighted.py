@@ -1,0 +1,63 @@
+"""The retain side of a step after the optimizer, where several processes have its samples; see `weighted`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..recording.host_reads import HostReads
+from .correction import Places, Tensors
+from .spread import SpreadGradients
+from .weighted import Held
+
+
+class SpreadHeld(Held):
+    """The per-sample gradients of all processes; F lies as the parameters do, whole or in shards.
+
+    All processes call its functions alike. They end with the same bits.
+    """
+
+    access: SpreadGradients
+
+    def squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        return self.access.placement.squares(tensors)
+
+    def total(self, squares: Tensor) -> Tensor:
+        return self.access.placement.total(squares)
+
+    def products(
+        self, Fs: Tensors, diagonal: Callable[[str], Tensor | float], place: Places, count: int, float64: bool
+    ) -> tuple[Tensor, Tensor]:
+        def whole(name: str) -> Tensor | float:
+            return self.access.placement.whole({name: diagonal(name)}, "diagonal")[name]
+
+        return self.access.products_with(Fs, place, count, float64, whole)
+
+    def dot(self, Fs: Tensors, place: Places, count: int, float64: bool) -> Tensor:
+        return self.access.dot_with(Fs, place, count, float64)
+
+    def combined(self, Fs: Tensors, place: Places, w: Tensor, float64: bool) -> Iterator[Tensors]:
+        processes, placement = self.access.processes, self.access.placement
+        for names in placement.some(self.access.used(place)):
+            sums = {}
+            with processes.attempt():
+                for name in names:
+                    dtype = torch.float64 if float64 else Fs[name].dtype
+                    sums[name] = torch.zeros(self.parameters[name].shape, dtype=dtype, device=processes.device)
+                self.access.combine_(sums, w, place, float64)
+            processes.agree()
+            yield placement.summed(sums)
+
+
+def hold_spread(access: SpreadGradients, scope: str, add: Tensor) -> SpreadHeld:
+    """Take the per-sample gradients of all processes, and add Gᵀ add to p.grad; add [n]: over all samples.
+
+    Raises as `project_spread_`.
+    """
+    with torch.no_grad(), torch.autocast(access.processes.device.type, enabled=False):
+        held = SpreadHeld(access, access.parameters, add, scope == "per_tensor")
+        held.add_(HostReads())
+    access.processes.agree()
+    return held
