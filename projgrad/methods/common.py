@@ -139,6 +139,11 @@ def is_sharded(p: Tensor) -> bool:
     return sharding is not None and isinstance(p, sharding.DTensor)
 
 
+def whole(t: Tensor) -> Tensor:
+    """Return a tensor whole: a DTensor is gathered, by all processes that hold it."""
+    return t.full_tensor() if is_sharded(t) else t
+
+
 def restore_shards(model: object) -> bool:
     """Put shards back in their places where a forward pass left whole parameters; return whether a model has some."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # imported by whoever calls fully_shard

@@ -19,7 +19,7 @@ from .._options import kind
 from ..ops.numerics import product_dtype
 from ..recording.host_reads import to_host
 from ..tape.weighted import RetainSide
-from .common import clip_, lay_out_grads
+from .common import clip_, lay_out_grads, whole
 from .protocol import SteppingOptimizer
 
 MOMENTUM = "forget_momentum"  # the name of M in the state of the optimizer, and so in its state_dict
@@ -306,7 +306,7 @@ class MetricStep:
                     f"diagonal() returned shape {tuple(D.shape)} for {name}, which has {tuple(p.shape)}; "
                     "nothing was changed"
                 )
-            D = torch.as_tensor(D, device=p.device)
+            D = whole(torch.as_tensor(D, device=p.device))
             smallest.append(D.amin().double() if D.numel() else D.new_ones((), dtype=torch.float64))
             largest.append(D.amax().double() if D.numel() else D.new_ones((), dtype=torch.float64))
         numbers = to_host(*smallest, *largest)

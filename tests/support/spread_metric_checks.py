@@ -1,25 +1,64 @@
 """What several processes do together under metric="optimizer": every check of tests/methods/test_spread_metric.py."""
 
 import copy
+import functools
+import itertools
 import time
 import warnings
 
 import torch
 import torch.distributed as dist
-from spread_checks import Processes, Twins, assert_same, assert_same_bits, raises, replicated, shard, whole
+from spread_checks import COUNTS, Processes, Twins, Uneven, assert_same, build, losses, raises, replicated, shard, whole
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import projgrad
+from projgrad.tape import crossing
 
 SGD, Adam, AdamW, RMSprop = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
+
+
+class Scaled(torch.optim.Optimizer):
+    """Every element has a rate of its own."""
+
+    factor = 1.0
+
+    def __init__(self, groups, **options):
+        super().__init__(groups, options)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state.setdefault("scale", 1 / (1 + p.detach().abs()))
+                    p.sub_(self.diagonal(p, state, group) * p.grad)
+
+    def diagonal(self, param, state, group):
+        return group["lr"] * self.factor * state["scale"]
+
+
 OPTIMIZERS = {
     "adamw": (AdamW, {"lr": 0.01, "weight_decay": 0.1}),
     "adam": (Adam, {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1}),
     "momentum": (SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
     "sgd": (SGD, {"lr": 0.1}),
+    "scaled": (Scaled, {"lr": 0.1}),
     "rmsprop": (RMSprop, {"lr": 0.01, "centered": True, "momentum": 0.9}),
 }
+
+
+class Beside(nn.Module):
+    """A model with adapters beside it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.a, self.b = base, nn.Linear(6, 2, bias=False), nn.Linear(2, 11, bias=False)
+
+    def forward(self, ids):
+        return self.base(ids) + self.b(self.a(self.base.table(ids)))
 
 
 def optimizer(name, ratio=0.3):
@@ -59,33 +98,169 @@ class MetricTwins(Twins):
 
 
 def check_metric_of_replicas(processes):
-    for kind, name, scope in (
-        ("tied", "adamw", "global"),
-        ("convolutions", "adam", "per_tensor"),
-        ("adapted", "momentum", "global"),
-        ("tied", "rmsprop", "per_tensor"),
-        ("convolutions", "sgd", "global"),
-    ):
+    ways = ("tied", "adamw", "global"), ("convolutions", "adam", "per_tensor"), ("tied", "rmsprop", "per_tensor")
+    ways += ("convolutions", "momentum", "global"), ("convolutions", "sgd", "per_tensor")
+    for kind, name, scope in ways:
         MetricTwins(kind, processes, replicated(processes), name, scope=scope, max_norm=0.1).compare(prefix="module.")
+
+
+def check_metric_of_adapters(processes):
+    """A frozen decoder with LoRA, as copies and in shards; α = 0, and damping."""
     MetricTwins("adapted", processes, replicated(processes), alpha=0.0, damping=1e-2).compare(1, prefix="module.")
-
-
-def check_metric_of_copies(processes):
-    MetricTwins("convolutions", processes, lambda model: model, process_group=processes.group).compare()
+    spread = lambda model: shard(model, processes.mesh)  # noqa: E731
+    MetricTwins("adapted", processes, spread, "adam", scope="per_tensor").compare(2)
 
 
 def check_metric_of_shards(processes):
-    for kind, name, scope, after in (
-        ("tied", "adamw", "global", True),
-        ("adapted", "adam", "per_tensor", False),
-        ("convolutions", "momentum", "global", False),
-        ("convolutions", "rmsprop", "per_tensor", True),
-    ):
+    ways = ("tied", "adamw", "global", True), ("tied", "momentum", "per_tensor", False)
+    ways += ("convolutions", "adam", "global", False), ("convolutions", "rmsprop", "per_tensor", True)
+    for kind, name, scope, after in ways[:: 1 if processes.size == 2 else 2]:
         spread = lambda model, after=after: shard(model, processes.mesh, reshard_after_forward=after)  # noqa: E731
         MetricTwins(kind, processes, spread, name, scope=scope, max_norm=0.1).compare()
 
 
-CHECKS = [check_metric_of_replicas, check_metric_of_copies, check_metric_of_shards]
+def check_metric_where_processes_use_other_parts(processes):
+    """Factors, windows and whole gradients of which processes use others, in one exchange and row by row."""
+    torch.manual_seed(0)
+    single, before = Uneven().double(), crossing.AT_ONCE
+    inputs = [torch.randn(n, 2 + rank, 6, dtype=torch.float64) for rank, n in enumerate(COUNTS[processes.size])]
+    for scope, at_once in itertools.product(("global", "per_tensor"), (before, 500)):
+        alone, model = copy.deepcopy(single), copy.deepcopy(single)
+        make = lambda model: AdamW(model.parameters(), lr=1e-3)  # noqa: E731
+        expected = projgrad.OrthoGrad(alone, make(alone), scope=scope, metric="optimizer").step(
+            functools.partial(alone.forgotten, inputs[0]),
+            lambda m=alone: torch.cat([m.losses(x, rank) for rank, x in enumerate(inputs)]),
+        )
+        options = {"scope": scope, "metric": "optimizer", "process_group": processes.group}
+        unlearner, rank = projgrad.OrthoGrad(model, make(model), **options), processes.rank
+        crossing.AT_ONCE = at_once
+        record = unlearner.step(
+            functools.partial(model.forgotten, inputs[0]), functools.partial(model.losses, inputs[rank], rank)
+        )
+        crossing.AT_ONCE = before
+        assert record.rank == expected.rank
+        assert_same(model, alone)
+
+
+def check_metric_of_hard_rows(processes):
+    """Gradients that are the same on several processes, zero, tiny and huge, in float32."""
+    for spread in (replicated(processes), lambda model: shard(model, processes.mesh)):
+        torch.manual_seed(0)
+        single, x, fx = nn.Sequential(nn.Linear(20, 3)), torch.randn(6, 20), torch.randn(4, 20)
+        x[1], x[2], x[4] = x[0], 0.0, 1e12 * x[4]
+        x[5] *= 1e-18
+        _orthogonal_to_all_rows(processes, single, spread(copy.deepcopy(single)), fx, x)
+
+
+def _orthogonal_to_all_rows(processes, single, model, fx, x):
+    def losses(model, x):
+        return (model(x) * torch.tensor([1.0, -2, 3])).sum(1)
+
+    start, mine = whole(single), processes.part(x, (3, 3) if processes.size == 2 else (1, 2, 3, 0))
+    optimizer = AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    record = projgrad.OrthoGrad(model, optimizer, alpha=0, metric="optimizer").step(
+        lambda: model(fx).square().mean(), lambda: losses(model, mine) if len(mine) else losses(model, fx)[:0]
+    )
+    assert record.residual <= 1e-6
+    moved = [(w - start[name.removeprefix("module.")]).flatten() for name, w in whole(model).items()]
+    moved = torch.cat(moved).double()
+    for loss in losses(single, x):
+        g = torch.autograd.grad(loss, list(single.parameters()), retain_graph=True)
+        g = torch.cat([one.flatten() for one in g]).double()
+        assert abs(g @ moved) <= 1e-5 * g.norm() * moved.norm()
+
+
+def check_metric_of_whole_adapters_and_resuming(processes):
+    """Of a sharded model with parameters that are no shards; a new optimizer goes on from the state of the first."""
+    counts, ones = COUNTS[processes.size], (1,) * processes.size
+    base, x, y = build("tied", sum(counts))
+    single = Beside(base).double()
+    model = copy.deepcopy(single)
+    fully_shard(model.base, mesh=processes.mesh)
+    alone, unlearner = (
+        projgrad.OrthoGrad(m, optimizer("adamw")(m), max_norm=0.1, metric="optimizer") for m in (single, model)
+    )
+    fx, fy = x[: processes.size], y[: processes.size]
+    for _ in range(3):
+        alone.step(lambda: losses(single, fx, fy).mean(), lambda: losses(single, x, y))
+        unlearner.step(
+            lambda: losses(model, processes.part(fx, ones), processes.part(fy, ones)).mean(),
+            lambda: losses(model, processes.part(x), processes.part(y)),
+        )
+        again = optimizer("adamw")(model)
+        again.load_state_dict(unlearner.optimizer.state_dict())
+        unlearner = projgrad.OrthoGrad(model, again, max_norm=0.1, metric="optimizer")
+    assert_same(model, single)
+
+
+def check_metric_with_a_scaler(processes):
+    """A step with infinite losses on one process is skipped on all of them."""
+    twins = MetricTwins("tied", processes, replicated(processes), scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
+    before, closures = whole(twins.model), twins.closures()
+    forget = lambda: closures["forget"]() * (float("inf") if processes.rank == 1 else 1)  # noqa: E731
+    assert twins.unlearner.step(forget, closures["retain"]).skipped
+    assert all(torch.equal(p, before[name]) for name, p in whole(twins.model).items())
+    assert not twins.unlearner.optimizer.state
+    twins.compare(2, prefix="module.")
+
+
+def check_metric_of_an_optimizer_that_says_its_diagonal(processes):
+    for spread in (replicated(processes), lambda model: shard(model, processes.mesh)):
+        twins = MetricTwins("tied", processes, spread, "scaled")
+        twins.compare(1, prefix="module." if hasattr(twins.model, "module") else "")
+        before = whole(twins.model)
+        twins.unlearner.optimizer.factor = -1.0
+        with raises(ValueError, "must be positive and finite"):
+            twins.unlearner.step(**twins.closures())
+        assert all(torch.equal(p, before[name]) for name, p in whole(twins.model).items())
+
+
+def check_metric_failures(processes):
+    """An error on one process stops all of them before the optimizer steps, and the next step is right."""
+    twins = MetricTwins("tied", processes, replicated(processes))
+    closures, last = twins.closures(), processes.size - 1
+    before = whole(twins.model)
+    for name, closure in closures.items():
+        nan = lambda closure=closure: closure() * (float("nan") if processes.rank == last else 1)  # noqa: E731
+        with raises(FloatingPointError, "NaN" if name == "retain" else "nan"):
+            twins.unlearner.step(**closures | {name: nan})
+
+    with raises(ValueError, "takes one closure for each batch"):
+        twins.unlearner.step(closures["forget"], [closures["retain"]] * (1 + (processes.rank == last)))
+    for metric, betas in (("optimizer", (0.9 if processes.rank else 0.8, 0.999)), ("gradient", (0.9, 0.999))):
+        metric = metric if processes.rank == last else "optimizer"
+        with raises(ValueError, "disagree on the options"):
+            other = AdamW(twins.model.parameters(), lr=0.01, betas=betas)
+            projgrad.OrthoGrad(twins.model, other, metric=metric).step(**closures)
+    kind = RMSprop if processes.rank == last else AdamW
+    with raises(ValueError, "disagree on the options"):
+        projgrad.OrthoGrad(twins.model, kind(twins.model.parameters(), lr=0.01), metric="optimizer").step(**closures)
+    assert not twins.unlearner.optimizer.state and all(p.grad is None for p in twins.model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in whole(twins.model).items())
+    twins.compare(1, prefix="module.")
+    if processes.rank == last:
+        next(iter(twins.unlearner.optimizer.state.values()))["exp_avg_sq"].fill_(float("nan"))
+    with raises(FloatingPointError, "NaN or Inf in the state of the optimizer"):
+        twins.unlearner.step(**closures)
+
+
+CHECKS = [
+    check_metric_of_replicas,
+    check_metric_of_adapters,
+    check_metric_of_shards,
+    check_metric_where_processes_use_other_parts,
+    check_metric_of_hard_rows,
+    check_metric_of_whole_adapters_and_resuming,
+    check_metric_with_a_scaler,
+    check_metric_of_an_optimizer_that_says_its_diagonal,
+    check_metric_failures,
+]
+
+
+def check_metric_of_shards_of_replicas(mesh):
+    """A mesh of two dimensions: shards over one, copies over the other."""
+    everyone = dist.init_device_mesh("cpu", (4,))
+    MetricTwins("tied", Processes(everyone), lambda model: shard(model, mesh)).compare(2)
 
 
 def run(rank, file):
@@ -101,4 +276,8 @@ def run(rank, file):
             check(Processes(mesh))
             if rank == 0:
                 print(f"{check.__name__} with {mesh.size()}: {time.perf_counter() - start:.1f} s", flush=True)
+    start = time.perf_counter()
+    check_metric_of_shards_of_replicas(pairs)
+    if rank == 0:
+        print(f"check_metric_of_shards_of_replicas: {time.perf_counter() - start:.1f} s", flush=True)
     dist.barrier()
