@@ -37,7 +37,7 @@ CASES: Mapping[str, tuple[str, int, Callable[[], tuple]]] = {  # samples of ever
     "decoder": ("decoder d = 256, 4 layers, 64 tokens, vocabulary 1000", 16, lambda: decoder(256, 4, 64, 1000)),
     "tiny": ("MLP 8-16-4, for tests", 3, lambda: mlp(8, 16, 10)),
 }
-CONTENDERS = ("DDP plain", "DDP global", "DDP per_tensor", "FSDP2 plain", "FSDP2 global")
+CONTENDERS = ("DDP plain", "DDP global", "DDP per_tensor", "DDP metric", "FSDP2 plain", "FSDP2 global", "FSDP2 metric")
 LATER = 4  # steps after the first
 LIMIT = 1e-4  # relative difference of an update from that of one process
 COLUMNS = ("case", "model", "contender", "processes", "n", "parameters_mb", "forget_mb", "factors_mb", "corrections_mb")

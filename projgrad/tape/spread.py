@@ -103,6 +103,19 @@ class SpreadGradients(GradientAccess):
             self._row_squares = self._row_squares + K[new].diagonal(dim1=1, dim2=2).sum(0)
         return K, v
 
+    def row_lengths(self, blocks: Sequence[Block]) -> Tensor:
+        """Return ‖g_j‖ [l, n] of the samples of all processes."""
+        places = _places(blocks)
+        squares = torch.zeros(len(blocks), self.crossing.total, dtype=torch.float64, device=self.processes.device)
+        with self.processes.attempt():
+            for group in self._groups(self.used(places)):
+                K, _ = group.gram([None] * len(group), group[0].rule.cheap)
+                for use, one in zip(group, K, strict=True):
+                    squares[places[use.name], self.crossing.own] += one.diagonal()
+        self.processes.agree()
+        self._row_squares = self._row_squares + self.processes.sum_(squares, "agreements").sum(0)
+        return squares.clamp_min(0).sqrt()
+
     def dot(self, blocks: Sequence[Block], float64: bool) -> Tensor:
         return self.dot_with(_grads(blocks), _places(blocks), len(blocks), float64)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ..recording.host_reads import HostReads
-from .correction import Places, Tensors
+from .check import Checks, WeightStats, check_finite, weight_stats
+from .correction import Places, Tensors, in_turn
 from .spread import SpreadGradients
 from .weighted import Held
 
@@ -20,6 +21,30 @@ class SpreadHeld(Held):
     """
 
     access: SpreadGradients
+
+    def add_(self) -> None:
+        """Add Gᵀ add to p.grad, and check the rules against what came of it and against autograd.
+
+        No factors are exchanged: K add is by how much v = G p.grad grows.
+        """
+        checks, access, w = Checks(), self.access, self.add
+        for blocks in in_turn(self.blocks, self.n):
+            norms, v, grads = access.row_lengths(blocks), access.dot(blocks, False), access.norms(blocks)
+            for k, block in enumerate(blocks):
+                check_finite(torch.diag(norms[k]), v[k])
+                self.lengths[block.name] = norms[k]
+                block.square = access.square_of(block)(grads[block.name].tolist())
+                if not math.isfinite(block.square):
+                    raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
+            if not w.any():
+                continue
+            outcomes = access.apply(blocks, w.expand(len(blocks), -1), 0.0)
+            Kw = access.dot(blocks, False) - v
+            stats = weight_stats(w.expand(len(blocks), 1, -1), Kw[:, None], norms, v)[..., 0]  # [l, 5]
+            for block, outcome, numbers in zip(blocks, outcomes, stats.tolist(), strict=True):
+                weights, square = WeightStats(*numbers), block.square
+                checks.check(outcome, weights, square, square, access.precision(block), block.name)
+        self._check(checks)
 
     def squares(self, tensors: Sequence[Tensor]) -> Tensor:
         return self.access.placement.squares(tensors)
@@ -58,6 +83,6 @@ def hold_spread(access: SpreadGradients, scope: str, add: Tensor) -> SpreadHeld:
     """
     with torch.no_grad(), torch.autocast(access.processes.device.type, enabled=False):
         held = SpreadHeld(access, access.parameters, add, scope == "per_tensor")
-        held.add_(HostReads())
+        held.add_()
     access.processes.agree()
     return held

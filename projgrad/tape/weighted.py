@@ -94,10 +94,14 @@ class Held(RetainSide, WeightedProducts):
                 weights = WeightStats(*numbers[5 * k : 5 * k + 5])
                 checks.check(outcome, weights, before[k], before[k], access.precision(block), block.name)
         reads.flush()  # if there was no block
-        watched = access.watched_numbers()
+        self._check(checks)
+
+    def _check(self, checks: Checks) -> None:
+        """Make the checks of `add_`, and two more."""
+        watched = self.access.watched_numbers()
         if watched is not None:
             checks.check_parameter(*watched)
-        grads = access.norms([Block("", self.parameters)])
+        grads = self.access.norms([Block("", self.parameters)])
         checks.defer(grads.get("", self.zeros(0)), _check_lengths)
         checks.flush()
         self.discrepancy = dict(checks.worst)

@@ -8,7 +8,20 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from spread_checks import COUNTS, Processes, Twins, Uneven, assert_same, build, losses, raises, replicated, shard, whole
+from spread_checks import (
+    COUNTS,
+    MODELS,
+    Processes,
+    Twins,
+    Uneven,
+    assert_same,
+    build,
+    losses,
+    raises,
+    replicated,
+    shard,
+    whole,
+)
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -48,6 +61,28 @@ OPTIMIZERS = {
     "scaled": (Scaled, {"lr": 0.1}),
     "rmsprop": (RMSprop, {"lr": 0.01, "centered": True, "momentum": 0.9}),
 }
+
+
+class Lora(nn.Module):
+    """A frozen layer and an adapter of rank 2."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+def lora(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 5, generator=generator, dtype=torch.float64)
+    model = nn.Sequential(Lora(5, 8), nn.Tanh(), Lora(8, 3)).double()
+    return model, x, torch.randint(3, (n,), generator=generator)
+
+
+MODELS["lora"] = lora
 
 
 class Beside(nn.Module):
@@ -105,10 +140,10 @@ def check_metric_of_replicas(processes):
 
 
 def check_metric_of_adapters(processes):
-    """A frozen decoder with LoRA, as copies and in shards; α = 0, and damping."""
-    MetricTwins("adapted", processes, replicated(processes), alpha=0.0, damping=1e-2).compare(1, prefix="module.")
+    """Of a frozen base, as copies and in shards; α = 0, and damping."""
+    MetricTwins("lora", processes, replicated(processes), alpha=0.0, damping=1e-2).compare(1, prefix="module.")
     spread = lambda model: shard(model, processes.mesh)  # noqa: E731
-    MetricTwins("adapted", processes, spread, "adam", scope="per_tensor").compare(2)
+    MetricTwins("lora", processes, spread, "adam", scope="per_tensor").compare(2)
 
 
 def check_metric_of_shards(processes):
