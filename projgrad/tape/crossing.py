@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops.numerics import product_dtype
 from ..recording.sites import window_view
 from ..rules.convolution import Convolution
 from ..rules.parcels import in_line, pack, unpack
@@ -23,42 +21,9 @@ from ..rules.rule import Rows, Rule
 from .consumers import explicit
 from .grouping import Use
 from .processes import Processes, padded
+from .shares import Description, Part, Share, by_part, describe, differs, itemsize_of, without
 
 AT_ONCE = 16 << 20  # bytes of all processes that one owner computes with at a time
-Part = tuple[str, object]  # the name of a parameter, and what identifies the part of it
-
-
-class Description(NamedTuple):
-    """What the others have to know of one use on one process.
-
-    kind, shapes, dtypes, fills: of its factors, kind None where only gradients can be sent. rows, cols: of the
-    parameter as a matrix. itemsize: of gradients.
-    """
-
-    kind: tuple | None
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
-    fills: tuple[float | None, ...]
-    rows: int
-    cols: int
-    itemsize: int
-
-    @property
-    def sizes(self) -> list[int]:
-        """Return the bytes of the factors."""
-        return [math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
-
-
-class Share(NamedTuple):
-    """A share of K: of one use, or of some rows of its gradients.
-
-    ranks: of the processes that have the use. rows: None where factors are sent.
-    """
-
-    part: Part
-    ranks: tuple[int, ...]
-    owner: int
-    rows: slice | None
 
 
 class Crossing:
@@ -80,11 +45,11 @@ class Crossing:
         pieces: dict[str, list[Use]] = defaultdict(list)
         for use in uses:
             pieces[use.name].append(use)
-        described = {part: _describe(rule) for part, rule in _by_part(pieces).items()}
+        described = {part: describe(rule) for part, rule in by_part(pieces).items()}
         every: list[dict[Part, Description]] = processes.gather_objects(described, "descriptions")
-        odd = {name for name in names if _differs(name, every)}
+        odd = {name for name in names if differs(name, every)}
         self._rules: dict[Part, Callable[[], Rule]] = {}
-        for (name, key), rule in _by_part(pieces).items():
+        for (name, key), rule in by_part(pieces).items():
             if name not in odd:
                 self._rules[name, key] = lambda rule=rule: rule
         for name in odd & pieces.keys():  # parts that are others on another process: the gradient in full
@@ -94,7 +59,7 @@ class Crossing:
                 return Rows(explicit(parameters[name], some, n))
 
             self._rules[name, "whole"] = whole
-        self._descriptions = [_without(odd, of_rank, parameters) for of_rank in every]
+        self._descriptions = [without(odd, of_rank, parameters) for of_rank in every]
         self.used = [name for name in names if any(name == part[0] for of_rank in every for part in of_rank)]
         starts = [sum(counts[:rank]) for rank in range(len(counts))]
         self._samples = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
@@ -161,13 +126,13 @@ class Crossing:
         first = ones[0][0]
         if any(d.kind is None or d.kind != first.kind for d, _ in ones):
             return False
-        return sum(sum(d.sizes) for d, _ in ones) <= sum(n * d.rows * d.cols * _item(d, float64) for d, n in ones)
+        return sum(sum(d.sizes) for d, _ in ones) <= sum(n * d.rows * d.cols * itemsize_of(d, float64) for d, n in ones)
 
     def _bytes(self, part: Part, float64: bool) -> list[int | None]:
         """Return what every process has of a part, in bytes as they are sent; None: it does not use it."""
         ones, factored = self._of_ranks(part), self._factored(part, float64)
         return [
-            None if d is None else sum(d.sizes) if factored else n * d.rows * d.cols * _item(d, float64)
+            None if d is None else sum(d.sizes) if factored else n * d.rows * d.cols * itemsize_of(d, float64)
             for d, n in zip(ones, self.counts, strict=True)
         ]
 
@@ -188,7 +153,7 @@ class Crossing:
         d = self._descriptions[rank][share.part]
         if share.rows is None:
             return list(zip(d.shapes, d.dtypes, strict=True))
-        dtype = torch.float64 if _item(d, float64) == 8 else torch.float32
+        dtype = torch.float64 if itemsize_of(d, float64) == 8 else torch.float32
         return [((self.counts[rank], share.rows.stop - share.rows.start, d.cols), dtype)]
 
     def _size(self, share: Share, rank: int, float64: bool) -> int:
@@ -281,17 +246,6 @@ class Crossing:
         K[samples[:, None], samples] += one
 
 
-def _by_part(pieces: Mapping[str, Sequence[Use]]) -> dict[Part, Rule]:
-    return {(name, _key(use)): use.rule for name, uses in pieces.items() for use in uses}
-
-
-def _key(use: Use) -> object:
-    """Return what identifies the part of its parameter that a use is of, on every process alike."""
-    if use.source.whole:
-        return "whole"
-    return "rows" if use.source.rows is not None else use.source.window
-
-
 def _weighted_gram(rule: Rule, share: Share, D: Tensor | float, float64: bool) -> Tensor:
     """Return G D Gᵀ of one share; D: of the whole parameter, or a number."""
     wide = float64 or rule.cheap
@@ -300,35 +254,3 @@ def _weighted_gram(rule: Rule, share: Share, D: Tensor | float, float64: bool) -
     d = D.contiguous() if share.part[1] == "whole" else window_view(D.contiguous()[None], share.part[1])[0]
     d = d.reshape(rule.shape) if share.rows is None else d.reshape(-1, rule.cols)[share.rows]
     return rule.weighted_gram(d, d.new_zeros(()).expand_as(d), wide)[0]
-
-
-def _describe(rule: Rule) -> Description:
-    parcel, itemsize = pack(rule), rule.dtype.itemsize
-    if parcel is None:
-        return Description(None, (), (), (), rule.rows, rule.cols, itemsize)
-    shapes = tuple(tuple(t.shape) for t in parcel.tensors)
-    return Description(
-        parcel.kind, shapes, tuple(t.dtype for t in parcel.tensors), parcel.fills, rule.rows, rule.cols, itemsize
-    )
-
-
-def _item(d: Description, float64: bool) -> int:
-    return 8 if float64 else d.itemsize
-
-
-def _differs(name: str, every: Sequence[Mapping[Part, Description]]) -> bool:
-    """Return whether processes use other parts of a parameter than others, or rows that only they know."""
-    parts = [{key for other, key in of_rank if other == name} for of_rank in every]
-    used = [some for some in parts if some]
-    return bool(used) and ("rows" in used[0] or any(some != used[0] for some in used))
-
-
-def _without(odd: set[str], of_rank: Mapping[Part, Description], parameters: Mapping[str, Tensor]) -> dict:
-    """Return the descriptions with one of the whole gradient for every odd parameter."""
-    kept = {part: d for part, d in of_rank.items() if part[0] not in odd}
-    for name in {part[0] for part in of_rank} & odd:
-        p = parameters[name]
-        rows = p.shape[0] if p.ndim else 1
-        itemsize = product_dtype(p.dtype).itemsize
-        kept[name, "whole"] = Description(None, (), (), (), rows, math.prod(p.shape[1:]), itemsize)
-    return kept

@@ -44,7 +44,7 @@ class SpreadHeld(Held):
             for block, outcome, numbers in zip(blocks, outcomes, stats.tolist(), strict=True):
                 weights, square = WeightStats(*numbers), block.square
                 checks.check(outcome, weights, square, square, access.precision(block), block.name)
-        self._check(checks)
+        self.make_checks(checks)
 
     def squares(self, tensors: Sequence[Tensor]) -> Tensor:
         return self.access.placement.squares(tensors)

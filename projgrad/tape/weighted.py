@@ -94,9 +94,9 @@ class Held(RetainSide, WeightedProducts):
                 weights = WeightStats(*numbers[5 * k : 5 * k + 5])
                 checks.check(outcome, weights, before[k], before[k], access.precision(block), block.name)
         reads.flush()  # if there was no block
-        self._check(checks)
+        self.make_checks(checks)
 
-    def _check(self, checks: Checks) -> None:
+    def make_checks(self, checks: Checks) -> None:
         """Make the checks of `add_`, and two more."""
         watched = self.access.watched_numbers()
         if watched is not None:
