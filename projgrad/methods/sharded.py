@@ -6,7 +6,7 @@ always the same objects: these are followed. Autograd never meets the shards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -58,7 +58,7 @@ class ShardedModel(ReplicatedModel):
         if scaler is not None:
             raise ValueError("a gradient scaler is not supported with fully_shard: use bfloat16, which needs none")
 
-    def check(self) -> None:
+    def check(self, states: Iterable[Mapping[str, object]]) -> None:
         """Do nothing: shards differ."""
 
     def tape(self) -> Tape:

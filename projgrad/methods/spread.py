@@ -209,7 +209,8 @@ def _check_alike(options: StepOptions, spread: ReplicatedModel) -> None:
         numbers.append(sorted((key, value) for key, value in group.items() if isinstance(value, PLAIN)))
     processes.same("the options of the step or the learning rates", numbers)
     if not spread.met:
-        spread.check()
+        state = options.optimizer.state if options.metric == "optimizer" else {}  # of which the metric is made
+        spread.check([state.get(p, {}) for p in spread.params.values()])
         spread.met = True
 
 

@@ -28,6 +28,8 @@ from torch.distributed.tensor import DTensor
 
 import projgrad
 from projgrad.tape import crossing
+from projgrad.tape.spread import SpreadGradients
+from projgrad.tape.spread_weighted import SpreadHeld
 
 SGD, Adam, AdamW, RMSprop = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
 
@@ -270,13 +272,45 @@ def check_metric_failures(processes):
     kind = RMSprop if processes.rank == last else AdamW
     with raises(ValueError, "disagree on the options"):
         projgrad.OrthoGrad(twins.model, kind(twins.model.parameters(), lr=0.01), metric="optimizer").step(**closures)
+    combine, make_checks = SpreadGradients.combine_, SpreadHeld.make_checks
+    if processes.rank == last:  # wrong rules, and a check that only this process makes
+        SpreadGradients.combine_ = lambda self, sums, w, *rest: combine(self, sums, 2 * w, *rest)
+    with raises(ArithmeticError, "disagree"):
+        twins.unlearner.step(**closures)
+    SpreadGradients.combine_ = combine
+    if processes.rank == last:
+        SpreadHeld.make_checks = broken
+    with raises(ArithmeticError, "broken"):
+        twins.unlearner.step(**closures)
+    SpreadHeld.make_checks = make_checks
     assert not twins.unlearner.optimizer.state and all(p.grad is None for p in twins.model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in whole(twins.model).items())
     twins.compare(1, prefix="module.")
+    other = optimizer("adamw")(twins.model)
+    if processes.rank == last:
+        other.load_state_dict(twins.unlearner.optimizer.state_dict())
+    with raises(ValueError, "disagree on the state of the optimizer"):
+        projgrad.OrthoGrad(twins.model, other, metric="optimizer").step(**closures)
+
+
+def check_metric_failures_after_the_optimizer(processes):
+    """An error on one process stops the others there too."""
+    twins, last = MetricTwins("tied", processes, replicated(processes), alpha=0.0), processes.size - 1
+    twins.compare(1, prefix="module.")
+    combine = SpreadGradients.combine_
+    if processes.rank == last:
+        SpreadGradients.combine_ = broken
+    with raises(ArithmeticError, "broken"):
+        twins.unlearner.step(**twins.closures())
+    SpreadGradients.combine_ = combine
     if processes.rank == last:
         next(iter(twins.unlearner.optimizer.state.values()))["exp_avg_sq"].fill_(float("nan"))
     with raises(FloatingPointError, "NaN or Inf in the state of the optimizer"):
-        twins.unlearner.step(**closures)
+        twins.unlearner.step(**twins.closures())
+
+
+def broken(*_):
+    raise ArithmeticError("broken")
 
 
 CHECKS = [
@@ -289,6 +323,7 @@ CHECKS = [
     check_metric_with_a_scaler,
     check_metric_of_an_optimizer_that_says_its_diagonal,
     check_metric_failures,
+    check_metric_failures_after_the_optimizer,
 ]
 
 
