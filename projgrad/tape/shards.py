@@ -24,7 +24,7 @@ class Shards(Replicas):
         for name, t in tensors.items():
             if isinstance(t, DTensor):
                 gathered[name] = t.full_tensor()
-                self._count(purpose, t)
+                self._count(purpose, name, t)
         return gathered
 
     def sums(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -36,10 +36,8 @@ class Shards(Replicas):
         whole = {name: total for name, total in sums.items() if not isinstance(self.parameters[name], DTensor)}
         super().summed(whole)
         for name in [name for name in sums if name not in whole]:  # in the same order everywhere
-            p = self.parameters[name]
-            parts = DTensor.from_local(sums[name], p.device_mesh, [Partial()] * p.device_mesh.ndim, run_check=False)
-            totals[name] = parts.redistribute(placements=p.placements)
-            self._count("corrections", sums[name])
+            totals[name] = self._shards_of_sum(name, sums[name])
+            self._count("corrections", name, sums[name])
         return totals
 
     def add_(self, sums: Mapping[str, Tensor]) -> None:
@@ -59,6 +57,12 @@ class Shards(Replicas):
             return super().norms(names)
         return self.total(self.squares([self.parameters[name].grad for name in names])).sqrt()
 
+    def _shards_of_sum(self, name: str, total: Tensor) -> DTensor:
+        """Return the sum over all processes of whole tensors, in shards like a parameter."""
+        p = self.parameters[name]
+        parts = DTensor.from_local(total, p.device_mesh, [Partial()] * p.device_mesh.ndim, run_check=False)
+        return parts.redistribute(placements=p.placements)
+
     def _copies(self, t: Tensor) -> int:
         """Return how many processes hold the same part of a tensor."""
         if not isinstance(t, DTensor):
@@ -66,6 +70,7 @@ class Shards(Replicas):
         sizes = zip(t.placements, t.device_mesh.shape, strict=True)
         return math.prod(size for placement, size in sizes if placement.is_replicate())
 
-    def _count(self, purpose: str, t: Tensor) -> None:
-        """Count a gathering of the shards of a tensor, or the sum of whole ones into them."""
-        self.processes.sent[purpose] += t.numel() * t.dtype.itemsize * (self.processes.size - 1) // self.processes.size
+    def _count(self, purpose: str, name: str, like: Tensor) -> None:
+        """Count a gathering of shards, or the sum of whole tensors into them; like: of what type."""
+        size = self.parameters[name].numel() * like.dtype.itemsize
+        self.processes.sent[purpose] += size * (self.processes.size - 1) // self.processes.size
