@@ -33,7 +33,7 @@ class SpreadHeld(Held):
             for k, block in enumerate(blocks):
                 check_finite(torch.diag(norms[k]), v[k])
                 self.lengths[block.name] = norms[k]
-                block.square = access.square_of(block)(grads[block.name].tolist())
+                block.square = access.square_of(block)(grads.get(block.name, norms.new_zeros(0)).tolist())
                 if not math.isfinite(block.square):
                     raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
             if not w.any():

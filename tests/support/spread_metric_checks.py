@@ -27,7 +27,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import projgrad
-from projgrad.tape import crossing
+from projgrad.tape import correction, crossing
 from projgrad.tape.spread import SpreadGradients
 from projgrad.tape.spread_weighted import SpreadHeld
 
@@ -157,24 +157,29 @@ def check_metric_of_shards(processes):
 
 
 def check_metric_where_processes_use_other_parts(processes):
-    """Factors, windows and whole gradients of which processes use others, in one exchange and row by row."""
+    """Factors, windows and whole gradients of which processes use others, in one exchange and row by row.
+
+    One parameter is of the retain samples alone. With little memory tensors are corrected one after the other.
+    """
     torch.manual_seed(0)
-    single, before = Uneven().double(), crossing.AT_ONCE
+    single, before = Uneven().double(), (crossing.AT_ONCE, correction.HELD)
+    single.more = nn.Parameter(torch.ones(6, dtype=torch.float64))
+    retain = lambda model, x, rank: model.losses(x, rank) + (x.sum(1) * model.more).sum(1).sin()  # noqa: E731
     inputs = [torch.randn(n, 2 + rank, 6, dtype=torch.float64) for rank, n in enumerate(COUNTS[processes.size])]
-    for scope, at_once in itertools.product(("global", "per_tensor"), (before, 500)):
+    for scope, memory in itertools.product(("global", "per_tensor"), (before, (500, 1))):
         alone, model = copy.deepcopy(single), copy.deepcopy(single)
         make = lambda model: AdamW(model.parameters(), lr=1e-3)  # noqa: E731
         expected = projgrad.OrthoGrad(alone, make(alone), scope=scope, metric="optimizer").step(
             functools.partial(alone.forgotten, inputs[0]),
-            lambda m=alone: torch.cat([m.losses(x, rank) for rank, x in enumerate(inputs)]),
+            lambda m=alone: torch.cat([retain(m, x, rank) for rank, x in enumerate(inputs)]),
         )
         options = {"scope": scope, "metric": "optimizer", "process_group": processes.group}
         unlearner, rank = projgrad.OrthoGrad(model, make(model), **options), processes.rank
-        crossing.AT_ONCE = at_once
+        crossing.AT_ONCE, correction.HELD = memory
         record = unlearner.step(
-            functools.partial(model.forgotten, inputs[0]), functools.partial(model.losses, inputs[rank], rank)
+            functools.partial(model.forgotten, inputs[0]), functools.partial(retain, model, inputs[rank], rank)
         )
-        crossing.AT_ONCE = before
+        crossing.AT_ONCE, correction.HELD = before
         assert record.rank == expected.rank
         assert_same(model, alone)
 
