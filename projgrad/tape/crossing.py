@@ -6,6 +6,7 @@ are larger, chunks of their per-sample gradients. It computes the share of all s
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,21 +81,18 @@ class Crossing:
         order of names.
         """
         K = torch.zeros(count, self.total, self.total, dtype=torch.float64, device=self.processes.device)
-        latest, D = None, 1.0
+        if diagonal is not None:
+            diagonal = functools.lru_cache(1)(diagonal)  # rows of one parameter may come in many rounds
         for shares in self._rounds(places, float64):
             sizes, owned = self._sizes(shares, float64), []
             came = self.processes.exchange(sizes, lambda outs, s=shares: self._fill(outs, s, float64), "K")
             with self.processes.attempt():
                 owned = self._joined(shares, came, float64)
-                if diagonal is None:
-                    self._add(K, places, rates, owned, float64)
-            for name in dict.fromkeys(share.part[0] for share in shares) if diagonal is not None else ():
-                if name != latest:  # rows of one parameter may come in many rounds
-                    latest, D = name, diagonal(name)
-                with self.processes.attempt():
-                    for share, rule in owned:
-                        if share.part[0] == name:
-                            self._accumulate(K[places[name]], share, _weighted_gram(rule, share, D, float64))
+            if diagonal is not None:
+                self._add_weighted(K, places, diagonal, shares, owned, float64)
+                continue
+            with self.processes.attempt():
+                self._add(K, places, rates, owned, float64)
         self._latest = None
         return K
 
@@ -239,6 +237,23 @@ class Crossing:
             for (share, _), one in zip(some, shares_of_K, strict=True):
                 name = share.part[0]
                 self._accumulate(K[places[name]], share, rates.get(name, 1.0) * one)
+
+    def _add_weighted(
+        self,
+        K: Tensor,
+        places: Mapping[str, int],
+        diagonal: Callable[[str], Tensor | float],
+        shares: Sequence[Share],
+        owned: Sequence[tuple[Share, Rule]],
+        float64: bool,
+    ) -> None:
+        """Do the same for G D Gᵀ, with the diagonals of all shares; an error is put off."""
+        for name in dict.fromkeys(share.part[0] for share in shares):
+            D = diagonal(name)
+            with self.processes.attempt():
+                for share, rule in owned:
+                    if share.part[0] == name:
+                        self._accumulate(K[places[name]], share, _weighted_gram(rule, share, D, float64))
 
     def _accumulate(self, K: Tensor, share: Share, one: Tensor) -> None:
         """Add what a share makes of the samples of its processes to K [n, n]."""

@@ -23,7 +23,7 @@ from spread_checks import (
     whole,
 )
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import projgrad
@@ -235,6 +235,22 @@ def check_metric_of_whole_adapters_and_resuming(processes):
     assert_same(model, single)
 
 
+def check_metric_of_mixed_precision(processes):
+    """Parameters are gathered in bfloat16: the change is orthogonal as far as that rounds gradients."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    torch.manual_seed(0)
+    model = shard(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)), processes.mesh, mp_policy=policy)
+    x, y = torch.randn(sum(COUNTS[processes.size]), 8), torch.arange(sum(COUNTS[processes.size])) % 3
+    unlearner = projgrad.OrthoGrad(model, optimizer("adamw")(model), metric="optimizer")
+    for _ in range(2):
+        record = unlearner.step(
+            lambda: losses(model, -x, y).float().mean(),
+            lambda: losses(model, processes.part(x), processes.part(y)).float(),
+        )
+        assert record.residual < 0.05
+    assert all(p.grad.dtype == torch.float32 and p.grad.full_tensor().any() for p in model.parameters())
+
+
 def check_metric_with_a_scaler(processes):
     """A step with infinite losses on one process is skipped on all of them."""
     twins = MetricTwins("tied", processes, replicated(processes), scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
@@ -325,6 +341,7 @@ CHECKS = [
     check_metric_where_processes_use_other_parts,
     check_metric_of_hard_rows,
     check_metric_of_whole_adapters_and_resuming,
+    check_metric_of_mixed_precision,
     check_metric_with_a_scaler,
     check_metric_of_an_optimizer_that_says_its_diagonal,
     check_metric_failures,
