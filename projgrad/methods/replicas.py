@@ -45,8 +45,8 @@ class ReplicatedModel:
     def check(self, states: Iterable[Mapping[str, object]]) -> None:
         """Check that all processes begin with the same weights, and states of the parameters; raises ValueError."""
         self.processes.same("the weights of the model", [_sum(p) for p in self.params.values()])
-        tensors = [[(key, _sum(t)) for key, t in state.items() if isinstance(t, Tensor)] for state in states]
-        self.processes.same("the state of the optimizer", tensors)
+        sums = [sorted((key, _sum(t)) for key, t in state.items() if isinstance(t, Tensor)) for state in states]
+        self.processes.same("the state of the optimizer", sums)
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..recording.host_reads import to_host
 from .check import Checks, WeightStats, check_finite, weight_stats
 from .correction import Places, Tensors, in_turn
 from .spread import SpreadGradients
@@ -30,10 +31,13 @@ class SpreadHeld(Held):
         checks, access, w = Checks(), self.access, self.add
         for blocks in in_turn(self.blocks, self.n):
             norms, v, grads = access.row_lengths(blocks), access.dot(blocks, False), access.norms(blocks)
-            for k, block in enumerate(blocks):
-                check_finite(torch.diag(norms[k]), v[k])
+            numbers = iter(to_host(norms.sum(1) + v.sum(1), *grads.values()))
+            finite = [math.isfinite(next(numbers)) for _ in blocks]
+            for k, (block, is_finite) in enumerate(zip(blocks, finite, strict=True)):
+                if not is_finite:
+                    check_finite(torch.diag(norms[k]), v[k])
                 self.lengths[block.name] = norms[k]
-                block.square = access.square_of(block)(grads.get(block.name, norms.new_zeros(0)).tolist())
+                block.square = access.square_of(block)([next(numbers) for _ in grads.get(block.name, ())])
                 if not math.isfinite(block.square):
                     raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
             if not w.any():
@@ -67,11 +71,10 @@ class SpreadHeld(Held):
         processes, placement = self.access.processes, self.access.placement
         for names in placement.some(self.access.used(place)):
             sums = {}
-            with processes.attempt():
-                for name in names:
-                    dtype = torch.float64 if float64 else Fs[name].dtype
-                    sums[name] = torch.zeros(self.parameters[name].shape, dtype=dtype, device=processes.device)
-                self.access.combine_(sums, w, place, float64)
+            for name in names:
+                dtype = torch.float64 if float64 else Fs[name].dtype
+                sums[name] = torch.zeros(self.parameters[name].shape, dtype=dtype, device=processes.device)
+            self.access.combine_(sums, w, place, float64)
             processes.agree()
             yield placement.summed(sums)
 
