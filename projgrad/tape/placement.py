@@ -10,7 +10,7 @@ from torch import Tensor
 from ..recording.host_reads import lengths
 from .processes import Processes
 
-ROUND = 64 << 20  # bytes of whole tensors that are made for some parameters at one time
+SUMMED = 4 << 20  # bytes of whole tensors that are made for some parameters at one time, only to be summed
 
 
 class Replicas:
@@ -23,11 +23,11 @@ class Replicas:
         """Yield the names of parameters whose whole gradients are in memory at one time."""
         yield names
 
-    def some(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
-        """Yield as many names at a time as whole tensors may be made for."""
+    def some(self, names: Sequence[str], limit: int = SUMMED) -> Iterator[Sequence[str]]:
+        """Yield as many names at a time as have so many bytes."""
         some: list[str] = []
         for name in names:
-            if some and sum(self._bytes(one) for one in (*some, name)) > ROUND:
+            if some and sum(self._bytes(one) for one in (*some, name)) > limit:
                 yield some
                 some = []
             some.append(name)

@@ -12,12 +12,14 @@ from torch.distributed.tensor import DTensor, Partial
 from ..recording.host_reads import lengths
 from .placement import Replicas
 
+ROUND = 64 << 20  # bytes of whole gradients that are made of shards at one time
+
 
 class Shards(Replicas):
     """Every process holds a shard of p.grad, as `fully_shard` makes them, or all of it where a parameter is whole."""
 
     def rounds(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
-        return self.some(names)
+        return self.some(names, ROUND)
 
     def whole(self, tensors: Mapping[str, Tensor | None], purpose: str) -> Mapping[str, Tensor | None]:
         gathered = dict(tensors)
