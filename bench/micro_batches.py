@@ -35,7 +35,7 @@ CASES = {  # width, layers, tokens, vocabulary; steps of training on the retain 
     "fitted": ((64, 2, 32, 200), 300),
     "tiny": ((16, 1, 8, 20), 5),
 }
-LARGEST_BATCH = {"decoder": 16, "fitted": 16, "tiny": 4}  # micro-batches whose samples fit one batch
+LARGEST_BATCH = {"decoder": 64, "fitted": 16, "tiny": 4}  # micro-batches whose samples fit one batch
 COLUMNS = (
     "case",
     "model",

@@ -37,11 +37,13 @@ CASES: Mapping[str, tuple[str, int, Callable[[], tuple]]] = {  # samples of ever
     "decoder": ("decoder d = 256, 4 layers, 64 tokens, vocabulary 1000", 16, lambda: decoder(256, 4, 64, 1000)),
     "tiny": ("MLP 8-16-4, for tests", 3, lambda: mlp(8, 16, 10)),
 }
-CONTENDERS = ("DDP plain", "DDP global", "DDP per_tensor", "FSDP2 plain", "FSDP2 global")
+CONTENDERS = ("DDP plain", "DDP global", "DDP per_tensor", "DDP plain AdamW", "DDP metric AdamW")
+CONTENDERS += ("FSDP2 plain", "FSDP2 global", "FSDP2 plain AdamW", "FSDP2 metric AdamW")
+ADAMW_RATE = 1e-4
 LATER = 4  # steps after the first
 LIMIT = 1e-4  # relative difference of an update from that of one process
 COLUMNS = ("case", "model", "contender", "processes", "n", "parameters_mb", "forget_mb", "factors_mb", "corrections_mb")
-COLUMNS += ("other_mb", "sent_over_plain", "peak_mb", "later_mb", "difference")
+COLUMNS += ("diagonal_mb", "other_mb", "sent_over_plain", "peak_mb", "later_mb", "difference")
 
 
 class ShareOf(Job):
@@ -63,9 +65,15 @@ class ShareOf(Job):
         return fully_shard(self.model, mesh=mesh)
 
 
-def step_of(job: ShareOf, contender: str, model: nn.Module) -> tuple[Callable[[], object], projgrad.OrthoGrad | None]:
-    """Return a step of a contender, and its unlearner."""
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+Steps = tuple[Callable[[], object], torch.optim.Optimizer, projgrad.OrthoGrad | None]
+
+
+def step_of(job: ShareOf, contender: str, model: nn.Module) -> Steps:
+    """Return a step of a contender, its optimizer, and its unlearner."""
+    if contender.endswith("AdamW"):
+        optimizer = torch.optim.AdamW(model.parameters(), ADAMW_RATE)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
 
     def losses(k: int) -> Tensor:
         x, y = job.samples[k]
@@ -76,18 +84,32 @@ def step_of(job: ShareOf, contender: str, model: nn.Module) -> tuple[Callable[[]
         (0.5 * losses(1).mean() - 0.5 * losses(0).mean()).backward()
         optimizer.step()
 
-    if contender.endswith("plain"):
-        return plain, None
-    unlearner = projgrad.OrthoGrad(model, optimizer, scope=contender.split()[1])
-    return lambda: unlearner.step(lambda: losses(0).mean(), lambda: losses(1)), unlearner
+    _, way, *_ = contender.split()
+    if way == "plain":
+        return plain, optimizer, None
+    options = {"metric": "optimizer"} if way == "metric" else {"scope": way}
+    unlearner = projgrad.OrthoGrad(model, optimizer, **options)
+    return lambda: unlearner.step(lambda: losses(0).mean(), lambda: losses(1)), optimizer, unlearner
 
 
-def difference(job: ShareOf, contender: str, model: nn.Module, single: nn.Module) -> float:
-    """Return how far the last update is from that of one process, relative; `single` has the weights before it."""
-    found = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
-    job.model, job.samples = single, job.all
-    step_of(job, contender, single)[0]()
-    right = [p.grad for p in single.parameters()]
+def whole(t: Tensor) -> Tensor:
+    """Return a tensor whole, where it is in shards."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def difference(job: ShareOf, contender: str, model: nn.Module, single: nn.Module, steps: Steps) -> float:
+    """Return how far .grad after one more step is from that of one process, relative."""
+    step, optimizer, _ = steps
+    job.model, share, job.samples = single, job.samples, job.all
+    alone, other, _ = step_of(job, contender, single)
+    with torch.no_grad():
+        for p, q in zip(single.parameters(), model.parameters(), strict=True):
+            p.copy_(whole(q))
+            other.state[p] = {key: whole(value).clone() for key, value in optimizer.state.get(q, {}).items()}
+    alone()
+    job.model, job.samples = model, share
+    step()
+    found, right = ([whole(p.grad) for p in m.parameters()] for m in (model, single))
     errors, norms = (
         torch.stack([t.norm() for t in ts]) for ts in ([a - b for a, b in zip(found, right, strict=True)], right)
     )
@@ -104,7 +126,7 @@ def work(rank: int, size: int, name: str, contender: str, folder: str) -> None:
     job = ShareOf(*build(), n, rank, size)
     single, parameters = copy.deepcopy(job.model), sum(p.numel() for p in job.model.parameters()) * 4
     model = job.spread(contender)
-    step, unlearner = step_of(job, contender, model)
+    steps = step, _, unlearner = step_of(job, contender, model)
     with peak_memory() as first:
         step()
     before = {} if unlearner is None else dict(unlearner.sent)
@@ -113,12 +135,9 @@ def work(rank: int, size: int, name: str, contender: str, folder: str) -> None:
             step()
     total = {} if unlearner is None else unlearner.sent
     sent = {purpose: (total[purpose] - before.get(purpose, 0)) / LATER for purpose in total}
-    with torch.no_grad():  # to the weights before the last step
-        for p, q in zip(single.parameters(), model.parameters(), strict=True):
-            whole, grad = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in (q, q.grad))
-            p.copy_(whole + LEARNING_RATE * grad)
     numbers = {"parameters": parameters, "first": first.bytes, "later": later.bytes, "sent": sent}
-    Path(folder, str(rank)).write_text(json.dumps(numbers | {"difference": difference(job, contender, model, single)}))
+    numbers["difference"] = difference(job, contender, model, single, steps)
+    Path(folder, str(rank)).write_text(json.dumps(numbers))
     dist.barrier()
     os._exit(0)  # gloo's threads may outlive the group, and abort when they meet an interpreter on its way out
 
@@ -130,13 +149,14 @@ def measure(name: str, contender: str, size: int) -> dict:
         every = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(size)]
     mega = lambda number: number / 1e6  # noqa: E731
     sent = {key: mega(max(one["sent"].get(key, 0) for one in every)) for one in every for key in one["sent"]}
-    other = sum(value for key, value in sent.items() if key not in ("forget gradient", "K", "corrections"))
+    listed = ("forget gradient", "K", "corrections", "diagonal")
+    other = sum(value for key, value in sent.items() if key not in listed)
     row = {"case": name, "model": CASES[name][0], "contender": contender, "processes": size, "n": CASES[name][1]}
     row |= {"parameters_mb": mega(every[0]["parameters"]), "difference": max(one["difference"] for one in every)}
     row |= {f"{key}_mb": mega(max(one[at] for one in every)) for key, at in (("peak", "first"), ("later", "later"))}
     if sent:
         row |= {"forget_mb": sent["forget gradient"], "factors_mb": sent["K"], "corrections_mb": sent["corrections"]}
-        row |= {"other_mb": other}
+        row |= {"diagonal_mb": sent.get("diagonal", 0.0), "other_mb": other}
         row["sent_over_plain"] = sum(sent.values()) / (2 * row["parameters_mb"] * (size - 1) / size)
     if row["difference"] > LIMIT:
         raise ArithmeticError(f"{name}, {contender}: the update is {row['difference']:.1e} from that of one process")

@@ -187,14 +187,14 @@ def _size(row: dict) -> str:
 def processes() -> str:
     """Return the table of steps over several processes."""
     rows = read_csv(RESULTS / "processes_cpu.csv")
-    heads = "model", "step", "own all-reduce", "forget gradient", "K", "correction", "others"
+    heads = "model", "step", "own all-reduce", "forget gradient", "K", "correction", "D", "others"
     heads += "memory, first step", "memory, later steps"
     lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---|" * (len(heads) - 2)]
     for row in rows:
         count, parameters = int(row["processes"]), float(row["parameters_mb"])
-        plain = row["contender"] == "DDP plain"
+        plain = row["contender"].startswith("DDP plain")
         own = f"{2 * parameters * (count - 1) / count:.3g}" if plain else ""
-        names = "forget_mb", "factors_mb", "corrections_mb", "other_mb", "peak_mb", "later_mb"
+        names = "forget_mb", "factors_mb", "corrections_mb", "diagonal_mb", "other_mb", "peak_mb", "later_mb"
         cells = [f"{row['model']}, n = {row['n']} a process", row["contender"], own]
         lines.append(f"| {' | '.join([*cells, *(row[name] and f'{float(row[name]):.3g}' for name in names)])} |")
     about = rows[0]

@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,12 @@ def lay_out_grads(params: Mapping[str, nn.Parameter]) -> None:
         g = p.grad
         if g is not None and any(m > 1 and a != b for m, a, b in zip(p.shape, p.stride(), g.stride(), strict=True)):
             p.grad = torch.empty_like(p, dtype=g.dtype).copy_(g)
+
+
+def clip_(params: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all p.grad so that their norm is at most `max_norm`; return by what they were multiplied."""
+    norm = nn.utils.clip_grad_norm_(params, max_norm)
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
 def learning_rates(optimizer: SteppingOptimizer, params: dict[str, nn.Parameter]) -> dict[str, float]:
@@ -131,6 +137,11 @@ def is_sharded(p: Tensor) -> bool:
     """Return whether a parameter is spread over processes, as a DTensor."""
     sharding = sys.modules.get("torch.distributed.tensor")  # imported by whatever shards a model
     return sharding is not None and isinstance(p, sharding.DTensor)
+
+
+def whole(t: Tensor) -> Tensor:
+    """Return a tensor whole: a DTensor is gathered, by all processes that hold it."""
+    return t.full_tensor() if is_sharded(t) else t
 
 
 def restore_shards(model: object) -> bool:

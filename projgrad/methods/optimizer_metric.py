@@ -7,6 +7,7 @@ it made.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from ..ops.numerics import product_dtype
 from ..recording.host_reads import to_host
 from ..tape.weighted import RetainSide
 from .before import Before
-from .common import lay_out_grads
+from .common import clip_, lay_out_grads, whole
 from .protocol import SteppingOptimizer
 
 FLOOR = 0.1  # of the root mean square of 1 / D in a tensor, which the metric adds to 1 / D
@@ -223,14 +224,20 @@ class MetricStep:
     Args:
         params: what is updated, by name; p.grad holds the forget part of the gradient, and the whole one from here on.
         hold: takes the retain side and adds its part to every p.grad.
+        clip: scales all p.grad so that their norm is at most what it is given, and returns by what.
 
     Raises as `hold`, and ValueError for parameter groups that make no usable diagonal.
     """
 
     def __init__(
-        self, optimizer: SteppingOptimizer, params: Mapping[str, nn.Parameter], hold: Callable[[], RetainSide]
+        self,
+        optimizer: SteppingOptimizer,
+        params: Mapping[str, nn.Parameter],
+        hold: Callable[[], RetainSide],
+        clip: Callable[[float], Tensor | float] | None = None,
     ) -> None:
         self.optimizer, self.params, self.response = optimizer, params, response_of(optimizer)
+        self.clip = clip or functools.partial(clip_, list(params.values()))
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self.groups = {name: group_of[id(p)] for name, p in params.items()}
         for group in optimizer.param_groups:
@@ -275,8 +282,7 @@ class MetricStep:
             scale = 1.0 / scaler.get_scale()
             scaler.unscale_(self.optimizer)
         if max_norm is not None:
-            norm = nn.utils.clip_grad_norm_(list(self.params.values()), max_norm)
-            scale = scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+            scale = scale * self.clip(max_norm)
         return scale
 
     def _correct(
@@ -342,7 +348,7 @@ class MetricStep:
                     f"diagonal() returned shape {tuple(D.shape)} for {name}, which has {tuple(p.shape)}; "
                     "nothing was changed"
                 )
-            D = torch.as_tensor(D, device=p.device)
+            D = whole(torch.as_tensor(D, device=p.device))
             smallest.append(D.amin().double() if D.numel() else D.new_ones((), dtype=torch.float64))
             largest.append(D.amax().double() if D.numel() else D.new_ones((), dtype=torch.float64))
         numbers = to_host(*smallest, *largest)

@@ -18,6 +18,7 @@ from ..tape.project import check_gradients
 from ..tape.tape import Tape
 from ..tape.union import Union
 from .closures import Closures
+from .common import clip_
 from .protocol import Closure
 
 
@@ -42,10 +43,11 @@ class ReplicatedModel:
     def check_options(self, scaler: torch.amp.GradScaler | None) -> None:
         """Check that a gradient scaler can be used; raises ValueError."""
 
-    def check(self) -> None:
-        """Check that all processes begin with the same weights; raises ValueError."""
-        sums = [int(_bytes(p).sum(dtype=torch.int64)) for p in self.params.values()]
-        self.processes.same("the weights of the model", sums)
+    def check(self, states: Iterable[Mapping[str, object]]) -> None:
+        """Check that all processes begin with the same weights, and states of the parameters; raises ValueError."""
+        self.processes.same("the weights of the model", [_sum(p) for p in self.params.values()])
+        sums = [sorted((key, _sum(t)) for key, t in state.items() if isinstance(t, Tensor)) for state in states]
+        self.processes.same("the state of the optimizer", sums)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -121,9 +123,9 @@ class ReplicatedModel:
                 p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
         self.processes.sum_all_([p.grad for p in params.values() if p.grad is not None], "forget gradient")
 
-    def clip(self, max_norm: float) -> None:
-        """Scale all p.grad so that their norm is at most `max_norm`."""
-        nn.utils.clip_grad_norm_(list(self.params.values()), max_norm)
+    def clip(self, max_norm: float) -> Tensor | float:
+        """Scale all p.grad so that their norm is at most `max_norm`; return by what they were multiplied."""
+        return clip_(list(self.params.values()), max_norm)
 
 
 def wrappers(model: nn.Module) -> Iterable[tuple[str, DistributedDataParallel]]:
@@ -133,5 +135,6 @@ def wrappers(model: nn.Module) -> Iterable[tuple[str, DistributedDataParallel]]:
             yield name or "the model", module
 
 
-def _bytes(p: Tensor) -> Tensor:
-    return p.detach().contiguous().flatten().view(torch.uint8)
+def _sum(t: Tensor) -> int:
+    """Return the sum of the bytes of a tensor."""
+    return int(t.detach().contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64))

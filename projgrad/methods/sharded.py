@@ -6,7 +6,7 @@ always the same objects: these are followed. Autograd never meets the shards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -60,7 +60,7 @@ class ShardedModel(ReplicatedModel):
         if scaler is not None:
             raise ValueError("a gradient scaler is not supported with fully_shard: use bfloat16, which needs none")
 
-    def check(self) -> None:
+    def check(self, states: Iterable[Mapping[str, object]]) -> None:
         """Do nothing: shards differ."""
 
     def tape(self) -> Tape:
@@ -149,11 +149,12 @@ class ShardedModel(ReplicatedModel):
                 p.grad.div_(self.processes.size)
         self.sum_grads(whole)
 
-    def clip(self, max_norm: float) -> None:
+    def clip(self, max_norm: float) -> float:
         names = [name for name, p in self.params.items() if p.grad is not None]
-        scale = max_norm / (float(self.placement.norms(names).norm()) + 1e-6)
+        scale = min(max_norm / (float(self.placement.norms(names).norm()) + 1e-6), 1.0)
         for name in names if scale < 1 else ():
             self.params[name].grad.mul_(scale)
+        return scale
 
 
 def sharding_modules(model: nn.Module) -> list[FSDPModule]:

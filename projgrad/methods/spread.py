@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -14,9 +15,11 @@ from ..recording.losses import check_shape
 from ..tape.processes import Processes
 from ..tape.project import check_gradients
 from ..tape.spread import SpreadGradients, kept_rules, project_spread_
+from ..tape.spread_weighted import hold_spread
 from .closures import Closures
 from .common import distributed, is_sharded, learning_rates, loss_value, restore_shards, scalar_loss
 from .micro_batches import MicroBatchOptions, accumulate_forget
+from .optimizer_metric import MetricStep
 from .protocol import Closure, SteppingOptimizer
 from .replicas import ReplicatedModel, wrappers
 from .union import project_union, union_metric_step
@@ -91,7 +94,8 @@ def spread_step(
 ) -> dict[str, Any]:
     """Set every p.grad to ± (1 - α) u_perp + α mean_j(g_j), on all processes; return the fields of the record.
 
-    u is the mean of the processes' forget gradients, j goes over the samples of all of them.
+    u is the mean of the processes' forget gradients, j goes over the samples of all of them. With metric="optimizer"
+    one field is the `MetricStep` to finish.
     """
     processes, scaler = spread.processes, options.scaler
     spread.begin(closures.params)
@@ -116,8 +120,6 @@ def spread_step(
     spread.average()
     if several_retains:
         return _union_step(options, spread, closures, retains, loss)
-    if options.metric == "optimizer":
-        raise ValueError('metric="optimizer" over several processes takes a list of closures for retain')
     (retain,) = retains.values()
     n, tape = 0, spread.tape()
     with processes.attempt():
@@ -143,10 +145,14 @@ def spread_step(
     rates = learning_rates(options.optimizer, closures.params)
     access = SpreadGradients(processes, spread.placement, closures.params, spread.followed, local, counts)
     add = torch.full((total,), options.alpha / total / share, dtype=torch.float64, device=processes.device)
-    projection = project_spread_(access, options.scope, options.damping, options.rtol, add, rates)
+    if options.metric == "optimizer":
+        hold = functools.partial(hold_spread, access, options.scope, add)
+        fields = {"metric_step": MetricStep(options.optimizer, closures.params, hold, spread.clip)}
+    else:
+        projection = project_spread_(access, options.scope, options.damping, options.rtol, add, rates)
+        fields = {name: value for name, value in vars(projection).items() if name != "squares"}
     sums = torch.tensor([loss / processes.size, value / total], dtype=torch.float64, device=processes.device)
     forget_loss, retain_loss = processes.sum_(sums, "agreements").tolist()
-    fields = {name: value for name, value in vars(projection).items() if name != "squares"}
     return fields | {"forget_loss": forget_loss, "retain_loss": retain_loss}
 
 
@@ -198,7 +204,8 @@ def _check_alike(options: StepOptions, spread: ReplicatedModel) -> None:
         numbers.append(sorted((key, value) for key, value in group.items() if isinstance(value, PLAIN)))
     processes.same("the options of the step or the learning rates", numbers)
     if not spread.met:
-        spread.check()
+        state = options.optimizer.state if options.metric == "optimizer" else {}  # of which the metric is made
+        spread.check([state.get(p, {}) for p in spread.params.values()])
         spread.met = True
 
 

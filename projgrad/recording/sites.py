@@ -16,6 +16,8 @@ from ..rules.layout import Layout
 from ..rules.rule import Rule
 from .refusals import CHANGED, FREED
 
+Window = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride, offset
+
 
 @dataclass(eq=False)
 class Source:
@@ -32,7 +34,7 @@ class Source:
     names: frozenset[str]
     parents: tuple[Source, ...] = ()
     whole: bool = False
-    window: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+    window: Window | None = None
     rows: Tensor | None = None
     site: Site | None = None
 
@@ -63,8 +65,13 @@ class Source:
             return t
         if self.rows is not None:
             return t[:, self.rows.flatten()].view(len(t), *self.tensor.shape)
-        size, stride, offset = self.window
-        return t.as_strided((len(t), *size), (t[0].numel(), *stride), t.storage_offset() + offset)
+        return window_view(t, self.window)
+
+
+def window_view(t: Tensor, window: Window) -> Tensor:
+    """Return the elements of t [m, *parameter shape] (contiguous) in a window of the parameter, [m, *size]."""
+    size, stride, offset = window
+    return t.as_strided((len(t), *size), (t[0].numel(), *stride), t.storage_offset() + offset)
 
 
 class Saved:

@@ -6,15 +6,15 @@ are larger, chunks of their per-sample gradients. It computes the share of all s
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops.numerics import product_dtype
+from ..recording.sites import window_view
 from ..rules.convolution import Convolution
 from ..rules.parcels import in_line, pack, unpack
 from ..rules.product import Grouped
@@ -22,42 +22,9 @@ from ..rules.rule import Rows, Rule
 from .consumers import explicit
 from .grouping import Use
 from .processes import Processes, padded
+from .shares import Description, Part, Share, by_part, describe, differs, itemsize_of, without
 
 AT_ONCE = 16 << 20  # bytes of all processes that one owner computes with at a time
-Part = tuple[str, object]  # the name of a parameter, and what identifies the part of it
-
-
-class Description(NamedTuple):
-    """What the others have to know of one use on one process.
-
-    kind, shapes, dtypes, fills: of its factors, kind None where only gradients can be sent. rows, cols: of the
-    parameter as a matrix. itemsize: of gradients.
-    """
-
-    kind: tuple | None
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
-    fills: tuple[float | None, ...]
-    rows: int
-    cols: int
-    itemsize: int
-
-    @property
-    def sizes(self) -> list[int]:
-        """Return the bytes of the factors."""
-        return [math.prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
-
-
-class Share(NamedTuple):
-    """A share of K: of one use, or of some rows of its gradients.
-
-    ranks: of the processes that have the use. rows: None where factors are sent.
-    """
-
-    part: Part
-    ranks: tuple[int, ...]
-    owner: int
-    rows: slice | None
 
 
 class Crossing:
@@ -79,11 +46,11 @@ class Crossing:
         pieces: dict[str, list[Use]] = defaultdict(list)
         for use in uses:
             pieces[use.name].append(use)
-        described = {part: _describe(rule) for part, rule in _by_part(pieces).items()}
+        described = {part: describe(rule) for part, rule in by_part(pieces).items()}
         every: list[dict[Part, Description]] = processes.gather_objects(described, "descriptions")
-        odd = {name for name in names if _differs(name, every)}
+        odd = {name for name in names if differs(name, every)}
         self._rules: dict[Part, Callable[[], Rule]] = {}
-        for (name, key), rule in _by_part(pieces).items():
+        for (name, key), rule in by_part(pieces).items():
             if name not in odd:
                 self._rules[name, key] = lambda rule=rule: rule
         for name in odd & pieces.keys():  # parts that are others on another process: the gradient in full
@@ -93,21 +60,39 @@ class Crossing:
                 return Rows(explicit(parameters[name], some, n))
 
             self._rules[name, "whole"] = whole
-        self._descriptions = [_without(odd, of_rank, parameters) for of_rank in every]
+        self._descriptions = [without(odd, of_rank, parameters) for of_rank in every]
         self.used = [name for name in names if any(name == part[0] for of_rank in every for part in of_rank)]
         starts = [sum(counts[:rank]) for rank in range(len(counts))]
         self._samples = [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
         self.own = slice(starts[processes.rank], starts[processes.rank] + n)
         self._latest: tuple[object, Rule] | None = None  # gradients in full, whose rows are sent one after the other
 
-    def gram(self, places: Mapping[str, int], rates: Mapping[str, float], count: int, float64: bool) -> Tensor:
-        """Return this process's shares of K [count, n, n], those of a parameter at its place, times its rate."""
+    def gram(
+        self,
+        places: Mapping[str, int],
+        rates: Mapping[str, float],
+        count: int,
+        float64: bool,
+        diagonal: Callable[[str], Tensor | float] | None = None,
+    ) -> Tensor:
+        """Return this process's shares of K [count, n, n], those of a parameter at its place, times its rate.
+
+        diagonal: D of a parameter, whole, or a number, for G D Gᵀ without rates. All processes call it alike, in the
+        order of names.
+        """
         K = torch.zeros(count, self.total, self.total, dtype=torch.float64, device=self.processes.device)
+        if diagonal is not None:
+            diagonal = functools.lru_cache(1)(diagonal)  # rows of one parameter may come in many rounds
         for shares in self._rounds(places, float64):
-            sizes = self._sizes(shares, float64)
+            sizes, owned = self._sizes(shares, float64), []
             came = self.processes.exchange(sizes, lambda outs, s=shares: self._fill(outs, s, float64), "K")
             with self.processes.attempt():
-                self._add(K, places, rates, shares, came, float64)
+                owned = self._joined(shares, came, float64)
+            if diagonal is not None:
+                self._add_weighted(K, places, diagonal, shares, owned, float64)
+                continue
+            with self.processes.attempt():
+                self._add(K, places, rates, owned, float64)
         self._latest = None
         return K
 
@@ -139,13 +124,13 @@ class Crossing:
         first = ones[0][0]
         if any(d.kind is None or d.kind != first.kind for d, _ in ones):
             return False
-        return sum(sum(d.sizes) for d, _ in ones) <= sum(n * d.rows * d.cols * _item(d, float64) for d, n in ones)
+        return sum(sum(d.sizes) for d, _ in ones) <= sum(n * d.rows * d.cols * itemsize_of(d, float64) for d, n in ones)
 
     def _bytes(self, part: Part, float64: bool) -> list[int | None]:
         """Return what every process has of a part, in bytes as they are sent; None: it does not use it."""
         ones, factored = self._of_ranks(part), self._factored(part, float64)
         return [
-            None if d is None else sum(d.sizes) if factored else n * d.rows * d.cols * _item(d, float64)
+            None if d is None else sum(d.sizes) if factored else n * d.rows * d.cols * itemsize_of(d, float64)
             for d, n in zip(ones, self.counts, strict=True)
         ]
 
@@ -166,7 +151,7 @@ class Crossing:
         d = self._descriptions[rank][share.part]
         if share.rows is None:
             return list(zip(d.shapes, d.dtypes, strict=True))
-        dtype = torch.float64 if _item(d, float64) == 8 else torch.float32
+        dtype = torch.float64 if itemsize_of(d, float64) == 8 else torch.float32
         return [((self.counts[rank], share.rows.stop - share.rows.start, d.cols), dtype)]
 
     def _size(self, share: Share, rank: int, float64: bool) -> int:
@@ -205,17 +190,9 @@ class Crossing:
                     buffer.view(t.dtype).copy_(t.flatten())
                 at[share.owner] += padded(t.nbytes)
 
-    def _add(
-        self,
-        K: Tensor,
-        places: Mapping[str, int],
-        rates: Mapping[str, float],
-        shares: Sequence[Share],
-        came: Sequence[Tensor],
-        float64: bool,
-    ) -> None:
-        """Add the shares that this process owns to K."""
-        at, groups = [0] * len(came), defaultdict(list)
+    def _joined(self, shares: Sequence[Share], came: Sequence[Tensor], float64: bool) -> list[tuple[Share, Rule]]:
+        """Return the shares that this process owns, with one rule for the samples of all processes."""
+        at, owned = [0] * len(came), []
         for share in shares:
             if share.owner != self.processes.rank:
                 continue
@@ -234,59 +211,61 @@ class Crossing:
             d = self._one(share.part)
             fills = d.fills if share.rows is None else (None,)
             joint = [in_line(some, fill) for some, fill in zip(zip(*columns, strict=True), fills, strict=True)]
-            rule = Rows(joint[0]) if share.rows is not None else unpack(d.kind, joint)
+            owned.append((share, Rows(joint[0]) if share.rows is not None else unpack(d.kind, joint)))
+        return owned
+
+    def _add(
+        self,
+        K: Tensor,
+        places: Mapping[str, int],
+        rates: Mapping[str, float],
+        owned: Sequence[tuple[Share, Rule]],
+        float64: bool,
+    ) -> None:
+        """Add the shares that this process owns to K."""
+        groups = defaultdict(list)
+        for share, rule in owned:
             key = rule.group_key if rule.group_key is not None else id(share)
-            groups[key, share.ranks].append((share.part[0], rule))
-        for (_, ranks), some in groups.items():
+            groups[key, share.ranks].append((share, rule))
+        for some in groups.values():
             rules = [rule for _, rule in some]
-            samples = torch.tensor([j for rank in ranks for j in self._samples[rank]], device=K.device)
             wide = float64 or rules[0].cheap  # where that costs nothing to speak of
             if len(rules) == 1:
                 shares_of_K = rules[0].gram(None, wide)[0][None]
             else:
                 shares_of_K = type(rules[0]).gram_of_group(rules, [None] * len(rules), wide)[0]
-            for (name, _), one in zip(some, shares_of_K, strict=True):
-                K[places[name]][samples[:, None], samples] += rates.get(name, 1.0) * one
+            for (share, _), one in zip(some, shares_of_K, strict=True):
+                name = share.part[0]
+                self._accumulate(K[places[name]], share, rates.get(name, 1.0) * one)
+
+    def _add_weighted(
+        self,
+        K: Tensor,
+        places: Mapping[str, int],
+        diagonal: Callable[[str], Tensor | float],
+        shares: Sequence[Share],
+        owned: Sequence[tuple[Share, Rule]],
+        float64: bool,
+    ) -> None:
+        """Do the same for G D Gᵀ, with the diagonals of all shares; an error is put off."""
+        for name in dict.fromkeys(share.part[0] for share in shares):
+            D = diagonal(name)
+            with self.processes.attempt():
+                for share, rule in owned:
+                    if share.part[0] == name:
+                        self._accumulate(K[places[name]], share, _weighted_gram(rule, share, D, float64))
+
+    def _accumulate(self, K: Tensor, share: Share, one: Tensor) -> None:
+        """Add what a share makes of the samples of its processes to K [n, n]."""
+        samples = torch.tensor([j for rank in share.ranks for j in self._samples[rank]], device=K.device)
+        K[samples[:, None], samples] += one
 
 
-def _by_part(pieces: Mapping[str, Sequence[Use]]) -> dict[Part, Rule]:
-    return {(name, _key(use)): use.rule for name, uses in pieces.items() for use in uses}
-
-
-def _key(use: Use) -> object:
-    """Return what identifies the part of its parameter that a use is of, on every process alike."""
-    if use.source.whole:
-        return "whole"
-    return "rows" if use.source.rows is not None else use.source.window
-
-
-def _describe(rule: Rule) -> Description:
-    parcel, itemsize = pack(rule), rule.dtype.itemsize
-    if parcel is None:
-        return Description(None, (), (), (), rule.rows, rule.cols, itemsize)
-    shapes = tuple(tuple(t.shape) for t in parcel.tensors)
-    return Description(
-        parcel.kind, shapes, tuple(t.dtype for t in parcel.tensors), parcel.fills, rule.rows, rule.cols, itemsize
-    )
-
-
-def _item(d: Description, float64: bool) -> int:
-    return 8 if float64 else d.itemsize
-
-
-def _differs(name: str, every: Sequence[Mapping[Part, Description]]) -> bool:
-    """Return whether processes use other parts of a parameter than others, or rows that only they know."""
-    parts = [{key for other, key in of_rank if other == name} for of_rank in every]
-    used = [some for some in parts if some]
-    return bool(used) and ("rows" in used[0] or any(some != used[0] for some in used))
-
-
-def _without(odd: set[str], of_rank: Mapping[Part, Description], parameters: Mapping[str, Tensor]) -> dict:
-    """Return the descriptions with one of the whole gradient for every odd parameter."""
-    kept = {part: d for part, d in of_rank.items() if part[0] not in odd}
-    for name in {part[0] for part in of_rank} & odd:
-        p = parameters[name]
-        rows = p.shape[0] if p.ndim else 1
-        itemsize = product_dtype(p.dtype).itemsize
-        kept[name, "whole"] = Description(None, (), (), (), rows, math.prod(p.shape[1:]), itemsize)
-    return kept
+def _weighted_gram(rule: Rule, share: Share, D: Tensor | float, float64: bool) -> Tensor:
+    """Return G D Gᵀ of one share; D: of the whole parameter, or a number."""
+    wide = float64 or rule.cheap
+    if not isinstance(D, Tensor) or not D.ndim:
+        return D * rule.gram(None, wide)[0]
+    d = D.contiguous() if share.part[1] == "whole" else window_view(D.contiguous()[None], share.part[1])[0]
+    d = d.reshape(rule.shape) if share.rows is None else d.reshape(-1, rule.cols)[share.rows]
+    return rule.weighted_gram(d, d.new_zeros(()).expand_as(d), wide)[0]

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..recording.host_reads import lengths
 from .processes import Processes
 
+SUMMED = 4 << 20  # bytes of whole tensors that are made for some parameters at one time, only to be summed
+
 
 class Replicas:
     """Every process holds the whole p.grad, the same on all."""
@@ -21,9 +23,20 @@ class Replicas:
         """Yield the names of parameters whose whole gradients are in memory at one time."""
         yield names
 
-    def whole(self, names: Sequence[str]) -> dict[str, Tensor | None]:
-        """Return every p.grad, whole."""
-        return {name: self.parameters[name].grad for name in names}
+    def some(self, names: Sequence[str], limit: int = SUMMED) -> Iterator[Sequence[str]]:
+        """Yield as many names at a time as have so many bytes."""
+        some: list[str] = []
+        for name in names:
+            if some and sum(self._bytes(one) for one in (*some, name)) > limit:
+                yield some
+                some = []
+            some.append(name)
+        if some:
+            yield some
+
+    def whole(self, tensors: Mapping[str, Tensor | None], purpose: str) -> Mapping[str, Tensor | None]:
+        """Return tensors that lie as their parameters do, whole."""
+        return tensors
 
     def sums(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return whole tensors to add this process's samples to, for `add_`.
@@ -38,12 +51,29 @@ class Replicas:
                 p.grad.zero_()
         return {name: self.parameters[name].grad for name in names}
 
+    def summed(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the sums over all processes of whole tensors, lying as their parameters do."""
+        self.processes.sum_all_(sums.values(), "corrections")
+        return sums
+
     def add_(self, sums: Mapping[str, Tensor]) -> None:
         """Add to every p.grad the sum over all processes of what was added to `sums`."""
-        self.processes.sum_all_(sums.values(), "corrections")
+        self.summed(sums)
+
+    def squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return shares of ‖t‖² of tensors that lie as their parameters do, [len(tensors)] float64, for `total`."""
+        return lengths(tensors).square()
+
+    def total(self, squares: Tensor) -> Tensor:
+        """Return sums of `squares` of whole tensors."""
+        return squares
 
     def norms(self, names: Sequence[str]) -> Tensor:
         """Return ‖p.grad‖ of parameters that have one, [len(names)] float64."""
         if not names:
             return torch.zeros(0, dtype=torch.float64, device=self.processes.device)
         return lengths([self.parameters[name].grad for name in names])
+
+    def _bytes(self, name: str) -> int:
+        p = self.parameters[name]
+        return p.numel() * p.dtype.itemsize

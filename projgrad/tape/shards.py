@@ -19,44 +19,45 @@ class Shards(Replicas):
     """Every process holds a shard of p.grad, as `fully_shard` makes them, or all of it where a parameter is whole."""
 
     def rounds(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
-        some: list[str] = []
-        for name in names:
-            if some and sum(self._bytes(one) for one in (*some, name)) > ROUND:
-                yield some
-                some = []
-            some.append(name)
-        if some:
-            yield some
+        return self.some(names, ROUND)
 
-    def whole(self, names: Sequence[str]) -> dict[str, Tensor | None]:
-        grads = {name: self.parameters[name].grad for name in names}
-        for name, grad in grads.items():
-            if isinstance(grad, DTensor):
-                grads[name] = grad.full_tensor()
-                self._count("forget gradient", name)
-        return grads
+    def whole(self, tensors: Mapping[str, Tensor | None], purpose: str) -> Mapping[str, Tensor | None]:
+        gathered = dict(tensors)
+        for name, t in tensors.items():
+            if isinstance(t, DTensor):
+                gathered[name] = t.full_tensor()
+                self._count(purpose, name, t)
+        return gathered
 
     def sums(self, names: Sequence[str]) -> dict[str, Tensor]:
         ps, device = [self.parameters[name] for name in names], self.processes.device
         return {name: torch.zeros(p.shape, dtype=p.dtype, device=device) for name, p in zip(names, ps, strict=True)}
 
-    def add_(self, sums: Mapping[str, Tensor]) -> None:
+    def summed(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        totals = dict(sums)
         whole = {name: total for name, total in sums.items() if not isinstance(self.parameters[name], DTensor)}
-        self.processes.sum_all_(whole.values(), "corrections")
-        for name, total in sums.items():
+        super().summed(whole)
+        for name in [name for name in sums if name not in whole]:  # in the same order everywhere
+            totals[name] = self._shards_of_sum(name, sums[name])
+            self._count("corrections", name, sums[name])
+        return totals
+
+    def add_(self, sums: Mapping[str, Tensor]) -> None:
+        for name, total in self.summed(sums).items():
             p = self.parameters[name]
-            if name not in whole:
-                total = self._shards_of_sum(name, total)
-                self._count("corrections", name)
             p.grad = total if p.grad is None else p.grad.add_(total)
 
+    def squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        local = lengths([t.to_local() if isinstance(t, DTensor) else t for t in tensors])
+        return local.square() / local.new_tensor([self._copies(t) for t in tensors])
+
+    def total(self, squares: Tensor) -> Tensor:
+        return self.processes.sum_(squares, "agreements")
+
     def norms(self, names: Sequence[str]) -> Tensor:
-        squares = torch.zeros(len(names), dtype=torch.float64, device=self.processes.device)
-        if names:
-            grads = [self.parameters[name].grad for name in names]
-            local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-            squares = lengths(local).square() / squares.new_tensor([self._copies(g) for g in grads])
-        return self.processes.sum_(squares, "agreements").sqrt()
+        if not names:
+            return super().norms(names)
+        return self.total(self.squares([self.parameters[name].grad for name in names])).sqrt()
 
     # Vectors that lie like the parameters, of which a process holds its shards as plain tensors.
 
@@ -120,19 +121,14 @@ class Shards(Replicas):
         parts = DTensor.from_local(total, p.device_mesh, [Partial()] * p.device_mesh.ndim, run_check=False)
         return parts.redistribute(placements=p.placements)
 
-    def _copies(self, grad: Tensor) -> int:
-        """Return how many processes hold the same part of a gradient."""
-        if not isinstance(grad, DTensor):
+    def _copies(self, t: Tensor) -> int:
+        """Return how many processes hold the same part of a tensor."""
+        if not isinstance(t, DTensor):
             return self.processes.size
-        sizes = zip(grad.placements, grad.device_mesh.shape, strict=True)
+        sizes = zip(t.placements, t.device_mesh.shape, strict=True)
         return math.prod(size for placement, size in sizes if placement.is_replicate())
 
-    def _count(self, purpose: str, name: str, like: Tensor | None = None) -> None:
-        """Count a gathering of shards, or the sum of whole gradients into them; like: of what type, the parameter's."""
-        p = self.parameters[name]
-        size = p.numel() * (p if like is None else like).dtype.itemsize
+    def _count(self, purpose: str, name: str, like: Tensor) -> None:
+        """Count a gathering of shards, or the sum of whole tensors into them; like: of what type."""
+        size = self.parameters[name].numel() * like.dtype.itemsize
         self.processes.sent[purpose] += size * (self.processes.size - 1) // self.processes.size
-
-    def _bytes(self, name: str) -> int:
-        p = self.parameters[name]
-        return p.numel() * p.dtype.itemsize

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -96,55 +96,89 @@ class SpreadGradients(GradientAccess):
         return self.processes.of_first(*numbers)
 
     def products(self, blocks: Sequence[Block], float64: bool) -> tuple[Tensor, Tensor]:
-        self.processes.agree()
-        places = {name: k for k, block in enumerate(blocks) for name in block.parameters}
-        K = self.crossing.gram(places, self.rates, len(blocks), float64)
-        v = self._dot(blocks, places, float64)
-        self.processes.agree()
-        flat = self.processes.sum_(torch.cat([K.flatten(), v.flatten()]), "K")
-        K, v = flat[: K.numel()].view(K.shape), flat[K.numel() :].view(v.shape)
+        K, v = self.products_with(_grads(blocks), _places(blocks), len(blocks), float64)
         new = [k for k, block in enumerate(blocks) if block.name not in self._summed]
         self._summed.update(block.name for block in blocks)
         if new:
             self._row_squares = self._row_squares + K[new].diagonal(dim1=1, dim2=2).sum(0)
         return K, v
 
-    def dot(self, blocks: Sequence[Block], float64: bool) -> Tensor:
+    def row_lengths(self, blocks: Sequence[Block]) -> Tensor:
+        """Return ‖g_j‖ [l, n] of the samples of all processes."""
+        places = _places(blocks)
+        squares = torch.zeros(len(blocks), self.crossing.total, dtype=torch.float64, device=self.processes.device)
+        with self.processes.attempt():
+            for group in self._groups(self.used(places)):
+                K, _ = group.gram([None] * len(group), group[0].rule.cheap)
+                for use, one in zip(group, K, strict=True):
+                    squares[places[use.name], self.crossing.own] += one.diagonal()
         self.processes.agree()
-        places = {name: k for k, block in enumerate(blocks) for name in block.parameters}
-        v = self._dot(blocks, places, float64)
+        self._row_squares = self._row_squares + self.processes.sum_(squares, "agreements").sum(0)
+        return squares.clamp_min(0).sqrt()
+
+    def dot(self, blocks: Sequence[Block], float64: bool) -> Tensor:
+        return self.dot_with(_grads(blocks), _places(blocks), len(blocks), float64)
+
+    def products_with(
+        self,
+        us: Mapping[str, Tensor | None],
+        places: Mapping[str, int],
+        count: int,
+        float64: bool,
+        diagonal: Callable[[str], Tensor | float] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return K = G Gᵀ [count, n, n], or G D Gᵀ, see `Crossing.gram`, and v = G u [count, n]; see `dot_with`."""
+        self.processes.agree()
+        K = self.crossing.gram(places, self.rates, count, float64, diagonal)
+        v = self._dot(us, places, count, float64)
+        self.processes.agree()
+        flat = self.processes.sum_(torch.cat([K.flatten(), v.flatten()]), "K")
+        return flat[: K.numel()].view(K.shape), flat[K.numel() :].view(v.shape)
+
+    def dot_with(self, us: Mapping[str, Tensor | None], places: Mapping[str, int], count: int, float64: bool) -> Tensor:
+        """Return v = G u [count, n].
+
+        us: u of every parameter, lying as it does, None for zero. places: row of v to which a parameter adds.
+        """
+        self.processes.agree()
+        v = self._dot(us, places, count, float64)
         self.processes.agree()
         return self.processes.sum_(v, "K")
 
-    def _dot(self, blocks: Sequence[Block], places: Mapping[str, int], float64: bool) -> Tensor:
-        """Return v [l, n] of this process's samples, zero for those of others; an error is put off."""
-        v = torch.zeros(len(blocks), self.crossing.total, dtype=torch.float64, device=self.processes.device)
-        for names in self._rounds(places):
-            us = self.placement.whole(names)
+    def _dot(self, us: Mapping[str, Tensor | None], places: Mapping[str, int], count: int, float64: bool) -> Tensor:
+        """Return v [count, n] of this process's samples, zero for those of others; an error is put off."""
+        v = torch.zeros(count, self.crossing.total, dtype=torch.float64, device=self.processes.device)
+        for names in self.placement.rounds(self.used(places)):
+            some = self.placement.whole({name: us[name] for name in names}, "forget gradient")
             with self.processes.attempt():
                 for group in self._groups(names):
-                    parts = [None if us[use.name] is None else part(use.source, us[use.name]) for use in group]
+                    parts = [None if some[use.name] is None else part(use.source, some[use.name]) for use in group]
                     for use, one in zip(group, group.dot(parts, float64 or group[0].rule.cheap), strict=True):
                         v[places[use.name], self.crossing.own] += self.rate(use.name) * one
         return v
 
-    def _rounds(self, places: Mapping[str, int]) -> Iterable[Sequence[str]]:
-        return self.placement.rounds([name for name in self.crossing.used if name in places])
+    def used(self, names: Collection[str]) -> list[str]:
+        """Return those of some parameters that a process uses, in the same order everywhere."""
+        return [name for name in self.crossing.used if name in names]
 
     def _groups(self, names: Sequence[str]) -> list[Group]:
         some = set(names)
         return grouped([use for use in self._uses if use.name in some])
 
+    def combine_(self, sums: Mapping[str, Tensor], w: Tensor, places: Mapping[str, int], float64: bool) -> None:
+        """Add Gᵀ w of this process's samples to whole tensors, w [l, n]; places: the row of w of every parameter."""
+        rows = w[:, self.crossing.own].contiguous().unbind()
+        for group in self._groups(list(sums)):
+            c = torch.stack([rows[places[use.name]] for use in group])
+            group.combine_([sums[use.name] for use in group], c, float64)
+
     def apply(self, blocks: Sequence[Block], w: Tensor, max_abs: float, float64: bool = False) -> list[Outcome]:
         self.processes.agree()
-        places = {name: k for k, block in enumerate(blocks) for name in block.parameters}
-        rows = w[:, self.crossing.own].contiguous().unbind()
-        for names in self._rounds(places):
+        places = _places(blocks)
+        for names in self.placement.rounds(self.used(places)):
             with self.processes.attempt():
                 sums = self.placement.sums(names)
-                for group in self._groups(names):
-                    c = torch.stack([rows[places[use.name]] for use in group])
-                    group.combine_([sums[use.name] for use in group], c, float64)
+                self.combine_(sums, w, places, float64)
             self.processes.agree()
             self.placement.add_(sums)
         norms = self.norms(blocks)
@@ -157,6 +191,16 @@ class SpreadGradients(GradientAccess):
         self.local.watched = sum((rule.gram(None)[0] for rule in rules), self.local.watched)
         self.local.row_squares = self._row_squares[self.crossing.own]
         return self.local.watched_numbers()
+
+
+def _places(blocks: Sequence[Block]) -> dict[str, int]:
+    """Return the index of the block of every parameter."""
+    return {name: k for k, block in enumerate(blocks) for name in block.parameters}
+
+
+def _grads(blocks: Sequence[Block]) -> dict[str, Tensor | None]:
+    """Return p.grad of every parameter."""
+    return {name: p.grad for block in blocks for name, p in block.parameters.items()}
 
 
 def project_spread_(

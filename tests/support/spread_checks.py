@@ -287,8 +287,6 @@ def check_lists_of_micro_batches(processes):
         unlearner.step(forget, [*retain[:-1], last])
     with raises(ValueError, "without closures"):
         unlearner.step(forget, [] if processes.rank == 1 else retain)
-    with raises(ValueError, 'metric="optimizer" over several processes takes a list'):
-        projgrad.OrthoGrad(model, sgd(model), metric="optimizer").step(forget[0], retain[0])
     assert all(torch.equal(p, before[name]) for name, p in whole(model).items())
 
 
