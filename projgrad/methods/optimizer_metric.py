@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from .._options import kind
 from ..ops.numerics import product_dtype
-from ..recording.host_reads import to_host
+from ..recording.host_reads import lengths, to_host
 from ..tape.weighted import RetainSide
 from .before import Before
 from .common import clip_, lay_out_grads, whole
@@ -225,6 +226,7 @@ class MetricStep:
         params: what is updated, by name; p.grad holds the forget part of the gradient, and the whole one from here on.
         hold: takes the retain side and adds its part to every p.grad.
         clip: scales all p.grad so that their norm is at most what it is given, and returns by what.
+        norms: of p.grad of some parameters, by name; [number of names].
 
     Raises as `hold`, and ValueError for parameter groups that make no usable diagonal.
     """
@@ -235,9 +237,11 @@ class MetricStep:
         params: Mapping[str, nn.Parameter],
         hold: Callable[[], RetainSide],
         clip: Callable[[float], Tensor | float] | None = None,
+        norms: Callable[[list[str]], Tensor] | None = None,
     ) -> None:
         self.optimizer, self.params, self.response = optimizer, params, response_of(optimizer)
         self.clip = clip or functools.partial(clip_, list(params.values()))
+        self.norms = norms or (lambda names: lengths([params[name].grad for name in names]))
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self.groups = {name: group_of[id(p)] for name, p in params.items()}
         for group in optimizer.param_groups:
@@ -251,14 +255,8 @@ class MetricStep:
     ) -> dict[str, Any]:
         """Clip, step and correct; return the fields of the record. `.grad` holds F afterwards."""
         scale = self._clip(scaler, max_norm)
-        may_fail = self.held.reruns or isinstance(self.response, Custom)  # whether D can be used shows after the step
-        before = Before(self.optimizer, self.params, scaler) if may_fail else None
-        if before is not None:
-            self.held.weights = before.params
-        moving = [name for name, p in self.params.items() if p.grad is not None]
-        first = {name: self.response.starts_with_gradient(self._state(name)) for name in moving}
         lay_out_grads(self.params)
-        _stepping.add(self.optimizer)
+        self._before_step(scaler)
         try:
             if scaler is None:
                 self.optimizer.step()
@@ -267,12 +265,75 @@ class MetricStep:
                 scaler.update()
         finally:
             _stepping.discard(self.optimizer)
+        return self._after_step(scale, damping, rtol)
+
+    def follow_(
+        self,
+        damping: float,
+        rtol: float | None,
+        around: Callable[[], AbstractContextManager[object]],
+        done: Callable[[dict[str, Any]], object],
+    ) -> Callable[[], None]:
+        """Correct the optimizer's next step, whoever takes it, and call `done` with the fields of the record then.
+
+        around: makes the context of what is done then. Returns a function after which nothing is corrected.
+        """
+        names = [name for name, p in self.params.items() if p.grad is not None]
+        written, scales = self.norms(names), []
+
+        def before(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
+            with around():
+                scales[:] = [self._scale(names, written)]
+                self._before_step(None)
+
+        def after(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
+            stop()
+            with around():
+                done(self._after_step(scales[0], damping, rtol))
+
+        hooks = self.optimizer.register_step_pre_hook(before), self.optimizer.register_step_post_hook(after)
+
+        def stop() -> None:
+            _stepping.discard(self.optimizer)
+            for hook in hooks:
+                hook.remove()
+
+        return stop
+
+    def _scale(self, names: list[str], written: Tensor) -> float:
+        """Return by what all p.grad were multiplied since their norms were `written`."""
+        if getattr(self.optimizer, "grad_scale", None) is not None:
+            raise ValueError('with metric="optimizer" call scaler.unscale_(optimizer) before scaler.step(optimizer)')
+        gone = [name for name in names if self.params[name].grad is None]
+        now = to_host(written, self.norms(names)) if not gone else []
+        pairs = list(zip(now[: len(names)], now[len(names) :], strict=True))
+        ratios = [new / old for old, new in pairs if old > 1e-6 * max(now[: len(names)])]
+        coarse = max((torch.finfo(self.params[name].grad.dtype).eps for name in names if not gone), default=0.0)
+        if gone or not all(abs(ratio - ratios[0]) <= 64 * coarse * abs(ratios[0]) for ratio in ratios):
+            raise ValueError(
+                '`.grad` is not what backward wrote, times one factor: metric="optimizer" has to know which part of it '
+                "is that of the forget loss. Between backward and the optimizer's step only scale it, all of it alike"
+            )
+        return ratios[0] if ratios else 1.0
+
+    def _before_step(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Look at what has to be known from before the optimizer steps."""
+        may_fail = self.held.reruns or isinstance(self.response, Custom)  # whether D can be used shows after the step
+        self.before = Before(self.optimizer, self.params, scaler) if may_fail else None
+        if self.before is not None:
+            self.held.weights = self.before.params
+        self.moving = [name for name, p in self.params.items() if p.grad is not None]
+        self.first = {name: self.response.starts_with_gradient(self._state(name)) for name in self.moving}
+        _stepping.add(self.optimizer)
+
+    def _after_step(self, scale: Tensor | float, damping: float, rtol: float | None) -> dict[str, Any]:
+        """Correct what the optimizer did; scale: by what both parts of the gradient were multiplied."""
         try:
             with torch.no_grad():
-                return self._correct(moving, first, scale, damping, rtol)
+                return self._correct(self.moving, self.first, scale, damping, rtol)
         except BaseException:
-            if before is not None:
-                before.put_back()
+            if self.before is not None:
+                self.before.put_back()
             raise
 
     def _clip(self, scaler: torch.amp.GradScaler | None, max_norm: float | None) -> Tensor | float:

@@ -3,8 +3,8 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from .optimizer_metric import MetricStep, response_of
 from .protocol import Closure
 from .replicas import ReplicatedModel
 from .spread import spread_model, spread_step
-from .step_record import SKIPPED, StepRecord, record_fields
+from .step_record import PENDING, SKIPPED, StepRecord, record_fields
 from .union import project_union, union_metric_step
 
 
@@ -153,6 +153,7 @@ class OrthoGrad:
         self._factors_help = False  # whether the factors of the forget gradient saved work in the step before
         self._factors = ForgetFactors()
         self._script: Script | None = None
+        self._stop: Callable[[], None] = lambda: None  # correcting the optimizer's next step
 
     def step(self, forget: Closed, retain: Closed) -> StepRecord:
         """Make one update.
@@ -166,9 +167,8 @@ class OrthoGrad:
         `torch.autograd.grad`) and change no weights, unless the forward pass does so in both closures alike. Changes
         through `.data` cannot be seen.
 
-        `.grad` holds the update afterwards, so another `optimizer.step()` would apply it again. That is what happens
-        inside `training_step` of a transformers `Trainer`, which steps by itself: take the steps in a loop of your own,
-        or call `optimizer.zero_grad()` after each.
+        `.grad` holds the update afterwards, so another `optimizer.step()` would apply it again. Where the loop is
+        somebody else's and steps by itself, as in a transformers `Trainer`, use `backward`.
 
         Args:
             forget: returns the scalar forget loss. Or an iterable of closures, micro-batches: each returns a scalar,
@@ -191,38 +191,92 @@ class OrthoGrad:
             ArithmeticError: the projection contradicts plain autograd, or a second backward pass the first one.
         """
         start = time.perf_counter()
-        clear_grads(self.optimizer)
-        spread = self._together()
-        with nullcontext() if spread is None else spread.together():
-            numbers = self._step(closures_of("forget", forget), closures_of("retain", retain), spread)
-        return StepRecord(**numbers, seconds=time.perf_counter() - start)
-
-    def _step(
-        self, forgets: dict[str, Closure], retains: dict[str, Closure], spread: ReplicatedModel | None
-    ) -> dict[str, Any]:
-        """Make one update; return the fields of its record."""
-        _options.within("alpha weighs the mean retain gradient and", self.alpha, "[0, 1]")  # it may have been changed
-        with Closures(self.model, self.optimizer, spread=spread is not None, **forgets, **retains) as closures:
-            check_batch_norm(self.model)
-            try:
-                if spread is not None:
-                    numbers = spread_step(self, spread, closures, forgets, retains)
-                else:
-                    loss = self._forget(forgets, closures)
-                    numbers = (self._retain if len(retains) == 1 else self._retain_union)(loss, retains, closures)
-            except FloatingPointError:
-                if self.scaler is None:
-                    raise
-                clear_grads(self.optimizer)
-                p = next(iter(closures.params.values()))  # infinite: the scaler skips this step and scales less
-                p.grad = torch.full_like(p, float("inf"))
-                numbers = dict(SKIPPED)
-            metric_step = numbers.pop("metric_step", None)
+        self._stop()
+        with self._processes(), self._closures(forget, retain) as (closures, forgets, retains):
+            numbers, metric_step = self._gradients(closures, forgets, retains)
             if metric_step is None:
                 self._apply(closures.params)
             else:
                 numbers |= metric_step.finish(self.scaler, self.max_norm, self.damping, self.rtol)
-        return numbers
+        return StepRecord(**numbers, seconds=time.perf_counter() - start)
+
+    def backward(self, forget: Closed, retain: Closed) -> StepRecord:
+        """Write the update to `.grad` and take no step: for loops whose clipping, scaler and steps are somebody else's.
+
+            record = unlearner.backward(forget, retain)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        It stands where a training loop has `loss.backward()`, but what was accumulated in `.grad` before is dropped:
+        give lists of closures instead. With a scaler `.grad` is scaled, as after `scaler.scale(loss).backward()`.
+        With metric="optimizer" the next step of the optimizer is corrected, and the record complete only after it.
+        Until then `.grad` may be scaled, all of it by one factor.
+
+        Args:
+            forget, retain: as for `step`.
+
+        Raises as `step`, and ValueError where `max_norm` is set; with metric="optimizer" for an optimizer without
+        `register_step_pre_hook`, and at its step where `.grad` was changed by more than a factor.
+        """
+        if self.max_norm is not None:
+            raise ValueError("max_norm clips in step: leave it out, and clip after backward")
+        if self.metric == "optimizer" and not hasattr(self.optimizer, "register_step_pre_hook"):
+            raise ValueError(
+                'with metric="optimizer" backward needs an optimizer with register_step_pre_hook; use step'
+            )
+        start = time.perf_counter()
+        self._stop()
+        with self._processes(), self._closures(forget, retain) as (closures, forgets, retains):
+            numbers, metric_step = self._gradients(closures, forgets, retains)
+            lay_out_grads(closures.params)
+            if metric_step is None:
+                return StepRecord(**numbers, seconds=time.perf_counter() - start)
+            record = StepRecord(**PENDING | numbers, seconds=time.perf_counter() - start)
+
+            @contextmanager
+            def around() -> Iterator[None]:
+                with self._processes(), closures:
+                    yield
+
+            self._stop = metric_step.follow_(self.damping, self.rtol, around, vars(record).update)
+        return record
+
+    def _processes(self) -> AbstractContextManager[object]:
+        """Make the context of work that several processes do together."""
+        spread = self._together()
+        return nullcontext() if spread is None else spread.together()
+
+    @contextmanager
+    def _closures(
+        self, forget: Closed, retain: Closed
+    ) -> Iterator[tuple[Closures, dict[str, Closure], dict[str, Closure]]]:
+        """Make the context in which closures are called, with `.grad` dropped; give them by name."""
+        clear_grads(self.optimizer)
+        forgets, retains = closures_of("forget", forget), closures_of("retain", retain)
+        is_spread = self._spread is not None
+        with Closures(self.model, self.optimizer, spread=is_spread, **forgets, **retains) as closures:
+            yield closures, forgets, retains
+
+    def _gradients(
+        self, closures: Closures, forgets: dict[str, Closure], retains: dict[str, Closure]
+    ) -> tuple[dict[str, Any], MetricStep | None]:
+        """Set every p.grad; return the fields of the record, and with metric="optimizer" the step to finish."""
+        _options.within("alpha weighs the mean retain gradient and", self.alpha, "[0, 1]")  # it may have been changed
+        check_batch_norm(self.model)
+        try:
+            if self._spread is not None:
+                numbers = spread_step(self, self._spread, closures, forgets, retains)
+            else:
+                loss = self._forget(forgets, closures)
+                numbers = (self._retain if len(retains) == 1 else self._retain_union)(loss, retains, closures)
+        except FloatingPointError:
+            if self.scaler is None:
+                raise
+            clear_grads(self.optimizer)
+            p = next(iter(closures.params.values()))  # infinite: the scaler skips this step and scales less
+            p.grad = torch.full_like(p, float("inf"))
+            numbers = dict(SKIPPED)
+        return numbers, numbers.pop("metric_step", None)
 
     def graphed(
         self,

@@ -46,6 +46,8 @@ class StepRecord:
 SKIPPED = {"rank": None, "refinements": 0, "discrepancy": 0.0, "skipped": True}
 SKIPPED |= dict.fromkeys(("preserved_norm", "residual", "forget_loss", "retain_loss"), float("nan"))
 
+PENDING = {**SKIPPED, "skipped": False}  # until the optimizer has stepped
+
 
 def record_fields(projection: Projection, losses: Sequence[float]) -> dict[str, Any]:
     """Return the fields of a record; losses: of the forget batch, and of every retain sample."""
