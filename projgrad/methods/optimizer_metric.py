@@ -384,7 +384,8 @@ class MetricStep:
         inverse = 1 / D
         if name not in self.floors:
             self.floors[name] = FLOOR / max(1, D.numel()) ** 0.5 * inverse.norm()
-        return 1 / inverse.add_(self.floors[name])
+        del D
+        return inverse.add_(self.floors[name]).reciprocal_()
 
     def _momentum(self, name: str) -> Tensor:
         state = self._state(name)
@@ -396,7 +397,7 @@ class MetricStep:
         group, D = self.groups[name], self._diagonal(name)
         if self.response.has_momentum(group):
             D = torch.as_tensor(D, dtype=delta.dtype, device=delta.device)
-            share = torch.where(D > 0, delta / D, 0.0)
+            share = delta.div_(D).masked_fill_(D == 0, 0.0)
             self.response.carry(self._momentum(name), share, self._state(name), group)
 
     def _check_diagonals(self, names: list[str]) -> None:

@@ -170,13 +170,12 @@ class Correction:
         place, squares = self._place(blocks), self.held.zeros(len(blocks))
         for sums in self.held.combined(self.change, place, w, float64):
             for name, combined in sums.items():
-                p, F, dtype = self.held.parameters[name], self.change[name], combined.dtype
-                delta = combined * self.diagonal(name)
-                after = (p.to(dtype) + delta).to(p.dtype)
-                moved = after.to(dtype) - p.to(dtype)
-                squares[place[name]] += self.held.squares([moved - delta])[0]
-                F += moved
-                p.copy_(after)
+                p, F = self.held.parameters[name], self.change[name]
+                delta = combined.mul_(self.diagonal(name))
+                moved = p.to(delta.dtype, copy=True)
+                p.copy_(moved + delta)  # which rounds
+                F += moved.neg_().add_(p)
+                squares[place[name]] += self.held.squares([moved.sub_(delta)])[0]
                 self.carry(name, delta)
         return self.held.total(squares).sqrt()
 

@@ -54,7 +54,7 @@ class RetainSide(Protocol):
         Args:
             change: F by parameter, float32 or better, contiguous; those without one did not move, and stay as they are.
             diagonal: P of a parameter, a number or like the parameter, not negative; F changes by P Gᵀ w.
-            carry: called with the name and P Gᵀ w for whatever is added to F of a parameter.
+            carry: called with the name and P Gᵀ w for whatever is added to F of a parameter; it may overwrite that.
             damping, rtol: see `projgrad.project_out`.
         """
 

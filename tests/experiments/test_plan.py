@@ -74,7 +74,7 @@ def test_orthograd_takes_about_what_training_takes_and_qr_all_gradients():
     found = costs(NET, WAYS, 32)
     plain = found["plain"]
     for way in ("global", "per_tensor"):
-        assert found[way].peak_bytes < 1.1 * plain.peak_bytes <= 1.1 * found[way].first_step_bytes
+        assert found[way].peak_bytes < 1.1 * plain.peak_bytes <= 1.2 * found[way].first_step_bytes
         assert plain.flops < found[way].flops < 1.6 * plain.flops
     assert found["explicit_qr"].peak_bytes > 32 * WEIGHTS
     systems = (DEPTH - 1) * 8 * 32**2

@@ -168,7 +168,7 @@ def costs(
                 ledger.peak, counted = ledger.live, counter.get_total_flops()
                 rest = job.take(way, first)
                 peaks.append(ledger.peak + _systems(way, n, len(job.params)))
-            found[way] = Cost(peaks[1], max(peaks), round(counter.get_total_flops() - counted + rest))
+            found[way] = Cost(peaks[1], peaks[0], round(counter.get_total_flops() - counted + rest))
             job.optimizer.zero_grad()
             del job
             gc.collect()
@@ -203,9 +203,9 @@ def _change(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, forgot
             state["change"] = torch.empty_like(p, dtype=torch.float32)
     largest = max((p for p in params if p.grad is not None), key=Tensor.numel, default=None)
     if largest is not None:  # its diagonal, and what is added to it
-        diagonal, combined = (torch.empty_like(largest, dtype=torch.float32) for _ in range(2))
+        diagonal, combined, moved = (torch.empty_like(largest, dtype=torch.float32) for _ in range(3))
         chunk = torch.empty(min(CHUNK // 4, largest.numel()), dtype=torch.float32, device=largest.device)
-        del diagonal, combined, chunk
+        del diagonal, combined, moved, chunk
     for state in optimizer.state.values():
         state.pop("change", None)
 
