@@ -184,6 +184,31 @@ def _size(row: dict) -> str:
     return row["note"] or f"{float(row['ms_cpu']):,.0f} ms, {float(row['peak_mb']):,.0f} MB{off}"
 
 
+def planned() -> str:
+    """Return the table of plans beside what was measured."""
+    rows = read_csv(RESULTS / "planned.csv")
+    heads = (
+        "model",
+        "step",
+        "n",
+        "dtype, optimizer",
+        "planned MB",
+        "measured",
+        "ratio",
+        "first step planned",
+        "measured",
+        "ratio",
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        cells = [row["case"], row["step"], row["n"], f"{row['dtype']}, {row['optimizer']}"]
+        for kind in ("", "first_"):
+            cells += [f"{float(row[f'{what}_{kind}mb']):,.0f}" for what in ("planned", "measured")]
+            cells.append(f"{float(row[f'{kind}ratio']):.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def processes() -> str:
     """Return the table of steps over several processes."""
     rows = read_csv(RESULTS / "processes_cpu.csv")
@@ -257,6 +282,7 @@ def _where(row: dict) -> str:
 
 SECTIONS = {
     "README.md": {"numbers": numbers},
+    "docs/plan.md": {"planned": planned},
     "docs/benchmarks.md": {"steps": steps, "host": host, "growth": growth, "flat": flat},
     "docs/comparison.md": {"compare": compare},
     "docs/gpu.md": {"gpu": gpu},

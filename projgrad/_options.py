@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -84,3 +85,11 @@ def shown(value: Any) -> str:
 
 def kind(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def outside() -> int:
+    """Return the stacklevel of a warning that points to who called projgrad, perhaps by way of torch."""
+    frame, level = inspect.currentframe(), 0
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("projgrad", "torch", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    return level

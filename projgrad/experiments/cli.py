@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -166,7 +167,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         default="chunked",
         help="float32: of all logits at once, as models of transformers compute it [%(default)s]",
     )
-    parser.add_argument("--memory", type=float, metavar="GB", help="also find the largest n that fits")
+    parser.add_argument("--memory", type=_gigabytes, metavar="GB", help="also find the largest n that fits")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -174,6 +175,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
+    return value
+
+
+def _gigabytes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"must be positive and finite; got {text}")
     return value
 
 
@@ -192,7 +200,8 @@ def _plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             print(f"\r{what:<78}", end="\r", file=sys.stderr, flush=True)
 
     try:
-        plan = make_plan(**given, notify=notify)
+        with contextlib.redirect_stdout(sys.stderr):  # what a function of the user prints
+            plan = make_plan(**given, notify=notify)
     except (Unknown, ImportError) as error:
         parser.error(str(error))
     finally:

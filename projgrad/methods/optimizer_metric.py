@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._options import kind
+from .._torch_private import version
 from ..ops.numerics import product_dtype
 from ..recording.host_reads import lengths, to_host
 from ..tape.weighted import RetainSide
@@ -226,7 +227,7 @@ class MetricStep:
         params: what is updated, by name; p.grad holds the forget part of the gradient, and the whole one from here on.
         hold: takes the retain side and adds its part to every p.grad.
         clip: scales all p.grad so that their norm is at most what it is given, and returns by what.
-        norms: of p.grad of some parameters, by name; [number of names].
+        norms: of p.grad of some parameters, by name; [number of names]. same: checks that all processes have one value.
 
     Raises as `hold`, and ValueError for parameter groups that make no usable diagonal.
     """
@@ -238,15 +239,18 @@ class MetricStep:
         hold: Callable[[], RetainSide],
         clip: Callable[[float], Tensor | float] | None = None,
         norms: Callable[[list[str]], Tensor] | None = None,
+        same: Callable[[str, object], None] = lambda what, value: None,
     ) -> None:
         self.optimizer, self.params, self.response = optimizer, params, response_of(optimizer)
         self.clip = clip or functools.partial(clip_, list(params.values()))
         self.norms = norms or (lambda names: lengths([params[name].grad for name in names]))
+        self.same = same
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self.groups = {name: group_of[id(p)] for name, p in params.items()}
         for group in optimizer.param_groups:
             _check_group(group)
         follow(optimizer)
+        self.probe: tuple[str, int | None] | None = None
         self.floors: dict[str, Tensor] = {}  # what is added to 1 / D of a parameter
         self.held = hold()
 
@@ -254,18 +258,22 @@ class MetricStep:
         self, scaler: torch.amp.GradScaler | None, max_norm: float | None, damping: float, rtol: float | None
     ) -> dict[str, Any]:
         """Clip, step and correct; return the fields of the record. `.grad` holds F afterwards."""
-        scale = self._clip(scaler, max_norm)
+        scale, fields = self._clip(scaler, max_norm), {}
         lay_out_grads(self.params)
-        self._before_step(scaler)
+        with_hooks = hasattr(self.optimizer, "register_step_pre_hook")
+        if with_hooks:  # other hooks may change `.grad`
+            stop = self.follow_(damping, rtol, nullcontext, fields.update, scale, scaler)
+        else:
+            self._before_step(scaler)
+            stop = functools.partial(_stepping.discard, self.optimizer)
         try:
             if scaler is None:
                 self.optimizer.step()
             else:
-                scaler.step(self.optimizer)
-                scaler.update()
+                _step_scaled(scaler, self.optimizer)
         finally:
-            _stepping.discard(self.optimizer)
-        return self._after_step(scale, damping, rtol)
+            stop()
+        return fields if with_hooks else self._after_step(scale, damping, rtol)
 
     def follow_(
         self,
@@ -273,21 +281,49 @@ class MetricStep:
         rtol: float | None,
         around: Callable[[], AbstractContextManager[object]],
         done: Callable[[dict[str, Any]], object],
+        scale: Tensor | float = 1.0,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> Callable[[], None]:
         """Correct the optimizer's next step, whoever takes it, and call `done` with the fields of the record then.
 
-        around: makes the context of what is done then. Returns a function after which nothing is corrected.
+        What was to be corrected before is not any more. A step on other gradients than those that are in place now is
+        somebody else's, and left alone.
+
+        Args:
+            around: makes the context of what is done then.
+            scale: by what p.grad was multiplied so far. scaler: whose state is put back after an error.
+
+        Returns:
+            A function after which nothing is corrected.
         """
         names = [name for name, p in self.params.items() if p.grad is not None]
-        written, scales = self.norms(names), []
+        written = [weakref.ref(self.params[name].grad) for name in names]
+        versions = [version(p) for p in self.params.values()]
+        numbers, scales = self._numbers(names), []
+        getattr(self.optimizer, "stop_correction", lambda: None)()
 
-        def before(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
+        def before(_: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+            grads = [(self.params[name].grad, grad()) for name, grad in zip(names, written, strict=True)]
+            kept = [now is not None and now is then for now, then in grads]
             with around():
-                scales[:] = [self._scale(names, written)]
-                self._before_step(None)
+                self.same("whether .grad is still what OrthoGrad wrote", [any(kept), all(kept)])
+                if not any(kept):
+                    return stop()
+                if any(value is not None for value in (*args[1:], *kwargs.values())):
+                    raise ValueError('with metric="optimizer" give optimizer.step no closure: it would change `.grad`')
+                if not all(kept):
+                    self._refuse()
+                if versions != [version(p) for p in self.params.values()]:
+                    raise ValueError("weights were changed between the gradients and the optimizer's step on them")
+                ratio = self._ratio(numbers, self._numbers(names))
+                self.same("by what .grad was multiplied, or the learning rates", [ratio, self._rates()])
+                scales.append(scale * ratio)
+                self._before_step(scaler)
 
-        def after(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
+        def after(_: torch.optim.Optimizer, __: object, ___: object) -> None:
             stop()
+            if not scales:
+                raise RuntimeError("backward was called inside optimizer.step(closure): that step is not corrected")
             with around():
                 done(self._after_step(scales[0], damping, rtol))
 
@@ -297,24 +333,51 @@ class MetricStep:
             _stepping.discard(self.optimizer)
             for hook in hooks:
                 hook.remove()
+            if getattr(self.optimizer, "stop_correction", None) is stop:
+                del self.optimizer.stop_correction
 
+        self.optimizer.stop_correction = stop
         return stop
 
-    def _scale(self, names: list[str], written: Tensor) -> float:
-        """Return by what all p.grad were multiplied since their norms were `written`."""
+    def _numbers(self, names: list[str]) -> list[float]:
+        """Return the norm of every p.grad, and an element of the longest one: the largest at the first call."""
+        if not names:
+            return [0.0]
+        norms = to_host(self.norms(names))
+        if self.probe is None:
+            self.probe = names[max(range(len(names)), key=norms.__getitem__)], None
+        name, index = self.probe
+        grad = self.params[name].grad
+        flat = getattr(grad, "to_local", lambda: grad)().flatten()
+        if index is None and flat.numel():
+            self.probe = name, index = name, int(flat.abs().argmax())
+        return [*norms, 0.0 if index is None else float(flat[index])]
+
+    def _ratio(self, before: list[float], after: list[float]) -> float:
+        """Return by what all p.grad were multiplied."""
         if getattr(self.optimizer, "grad_scale", None) is not None:
             raise ValueError('with metric="optimizer" call scaler.unscale_(optimizer) before scaler.step(optimizer)')
-        gone = [name for name in names if self.params[name].grad is None]
-        now = to_host(written, self.norms(names)) if not gone else []
-        pairs = list(zip(now[: len(names)], now[len(names) :], strict=True))
-        ratios = [new / old for old, new in pairs if old > 1e-6 * max(now[: len(names)])]
-        coarse = max((torch.finfo(self.params[name].grad.dtype).eps for name in names if not gone), default=0.0)
-        if gone or not all(abs(ratio - ratios[0]) <= 64 * coarse * abs(ratios[0]) for ratio in ratios):
-            raise ValueError(
-                '`.grad` is not what backward wrote, times one factor: metric="optimizer" has to know which part of it '
-                "is that of the forget loss. Between backward and the optimizer's step only scale it, all of it alike"
-            )
+        if after[:-1] == before[:-1] and before[-1] * after[-1] >= 0:
+            return 1.0
+        coarse = max(torch.finfo(p.grad.dtype).eps for p in self.params.values() if p.grad is not None)
+        least = 1e-6 * max(before[:-1], default=0.0)
+        ratios = [new / old for old, new in zip(before[:-1], after[:-1], strict=True) if old > least]
+        is_turned = before[-1] * after[-1] < 0
+        if is_turned or any(abs(ratio - ratios[0]) > 64 * coarse * ratios[0] for ratio in ratios):
+            self._refuse()
         return ratios[0] if ratios else 1.0
+
+    def _refuse(self) -> None:
+        raise ValueError(
+            '`.grad` is not what OrthoGrad wrote, times one positive factor: metric="optimizer" has to know which part '
+            "of it is that of the forget loss. Before the optimizer's step only scale it, all of it alike; or call "
+            "zero_grad() to give it up"
+        )
+
+    def _rates(self) -> list[object]:
+        """Return the learning rates that are known without waiting for the device."""
+        rates = [group.get("lr") for group in self.optimizer.param_groups]
+        return [None if isinstance(rate, Tensor) else rate for rate in rates]
 
     def _before_step(self, scaler: torch.amp.GradScaler | None) -> None:
         """Look at what has to be known from before the optimizer steps."""
@@ -437,6 +500,18 @@ def _check_group(group: State) -> None:
 def _lifted(root: Tensor, u: Tensor, r: Tensor, least: Diagonal) -> Tensor:
     """Return √v as it would be at least, had the longer one of the parts u and r come alone: where they cancel."""
     return torch.maximum(root, torch.maximum(u.abs(), r.abs()).mul_(0.999 * least))  # rounding lifts nothing
+
+
+def _step_scaled(scaler: torch.amp.GradScaler, optimizer: SteppingOptimizer) -> None:
+    """Step through a scaler, which after an error is what it was, and ready for the next step."""
+    try:
+        scaler.step(optimizer)
+    except BaseException:
+        before = scaler.state_dict()
+        scaler.update()
+        scaler.load_state_dict(before)
+        raise
+    scaler.update()
 
 
 def _steps(state: State) -> Diagonal:

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import _options
+from .._torch_private import version
 from ..recording.fixed import modules_of
 from ..recording.host_reads import Impossible, Script
 from ..recording.losses import check_shape, check_values
@@ -153,6 +155,7 @@ class OrthoGrad:
         self._factors_help = False  # whether the factors of the forget gradient saved work in the step before
         self._factors = ForgetFactors()
         self._script: Script | None = None
+        self._unused: list[tuple[int, int]] = []  # gradients that backward wrote, and the weights that they are for
         self._stop: Callable[[], None] = lambda: None  # correcting the optimizer's next step
 
     def step(self, forget: Closed, retain: Closed) -> StepRecord:
@@ -226,9 +229,17 @@ class OrthoGrad:
             )
         start = time.perf_counter()
         self._stop()
+        params = trainable_parameters(self.model, self.optimizer).values()
+        if self._unused and self._unused == [(id(p.grad), version(p)) for p in params if p.grad is not None]:
+            warnings.warn(
+                "backward was called twice without a step of the optimizer, and drops what it wrote before: to "
+                "accumulate over micro-batches give it lists of closures, once",
+                stacklevel=2,
+            )
         with self._processes(), self._closures(forget, retain) as (closures, forgets, retains):
             numbers, metric_step = self._gradients(closures, forgets, retains)
             lay_out_grads(closures.params)
+            self._unused = [(id(p.grad), version(p)) for p in closures.params.values() if p.grad is not None]
             if metric_step is None:
                 return StepRecord(**numbers, seconds=time.perf_counter() - start)
             record = StepRecord(**PENDING | numbers, seconds=time.perf_counter() - start)

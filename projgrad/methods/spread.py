@@ -147,9 +147,8 @@ def spread_step(
     add = torch.full((total,), options.alpha / total / share, dtype=torch.float64, device=processes.device)
     if options.metric == "optimizer":
         hold = functools.partial(hold_spread, access, options.scope, add)
-        fields = {
-            "metric_step": MetricStep(options.optimizer, closures.params, hold, spread.clip, spread.placement.norms)
-        }
+        given = spread.clip, spread.placement.norms, processes.same
+        fields = {"metric_step": MetricStep(options.optimizer, closures.params, hold, *given)}
     else:
         projection = project_spread_(access, options.scope, options.damping, options.rtol, add, rates)
         fields = {name: value for name, value in vars(projection).items() if name != "squares"}

@@ -82,7 +82,8 @@ def union_metric_step(
         tolerance, passes = options.tolerance, options.max_passes
         return HeldUnion(visits, closures.params, scope, alpha, tolerance, passes, progress, processes)
 
-    step = MetricStep(closures.optimizer, closures.params, hold)
+    given = () if spread is None else (spread.clip, spread.placement.norms, spread.processes.same)
+    step = MetricStep(closures.optimizer, closures.params, hold, *given)
     return {"metric_step": step} | _of_losses(batches, step.held.samples, processes)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._options import outside
 from ..ops.gram_solve import gram_solve_op
 from ..ops.numerics import default_rtol, in_range, product_dtype
 from ..recording.graph import coarser
@@ -88,7 +89,6 @@ class Union:
             One of them may have micro-batches of no samples, losses (0,).
     """
 
-    caller = 7  # functions from `run` to who called the step, for warnings
     micro_batch: Callable[..., MicroBatch] = MicroBatch
 
     def __init__(
@@ -161,7 +161,7 @@ class Union:
                 f"after {passes} passes over {len(self.batches)} micro-batches the result has a cosine of "
                 f"{self.residual:.1e} with a retain gradient, and differs from the exact one by about {error:.1e}, "
                 f"relative; wanted was {self.tolerance:.1e}. Allow more with max_passes, or raise union_tolerance",
-                stacklevel=self.caller,
+                stacklevel=outside(),
             )
         return self._finish(u2, r2, len(convergence), passes, error, cosines)
 

@@ -182,8 +182,6 @@ class ChangeUnion(Union):
         diagonal: see `RetainSide`.
     """
 
-    caller = 8
-
     def __init__(
         self, held: HeldUnion, change: dict[str, Tensor], stepped: Vector, diagonal: Diagonal, notify: Notify
     ) -> None:

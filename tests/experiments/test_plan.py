@@ -32,6 +32,16 @@ def pair():
     return model, lambda n: net_losses(model, n)
 
 
+def mean_loss():
+    model = net()
+    return model, lambda n: lambda: net_losses(model, n)().mean()
+
+
+def with_batch_norm():
+    model = nn.Sequential(nn.Linear(WIDTH, 8), nn.BatchNorm1d(8))
+    return model, lambda n: lambda: model(torch.zeros(n, WIDTH)).sum(1)
+
+
 NET = Subject("a net", net, net_losses)
 WEIGHTS = DEPTH * WIDTH**2 * 4
 
@@ -76,7 +86,7 @@ def test_orthograd_takes_about_what_training_takes_and_qr_all_gradients():
     for way in ("global", "per_tensor"):
         assert found[way].peak_bytes < 1.1 * plain.peak_bytes <= 1.2 * found[way].first_step_bytes
         assert plain.flops < found[way].flops < 1.6 * plain.flops
-    assert found["explicit_qr"].peak_bytes > 32 * WEIGHTS
+    assert found["explicit_qr"].peak_bytes > 32 * WEIGHTS and found["explicit_qr"].flops > plain.flops
     systems = (DEPTH - 1) * 8 * 32**2
     assert systems <= found["per_tensor"].peak_bytes - found["global"].peak_bytes <= systems + 4 * 32 * WIDTH
 
@@ -100,7 +110,18 @@ def test_float32_logits_take_more_than_some_rows_at_a_time(config):
         costs(subject_of(str(config), 32, loss=loss), ["plain"], 64, torch.bfloat16)["plain"].peak_bytes
         for loss in ("chunked", "float32")
     )
-    assert whole - chunked >= 64 * 32 * TINY["vocab_size"] * 4
+    assert whole - chunked >= 0.9 * 64 * 32 * TINY["vocab_size"] * 4
+
+
+def chatty():
+    print("hello")
+    return pair()
+
+
+def test_what_a_function_prints_stays_out_of_the_json(capsys):
+    assert cli.main(["plan", f"{__name__}:chatty", "--n", "2", "--json", "--memory", "0.001"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["plain"]["largest_n"] == 0 and "hello" in captured.err
 
 
 @pytest.mark.parametrize("slope", [1, 7, 1000])
@@ -118,11 +139,11 @@ def test_the_largest_number_of_samples_that_fits(slope):
 
 
 def test_a_plan_in_json_and_in_words(config, capsys):
-    assert cli.main(["plan", str(config), "--n", "4", "--tokens", "16", "--json", "--memory", "0.002"]) == 0
+    assert cli.main(["plan", str(config), "--n", "4", "--tokens", "16", "--json", "--memory", "0.02"]) == 0
     plan = json.loads(capsys.readouterr().out)
     for way in ("plain", "global", "per_tensor", "metric", "explicit_qr"):
         assert plan[way]["peak_bytes"] > 0 and plan[way]["flops"] > 0 and plan[way]["largest_n"] >= 0
-    assert plan["plain"]["largest_n"] > plan["explicit_qr"]["largest_n"]
+    assert plan["plain"]["largest_n"] >= plan["explicit_qr"]["largest_n"] > 0
     assert cli.main(["plan", str(config), "--n", "4", "--tokens", "16", "--device", "cuda"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(WAYS) and lines[-1].startswith("config.json, n = 4, 16 tokens, float32, adamw: ")
@@ -144,6 +165,11 @@ def test_a_function_gives_a_model_of_ones_own():
         (["vit"], "vit is a vit, which is no language model"),
         (["gpt2", "--tokens", "4096"], "takes 1024 tokens at most; got 4096"),
         (["gpt2", "--dtype", "int8"], "invalid choice"),
+        ([":f"], ":f"),
+        ([f"{__name__}:mean_loss"], "must have the shape (2,); got ()"),
+        ([f"{__name__}:with_batch_norm"], "Call model.eval()"),
+        (["gpt2", "--memory", "-1"], "must be positive and finite"),
+        (["gpt2", "--memory", "nan"], "must be positive and finite"),
         ([f"{__name__}:net"], "must return a model and a function of n"),
     ],
 )

@@ -138,6 +138,11 @@ def double_one(model):
     next(model.parameters()).grad.mul_(2)
 
 
+def turn_all(model):
+    for p in model.parameters():
+        p.grad.neg_()
+
+
 def drop_one(model):
     next(model.parameters()).grad = None
 
@@ -146,13 +151,13 @@ def zero_one(model):
     next(model.parameters()).grad.zero_()
 
 
-@pytest.mark.parametrize("change", [double_one, drop_one, zero_one])
+@pytest.mark.parametrize("change", [double_one, drop_one, zero_one, turn_all])
 def test_another_gradient_than_backward_wrote_is_refused_and_nothing_changes(change):
     twins = Twins(metric="optimizer")
     twins.unlearners[1].backward(*twins.closures(1))
     before = twins.weights()
     change(twins.models[1])
-    with pytest.raises(ValueError, match="times one factor"):
+    with pytest.raises(ValueError, match="times one positive factor"):
         twins.optimizers[1].step()
     assert torch.equal(twins.weights(), before) and not twins.optimizers[1].state
     for k in range(2):  # and the next one is right
@@ -166,6 +171,7 @@ def test_another_gradient_than_backward_wrote_is_refused_and_nothing_changes(cha
 def test_only_the_last_gradient_before_a_step_is_corrected(again):
     twins = Twins(metric="optimizer")
     twins.unlearners[1].backward(*twins.closures(1, 5))
+    twins.optimizers[1].zero_grad()
     getattr(twins.unlearners[1], again)(*twins.closures(1, 0))
     if again == "backward":
         twins.optimizers[1].step()
@@ -229,3 +235,82 @@ def test_the_metric_needs_an_optimizer_with_hooks():
     unlearner = projgrad.OrthoGrad(model, Bare(model.parameters()), metric="optimizer")
     with pytest.raises(ValueError, match="register_step_pre_hook"):
         unlearner.backward(lambda: model(torch.ones(1, 6)).sum(), lambda: model(torch.ones(2, 6)).sum(1))
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("when", ["step", "backward"])
+def test_hooks_that_clip_are_seen(when, pieces):
+    twins = Twins(pieces=pieces, metric="optimizer", max_norm=0.05, twin_options={"max_norm": None})
+
+    def clip(*_):
+        nn.utils.clip_grad_norm_(twins.models[1].parameters(), 0.05)
+
+    twins.optimizers[1].register_step_pre_hook(clip)
+    for k in range(3):
+        twins.unlearners[0].step(*twins.closures(0, k))
+        getattr(twins.unlearners[1], when)(*twins.closures(1, k))
+        if when == "backward":
+            twins.optimizers[1].step()
+        torch.testing.assert_close(twins.weights(0), twins.weights(1), rtol=1e-9, atol=1e-11)
+
+
+def test_a_hook_that_changes_elements_is_refused_in_step_too():
+    twins = Twins(metric="optimizer")
+    twins.optimizers[1].register_step_pre_hook(lambda *_: double_one(twins.models[1]))
+    before = twins.weights()
+    with pytest.raises(ValueError, match="times one positive factor"):
+        twins.unlearners[1].step(*twins.closures(1))
+    assert torch.equal(twins.weights(), before)
+
+
+@pytest.mark.parametrize("then", ["plain", "another", "metric of gradient", "baseline"])
+def test_a_gradient_that_was_given_up_is_not_corrected(then):
+    twins = Twins(metric="optimizer")
+    twins.unlearners[1].backward(*twins.closures(1, 5))
+    for k in (0, 1):
+        optimizer, model = twins.optimizers[k], twins.models[k]
+        if then == "plain":
+            optimizer.zero_grad()
+            twins.closures(k)[0]().backward()
+            optimizer.step()
+        elif then == "baseline":
+            projgrad.baselines.NegGradPlus(model, optimizer).step(*twins.closures(k))
+        else:
+            metric = "optimizer" if then == "another" else "gradient"
+            projgrad.OrthoGrad(model, optimizer, 0.3, metric=metric).step(*twins.closures(k))
+    torch.testing.assert_close(twins.weights(0), twins.weights(1), rtol=1e-12, atol=1e-14)
+    assert not hasattr(twins.optimizers[1], "stop_correction")
+
+
+def test_a_step_with_a_closure_is_refused():
+    twins = Twins(metric="optimizer")
+    before = twins.weights()
+    twins.unlearners[1].backward(*twins.closures(1))
+    with pytest.raises(ValueError, match=r"give optimizer\.step no closure"):
+        twins.optimizers[1].step(lambda: None)
+    assert torch.equal(twins.weights(), before)
+    with pytest.raises(RuntimeError, match=r"inside optimizer\.step"):
+        twins.optimizers[1].step(lambda: twins.unlearners[1].backward(*twins.closures(1)) and None)
+
+
+def test_weights_that_change_in_between_are_refused():
+    twins = Twins(metric="optimizer")
+    twins.unlearners[1].backward(*twins.closures(1))
+    with torch.no_grad():
+        next(twins.models[1].parameters()).mul_(1.1)
+    with pytest.raises(ValueError, match="weights were changed"):
+        twins.optimizers[1].step()
+
+
+@pytest.mark.parametrize("metric", ["gradient", "optimizer"])
+def test_two_backward_calls_without_a_step_warn(metric, recwarn):
+    twins = Twins(metric=metric)
+    for k in range(3):
+        twins.unlearners[1].backward(*twins.closures(1, k))
+        twins.optimizers[1].step()
+    twins.unlearners[1].backward(*twins.closures(1))
+    twins.optimizers[1].zero_grad()
+    twins.unlearners[1].backward(*twins.closures(1))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="lists of closures"):
+        twins.unlearners[1].backward(*twins.closures(1))

@@ -99,6 +99,8 @@ def sentence(plan: dict[str, Any]) -> str:
     fits = next((name for name, size in CARDS.items() if need <= SPARE * size), None)
     room = f", fits {'an ' if fits and fits[0] in 'AH' else 'a '}{fits}" if fits else ", more than one GPU has"
     room = room if about["device"] == "cuda" else ""
+    if ours.get("largest_n") == 0:
+        room += f", more than {about['memory_gb']:g} GB even for one sample"
     return (
         f"{', '.join(what)}: {need:.3g} GB{room}; the plain step needs {plan['plain']['peak_bytes'] / 1e9:.3g}, "
         f"explicit QR would need {plan['explicit_qr']['peak_bytes'] / 1e9:.3g}."

@@ -38,6 +38,7 @@ for _kind, _options in SHAPES.values():
         _options.update(vocab_size=50257, n_positions=1024)
 
 Losses = Callable[[], Tensor]
+ROWS = 1024  # of logits that are float32 at a time, with loss="chunked"
 
 
 class Subject(NamedTuple):
@@ -117,8 +118,9 @@ def _configuration(config: str):
     if path.exists():
         try:
             return transformers.AutoConfig.from_pretrained(path.parent if path.name == "config.json" else path)
-        except (OSError, ValueError) as error:
-            raise Unknown(f"{config} is no transformers configuration: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # of transformers, of huggingface_hub, of json
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise Unknown(f"{config} is no transformers configuration: {lines[0]}") from error
     name = config.rpartition("/")[2]
     if name in SHAPES:
         kind, options = SHAPES[name]
@@ -142,7 +144,7 @@ def _from_function(config: str, lora: int) -> Subject:
     sys.path.insert(0, "")  # as `python -m` does: modules of the folder that the command runs in
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise Unknown(f"{config}: {error}") from error
     finally:
         sys.path.remove("")
@@ -175,8 +177,12 @@ class Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor) -> Tensor:
         ctx.save_for_backward(logits)
+        logits[:ROWS].float().logsumexp(1)
         return logits.new_empty(len(logits), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx, weights: Tensor) -> Tensor:
-        return torch.empty_like(ctx.saved_tensors[0])
+        (logits,) = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        (logits[:ROWS].float() - 1).exp_()
+        return out
