@@ -8,6 +8,7 @@ it made.
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._options import kind
+from .._options import kind, outside
 from .._torch_private import version
 from ..ops.numerics import product_dtype
 from ..recording.host_reads import lengths, to_host
@@ -308,7 +309,13 @@ class MetricStep:
             with around():
                 self.same("whether .grad is still what OrthoGrad wrote", [any(kept), all(kept)])
                 if not any(kept):
-                    return stop()
+                    stop()
+                    warnings.warn(
+                        "the optimizer steps on other gradients than OrthoGrad wrote to `.grad`: this step is not "
+                        "corrected. Scale them in place",
+                        stacklevel=outside(),
+                    )
+                    return
                 if any(value is not None for value in (*args[1:], *kwargs.values())):
                     raise ValueError('with metric="optimizer" give optimizer.step no closure: it would change `.grad`')
                 if not all(kept):
