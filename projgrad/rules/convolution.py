@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops.cost import GramRoute, chunk_bytes
 from ..ops.linear_impl import combine_of_layer_, gradients, gram_of_layer
 from ..ops.numerics import product_dtype
-from .rule import Rule, add_, gram
+from .rule import Rule, add_, gram, weighted
 
 
 class Convolution(Rule):
@@ -106,6 +106,25 @@ class Convolution(Rule):
             K, v = K + k, v + w
         return K, v
 
+    def weighted_gram(self, d: Tensor, u: Tensor, float64: bool = False) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if float64 else self.dtype
+        shape = self.groups, self.shape[0] // self.groups, self.channels, math.prod(self.kernel)
+        roots, scaled = (t.reshape(shape) for t in weighted(d, u, float64))
+        K = torch.zeros(self.n, self.n, dtype=torch.float64, device=self.device)
+        v = K.new_zeros(self.n)
+        for groups, channels in self._spans(dtype):
+            small, windows = self._small(groups, dtype), self._windows(groups, channels, dtype).flatten(0, 1)
+            step = max(
+                1, chunk_bytes(self.device.type) // (4 * windows.shape[1] * small.shape[1] * self.n * dtype.itemsize)
+            )
+            for start in range(0, shape[1], step):
+                part = groups, slice(start, start + step), channels
+                rows = small[:, :, part[1]]
+                g = gradients(windows.mT, rows.flatten(0, 1).mT, dtype).view(self.n, *roots[part].shape)
+                k, w = gram(g.mul_(roots[part]), scaled[part][None], float64)
+                K, v = K + k, v + w[:, 0]
+        return K, v
+
     def _linear(self, u: Tensor | None, float64: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield K and v of every span: with one group, its windows are the inputs of a linear layer."""
         dtype = torch.float64 if float64 else self.factor
@@ -128,9 +147,9 @@ class Convolution(Rule):
 
     def combine_(self, out: Tensor, c: Tensor, float64: bool = False) -> None:
         if float64:
-            return super().combine_(out, c, float64)
+            return self._combine_windows_(out, c, torch.float64)
         if self.device.type == "cuda":  # cuDNN would multiply in TF32 unless told otherwise, and add atomically
-            return self._combine_windows_(out, c)
+            return self._combine_windows_(out, c, self.dtype)
         dims = len(self.kernel)
         large, small = self.large.flatten(0, 1), self.small.flatten(0, 1)
         weights = c.to(small.dtype).repeat_interleave(self.small.shape[1])
@@ -151,16 +170,16 @@ class Convolution(Rule):
         _, grad, _ = torch.ops.aten.convolution_backward(*factors, *geometry, [False, True, False])
         out.add_(grad)
 
-    def _combine_windows_(self, out: Tensor, c: Tensor) -> None:
-        for groups, channels in self._spans(self.dtype):
-            if self.groups == 1:
+    def _combine_windows_(self, out: Tensor, c: Tensor, dtype: torch.dtype) -> None:
+        for groups, channels in self._spans(dtype):
+            if self.groups == 1 and dtype == self.dtype:
                 windows, small = self._windows(groups, channels, self.factor), self._small(groups, self.factor)
                 g = out.new_zeros((small.shape[2], windows.shape[2]), dtype=self.dtype)
                 combine_of_layer_(g, windows[:, 0].mT, small[:, 0].mT, c)
                 add_(self._part(out, groups, channels), g)
                 continue
-            p = self._small(groups, self.dtype) * c.to(self.dtype).view(-1, 1, 1, 1)
-            g = torch.einsum("nhrl,nhcl->hrc", p, self._windows(groups, channels, self.dtype))
+            p = self._small(groups, dtype) * c.to(dtype).view(-1, 1, 1, 1)
+            g = torch.einsum("nhrl,nhcl->hrc", p, self._windows(groups, channels, dtype))
             add_(self._part(out, groups, channels), g)
 
     def moments_(self, first: Tensor, second: Tensor) -> None:

@@ -184,6 +184,21 @@ class Grouped(Rule):
         K, v = zip(*passes, strict=True)
         return sum(K), sum(v)
 
+    def combine_(self, out: Tensor, c: Tensor, float64: bool = False) -> None:
+        if self.device.type == "cuda" and not float64:
+            return super().combine_(out, c)
+        dtype = torch.float64 if float64 else self.dtype
+        p = self.p.to(dtype) * c.to(dtype).view(-1, 1, 1, 1)
+        g = torch.einsum("nthl,nthr->hlr", p, self.q.to(dtype))
+        add_(out, g.view(self.sizes).permute(self.inverse))
+
+    def weighted_gram(self, d: Tensor, u: Tensor, float64: bool = False) -> tuple[Tensor, Tensor]:
+        shape = self.p.shape[2], self.p.shape[3], self.q.shape[3]
+        ds, us = (t.permute(self.order).reshape(shape) for t in (d, u))
+        passes = [self._group(h).weighted_gram(ds[h], us[h], float64) for h in range(len(ds))]
+        K, v = zip(*passes, strict=True)
+        return sum(K), sum(v)
+
 
 def joined(rules: Sequence[Rule]) -> Rule:
     """Return one rule for several uses of the same tensor: per-sample gradients are the sum over uses."""
