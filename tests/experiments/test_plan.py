@@ -14,6 +14,7 @@ from projgrad.experiments.plan.plan import WAYS, largest, make_plan, sentence
 from projgrad.experiments.plan.steps import costs
 from projgrad.experiments.plan.subjects import Subject, Unknown, subject_of
 
+pytestmark = pytest.mark.same_without_extension
 WIDTH, DEPTH = 1024, 4
 TINY = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 128, "n_positions": 64}
 

@@ -11,6 +11,7 @@ from unlearners import flat_parameters
 
 import projgrad
 
+pytestmark = pytest.mark.same_without_extension
 AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
 MAKE = {
     "sgd": lambda params: SGD(params, lr=0.1),

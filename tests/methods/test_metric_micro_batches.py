@@ -15,6 +15,7 @@ import projgrad
 from projgrad.methods import union as methods_union
 from projgrad.tape import union, weighted_union
 
+pytestmark = pytest.mark.same_without_extension
 ALPHA, SIZES, CLIP = 0.4, (1, 3, 2, 2), 0.5
 EXACT = {"union_tolerance": 1e-10, "max_passes": 800}
 SGD, Adam, AdamW, RMSprop = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
