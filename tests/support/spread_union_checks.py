@@ -329,7 +329,7 @@ CHECKS = {  # with how many processes
     check_adapters_that_stay_whole: (4,),
     check_mixed_precision: (2,),
     check_failures: (2, 4),
-    check_forgets_of_other_lengths: (2, 4),
+    check_forgets_of_other_lengths: (2,),
     check_forgets_that_use_other_parameters: (2,),
     check_random_numbers: (2,),
 }
