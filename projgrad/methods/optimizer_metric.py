@@ -17,187 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._options import kind, outside
+from .._options import outside
 from .._torch_private import version
-from ..ops.numerics import product_dtype
 from ..recording.host_reads import lengths, to_host
 from ..tape.weighted import RetainSide
 from .before import Before
 from .common import clip_, lay_out_grads, whole
 from .protocol import SteppingOptimizer
+from .responses import KNOWN, Custom, Diagonal, State, response_of
 
 FLOOR = 0.1  # of the root mean square of 1 / D in a tensor, which the metric adds to 1 / D
 MOMENTUM = "forget_momentum"  # the name of M in the state of the optimizer, and so in its state_dict
 LEFT_OUT = ("squares", "samples", "passes")  # of a projection, in the record of a step
-
-State = dict[str, Any]
-Diagonal = Tensor | float
-
-
-class Response:
-    """What an optimizer makes of a gradient: Δ = -D ∘ (linear in it and in those before it) + (what it does not enter).
-
-    `state` and `group` are those of one parameter after the step, unless said otherwise. Here: without momentum.
-    """
-
-    def diagonal(self, p: Tensor, state: State, group: State) -> Diagonal:
-        """Return D, a number or like p."""
-        return group["lr"]
-
-    def has_momentum(self, group: State) -> bool:
-        """Return whether earlier gradients move the parameter too."""
-        return False
-
-    def decay(self, group: State) -> float:
-        """Return by what a step without a forget gradient multiplies M."""
-        return 0.0
-
-    def starts_with_gradient(self, state: State) -> bool:
-        """Return, from the state before the step, whether the momentum will be a copy of the gradient."""
-        return False
-
-    def change(
-        self, u: Tensor, h: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State
-    ) -> Tensor:
-        """Return F, float32 or better, and bring M up to date in place.
-
-        h: the gradient that the optimizer stepped on, u its forget part. first: what `starts_with_gradient` said.
-        """
-        return -D * u.to(product_dtype(u.dtype))
-
-    def carry(self, M: Tensor, share: Tensor, state: State, group: State) -> None:
-        """Make M and the optimizer's own momentum what led to F + D share instead of F."""
-
-
-class SGD(Response):
-    """D = lr; F = -lr M, or -lr (u + μ M) with Nesterov's momentum."""
-
-    def has_momentum(self, group: State) -> bool:
-        return bool(group["momentum"])
-
-    def decay(self, group: State) -> float:
-        return group["momentum"]
-
-    def starts_with_gradient(self, state: State) -> bool:
-        return state.get("momentum_buffer") is None
-
-    def change(
-        self, u: Tensor, h: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State
-    ) -> Tensor:
-        if M is None:
-            return super().change(u, h, M, D, first, state, group)
-        M.mul_(group["momentum"]).add_(u, alpha=1 if first else 1 - group["dampening"])
-        direction = u.add(M, alpha=group["momentum"]) if group["nesterov"] else M
-        return -D * direction.to(product_dtype(u.dtype))
-
-    def carry(self, M: Tensor, share: Tensor, state: State, group: State) -> None:
-        share = share / (1 + group["momentum"]) if group["nesterov"] else share
-        _take_out(share, M, state["momentum_buffer"])
-
-
-class Adam(Response):
-    """D = lr / (√v̂ + eps); F = -D M̂ - (D - E) R̂; v̂ is the largest so far with amsgrad, M̂ = M / (1 - β₁ᵗ)."""
-
-    def diagonal(self, p: Tensor, state: State, group: State) -> Diagonal:
-        return group["lr"] / (self._root(state, group) + group["eps"])
-
-    def _root(self, state: State, group: State) -> Tensor:
-        v = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        bias = 1 - group["betas"][1] ** _steps(state)
-        return v.to(product_dtype(v.dtype)).sqrt() / bias**0.5
-
-    def has_momentum(self, group: State) -> bool:
-        return True
-
-    def decay(self, group: State) -> float:
-        return group["betas"][0]
-
-    def change(
-        self, u: Tensor, h: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State
-    ) -> Tensor:
-        M.lerp_(u, 1 - group["betas"][0])
-        bias = self._bias(state, group)
-        moment, both = (t.to(product_dtype(u.dtype)) / bias for t in (M, state["exp_avg"]))
-        rest = both.sub_(moment)
-        root = _lifted(self._root(state, group), moment, rest, self._least(state, group))
-        return -D * moment - (D - group["lr"] / (root + group["eps"])) * rest
-
-    def carry(self, M: Tensor, share: Tensor, state: State, group: State) -> None:
-        _take_out(share * self._bias(state, group), M, state["exp_avg"])
-
-    def _bias(self, state: State, group: State) -> Diagonal:
-        return 1 - group["betas"][0] ** _steps(state)
-
-    def _least(self, state: State, group: State) -> Diagonal:
-        """Return the least √v̂ / |m̂| of any series of gradients, by Cauchy-Schwarz; 0 where there is no bound."""
-        (a, b), t = group["betas"], _steps(state)
-        q = a * a / b
-        if not q < 1:
-            return 0.0
-        return (1 - a**t) / (1 - a) * ((1 - b) * (1 - q) / ((1 - b**t) * (1 - q**t))) ** 0.5
-
-
-class RMSprop(Response):
-    """D = lr / (√v + eps), with v - mean² where centered; F = -D u - (D - E) r, or -lr M of what that is a series of.
-
-    E is D where centered and with coupled decay: √v has no lower bound there.
-    """
-
-    def diagonal(self, p: Tensor, state: State, group: State) -> Diagonal:
-        return group["lr"] / self._root(state, group)
-
-    def _root(self, state: State, group: State) -> Tensor:
-        v = state["square_avg"].to(product_dtype(state["square_avg"].dtype))
-        if group["centered"]:
-            mean = state["grad_avg"].to(v.dtype)
-            v = v.addcmul(mean, mean, value=-1)
-        return v.sqrt() + group["eps"]
-
-    def has_momentum(self, group: State) -> bool:
-        return group["momentum"] > 0
-
-    def decay(self, group: State) -> float:
-        return group["momentum"]
-
-    def change(
-        self, u: Tensor, h: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State
-    ) -> Tensor:
-        root = self._root(state, group)
-        scaled = u / root
-        if not group["centered"] and not group["weight_decay"]:
-            rest = (h - u).to(root.dtype)
-            lifted = _lifted(root - group["eps"], u, rest, (1 - group["alpha"]) ** 0.5) + group["eps"]
-            scaled += rest / root - rest / lifted
-        if M is not None:
-            scaled = M.mul_(group["momentum"]).add_(scaled)
-        return -group["lr"] * scaled.to(product_dtype(u.dtype))
-
-    def carry(self, M: Tensor, share: Tensor, state: State, group: State) -> None:
-        _take_out(share / self._root(state, group), M, state["momentum_buffer"])
-
-
-class Custom(Response):
-    """What an optimizer says of itself: `diagonal(p, state, group)`, after a step in which u moved p by -D ∘ u."""
-
-    def __init__(self, optimizer: SteppingOptimizer) -> None:
-        self.diagonal = optimizer.diagonal
-
-
-KNOWN = {torch.optim.SGD: SGD(), torch.optim.Adam: Adam(), torch.optim.AdamW: Adam(), torch.optim.RMSprop: RMSprop()}
-
-
-def response_of(optimizer: SteppingOptimizer) -> Response:
-    """Return how an optimizer answers gradients; raises ValueError where it is not known."""
-    if callable(getattr(optimizer, "diagonal", None)):
-        return Custom(optimizer)
-    if type(optimizer) not in KNOWN:
-        raise ValueError(
-            'metric="optimizer" must know the diagonal of the optimizer: torch.optim.SGD, Adam, AdamW '
-            f"and RMSprop are known; got {kind(optimizer)}. Any other one without momentum can say it in a method "
-            "`diagonal(param, state, group) -> Tensor`"
-        )
-    return KNOWN[type(optimizer)]
-
 
 _followed: weakref.WeakSet[SteppingOptimizer] = weakref.WeakSet()  # optimizers whose steps are followed
 _stepping: weakref.WeakSet[SteppingOptimizer] = weakref.WeakSet()  # those that a `MetricStep` calls now
@@ -504,11 +335,6 @@ def _check_group(group: State) -> None:
         )
 
 
-def _lifted(root: Tensor, u: Tensor, r: Tensor, least: Diagonal) -> Tensor:
-    """Return √v as it would be at least, had the longer one of the parts u and r come alone: where they cancel."""
-    return torch.maximum(root, torch.maximum(u.abs(), r.abs()).mul_(0.999 * least))  # rounding lifts nothing
-
-
 def _step_scaled(scaler: torch.amp.GradScaler, optimizer: SteppingOptimizer) -> None:
     """Step through a scaler, which after an error is what it was, and ready for the next step."""
     try:
@@ -519,14 +345,3 @@ def _step_scaled(scaler: torch.amp.GradScaler, optimizer: SteppingOptimizer) -> 
         scaler.load_state_dict(before)
         raise
     scaler.update()
-
-
-def _steps(state: State) -> Diagonal:
-    """Return the number of steps: on a GPU it stays there."""
-    step = state["step"]
-    return step if isinstance(step, Tensor) and step.is_cuda else float(step)
-
-
-def _take_out(share: Tensor, *momenta: Tensor) -> None:
-    for M in momenta:
-        M.sub_(share)

@@ -34,9 +34,10 @@ from .common import (
 )
 from .graphed import GraphedStep
 from .micro_batches import Closed, MicroBatchOptions, accumulate_forget, closures_of
-from .optimizer_metric import MetricStep, response_of
+from .optimizer_metric import MetricStep
 from .protocol import Closure
 from .replicas import ReplicatedModel
+from .responses import response_of
 from .spread import spread_model, spread_step
 from .step_record import PENDING, SKIPPED, StepRecord, record_fields
 from .union import project_union, union_metric_step
