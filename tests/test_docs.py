@@ -16,7 +16,12 @@ import projgrad
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = sorted(m.name for m in pkgutil.walk_packages(projgrad.__path__, "projgrad.") if not m.name.endswith("._C"))
-OPTIONAL = {"recipes.md": ("transformers", "peft"), "README.md": ("sklearn",), "api.md": ("sklearn",)}
+OPTIONAL = {
+    "recipes.md": ("transformers", "peft"),
+    "transformers.md": ("transformers", "peft"),
+    "README.md": ("sklearn",),
+    "api.md": ("sklearn",),
+}
 
 
 def examples(page: Path) -> str:

@@ -11,15 +11,19 @@ from torch.nn.functional import cross_entropy
 
 import projgrad
 
-FILE = Path(__file__).parent.parent / "examples" / "orthograd_by_hand.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def by_hand():
-    spec = importlib.util.spec_from_file_location("orthograd_by_hand", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("orthograd_by_hand")
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
@@ -46,3 +50,12 @@ def test_orthograd_by_hand_forgets_one_class_and_keeps_the_others(by_hand, capsy
     last = capsys.readouterr().out.splitlines()[-1]
     forget, retain = (int(last.split(f"{name} ")[1].split("%")[0]) for name in ("forget", "retain"))
     assert forget < 5 and retain > 90, last
+
+
+def test_forget_facts_forgets_four_people_and_keeps_the_others(tmp_path, capsys):
+    pytest.importorskip("transformers"), pytest.importorskip("peft")
+    table = load("forget_facts").main(str(tmp_path))
+    assert min(table["taught"]) > 0.95
+    forget, retain = table["orthograd"]
+    assert forget < 0.2 and retain > 0.95 and table["grad_ascent"][1] < 0.2, table
+    assert "orthograd" in capsys.readouterr().out.splitlines()[-1]

@@ -12,7 +12,7 @@ FILES = {
 ORDER = [
     ("__init__", "__main__"),
     ("functional", "baselines", "projectors"),  # fronts: they only pass names on
-    ("experiments",),
+    ("experiments", "integrations"),
     ("methods", "evaluate"),
     ("tape",),
     ("recording",),

@@ -1,0 +1,129 @@
+"""One loss per sample from the tokens of a language model: padded, masked, weighted or packed."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+from torch.utils.checkpoint import checkpoint
+
+Batch = Mapping[str, Any]
+IGNORED = -100  # a label that does not count
+ROWS = 1024  # of logits that are float32 at a time
+
+
+class TokenSums(NamedTuple):
+    """Of every sample: the weighted sum of its tokens' losses, and the sum of their weights, [n] each."""
+
+    losses: Tensor
+    weights: Tensor
+
+
+def sample_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss of every sample, (n,): the mean over the sample's own labelled tokens.
+
+    For causal models, whose labels are shifted here, sequence-to-sequence models, whose labels are not, and for
+    classifiers with one label per sample. Padding and prompts are labelled -100 and do not count; a sample
+    without any label has loss 0. Logits are turned into float32 a thousand rows at a time.
+
+    Args:
+        model: one of transformers, also as peft or DistributedDataParallel wrap it.
+        batch: its inputs, "labels" (n, t) or (n,), and perhaps "token_weights" (n, t), weights of the labels in the
+            mean. With "position_ids" and without "attention_mask" rows may be packed: where positions do not go on
+            by one, another sample begins, as in transformers' own masks. Then n counts samples with a label, in order.
+
+    Raises:
+        ValueError: no labels, or none other than -100; labels that are not of the shape of the logits.
+    """
+    sums = token_sums(model, batch)
+    return sums.losses / sums.weights.clamp_min(torch.finfo(sums.weights.dtype).tiny)
+
+
+def token_sums(model: nn.Module, batch: Batch) -> TokenSums:
+    """Return the sums whose quotients `sample_losses` are; it has the arguments and errors."""
+    if batch.get("labels") is None:
+        raise ValueError(f"the batch has no labels, only {', '.join(batch)}: the collator must make them")
+    labels = batch["labels"]
+    if bool((labels == IGNORED).all()):
+        raise ValueError(f"no token of the batch has a label other than {IGNORED}: were the answers cut off?")
+    logits = logits_of(model, batch)
+    if labels.ndim == 1:
+        return TokenSums(cross_entropy(logits.float(), labels, reduction="none"), logits.new_ones(len(labels)).float())
+    shifts = not _is_pair(model)
+    if shifts and "input_ids" in batch and batch["input_ids"].shape == labels.shape:
+        logits = logits[:, -labels.shape[1] :]  # virtual tokens of a learned prompt come before
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"labels of shape {tuple(labels.shape)} for logits of {tuple(logits.shape)}")
+    owners = _owners(batch) if shifts else None
+    if owners is not None:
+        labels = labels.masked_fill(owners.diff(prepend=owners[:, :1] - 1) != 0, IGNORED)
+    weights = batch.get("token_weights")
+    weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.float()
+    weights = weights.masked_fill(labels == IGNORED, 0)
+    if shifts:
+        labels, weights = pad(labels[:, 1:], (0, 1), value=IGNORED), pad(weights[:, 1:], (0, 1))
+    losses = _losses(logits.flatten(0, 1), labels.flatten()).view_as(labels) * weights
+    if owners is None:
+        return TokenSums(losses.sum(1), weights.sum(1))
+    n = int(owners[-1, -1]) + 1
+    sums = [t.new_zeros(n).index_add(0, owners.flatten(), t.flatten()) for t in (losses, weights)]
+    labelled = sums[1] != 0  # padding behind the packed samples may look like others
+    return TokenSums(*(t[labelled] for t in sums))
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Run a model on a batch without its own loss, which is a mean over samples; return the logits."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "token_weights")}
+    if _is_pair(model) and batch["labels"].ndim > 1 and "decoder_input_ids" not in inputs:
+        make = _inner(model).prepare_decoder_input_ids_from_labels
+        inputs["decoder_input_ids"] = make(labels=batch["labels"])
+    if "use_cache" in inspect.signature(forward_of(model)).parameters:
+        inputs["use_cache"] = False  # transformers' masks do not keep packed samples apart with a cache
+    return model(**inputs).logits
+
+
+def forward_of(model: nn.Module) -> Callable[..., object]:
+    """Return the forward method whose arguments a batch may name: that of the model inside all wrappers."""
+    inner = _inner(model)
+    return inner.get_base_model().forward if hasattr(inner, "get_base_model") else inner.forward
+
+
+def _is_pair(model: nn.Module) -> bool:
+    """Return whether a model has a decoder of its own for the labels, which are not shifted then."""
+    return bool(getattr(_inner(model).config, "is_encoder_decoder", False))
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel and torch.compile; inside peft there is still its own forward."""
+    while not hasattr(model, "config"):
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if inner is None:
+            raise ValueError(f"{type(model).__name__} has no config: losses of its samples need a function of your own")
+        model = inner
+    return model
+
+
+def _owners(batch: Batch) -> Tensor | None:
+    """Return the number of the sample that every token belongs to, [rows, t]; None if a row is a sample."""
+    positions = batch.get("position_ids")
+    if positions is None or batch.get("attention_mask") is not None:
+        return None
+    begins = positions.diff(prepend=positions[:, :1] - 1) != 1
+    begins[:, 0] = True
+    if int(begins.sum()) == len(begins):
+        return None
+    return (begins.flatten().cumsum(0) - 1).view_as(begins)
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of every row of logits [m, vocabulary], in float32; no float32 logits are kept."""
+
+    def part(rows: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(rows.float(), targets, ignore_index=IGNORED, reduction="none")
+
+    if not logits.requires_grad:
+        return torch.cat(list(map(part, logits.split(ROWS), labels.split(ROWS))))
+    pieces = zip(logits.split(ROWS), labels.split(ROWS), strict=True)
+    return torch.cat([checkpoint(part, *piece, use_reentrant=False) for piece in pieces])

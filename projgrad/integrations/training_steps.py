@@ -1,0 +1,94 @@
+"""The steps of a transformers Trainer, made by an unlearning method: a mixin for any subclass of it."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import transformers
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from .methods import METHODS, Losses, Method, Numbers, Window
+from .token_losses import sample_losses
+
+LOGGED = ("forget_loss", "retain_loss", "rank", "preserved_norm", "residual", "kept", "iterations")
+
+
+class UnlearningSteps:
+    """Takes steps on batches {"forget": batch, "retain": batch} where a Trainer takes them on a loss.
+
+        class MyTrainer(UnlearningSteps, transformers.Trainer): ...
+
+    Call `unlearn_by` once, after the Trainer's own `__init__`. All the rest, such as clipping, the optimizer's step,
+    schedules, logs, evaluation and checkpoints, stays the Trainer's. Micro-batches of gradient accumulation are
+    held until the last one and taken as one step. What a step tells is in the logs, beside the loss.
+    """
+
+    method: Method
+
+    def unlearn_by(self, method: str, method_options: Mapping[str, Any] | None, losses: Losses = sample_losses) -> None:
+        """Choose the method, and check that it fits; arguments and errors as those of `UnlearningTrainer`."""
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+        if self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed steps inside its own backward(): it is not supported; use DDP or FSDP2")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process would split every batch (DataParallel): launch one process per "
+                "GPU with torchrun or accelerate launch, or let CUDA_VISIBLE_DEVICES name one"
+            )
+        if self.args.label_smoothing_factor or getattr(self, "compute_loss_func", None) is not None:
+            raise ValueError("label_smoothing_factor and compute_loss_func make no losses of samples: give `losses`")
+        given = getattr(self.args, "gradient_checkpointing_kwargs", None) or {}
+        if self.args.gradient_checkpointing and given.get("use_reentrant", transformers.__version__ < "5"):
+            raise ValueError(
+                "checkpointing with use_reentrant=True cannot give the gradients of a batch apart: set "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        self.method = METHODS[method](method, method_options or {}, losses)
+        self.method.check(self)
+        self.window, self.numbers = [], []
+
+    def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **options)
+        self.method.check_optimizer(getattr(optimizer, "optimizer", optimizer))
+        return optimizer
+
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *_: Any, **__: Any) -> Tensor:
+        """Hold a micro-batch; with the last one of a step set every `.grad`. Returns the step's loss, or 0."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # of optimizers without a schedule
+            self.optimizer.train()
+        self.window.append(send_to_device(inputs, self.args.device))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        held, self.window = self.window, []
+        sides = [[batch.get(name) for batch in held] for name in ("forget", "retain", "positions")]
+        self.numbers.append(self.method.write_gradients(self, model, Window(*sides)))
+        return torch.tensor(self.numbers[-1]["loss"], device=self.args.device)
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """Log with what the steps since the last time tell: the largest residual, and means of the rest."""
+        if "loss" in logs:
+            told = dict(_summary(self.numbers))
+            if told and self.args.world_size > 1:  # plain losses are of this process's samples
+                values = torch.tensor(list(told.values()), device=self.args.device)
+                told = dict(zip(told, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+            logs |= told
+            if self.method.steps:
+                logs.pop("grad_norm", None)
+            self.numbers = []
+        super().log(logs, *args, **options)
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Return the operations of plain passes over both batches."""
+        return sum(super(UnlearningSteps, self).floating_point_ops(inputs[side]) for side in ("forget", "retain"))
+
+
+def _summary(steps: list[Numbers]) -> Iterator[tuple[str, float]]:
+    for name in LOGGED:
+        values = [float(step[name]) for step in steps if step.get(name) is not None]
+        values = [value for value in values if not math.isnan(value)]  # a scaler skipped the others
+        if values and (any(values) or name != "iterations"):
+            yield name, max(values) if name == "residual" else sum(values) / len(values)
