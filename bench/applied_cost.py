@@ -1,4 +1,4 @@
-"""What metric="optimizer" costs: steps of the decoders with AdamW on a CPU, `python -m bench.applied_cost`.
+"""What steps with AdamW cost: the decoders, and adapters, on a CPU, `python -m bench.applied_cost`.
 
 Every contender has a process of its own, and all take one step each in turn. Memory: the peak of a first step, which
 makes the optimizer's state too, and of two later ones, above the loaded model.
@@ -17,7 +17,7 @@ import torch
 from projgrad.experiments.comparison.memory import peak_memory
 
 from .command import Worker, complain, serve, started
-from .contenders import CASES, Case, orthograd, plain
+from .contenders import ADAPTED, CASES, Case, orthograd, plain
 from .harness import spread, timed
 from .machine import environment
 from .models import LEARNING_RATE, Job
@@ -26,10 +26,11 @@ from .report import RESULTS, read_csv, write_csv
 CONTENDERS = {
     "plain": plain,
     "gradient": orthograd(),
+    "gradient, per tensor": orthograd(scope="per_tensor"),
     "optimizer": orthograd(metric="optimizer"),
     "optimizer, per tensor": orthograd(metric="optimizer", scope="per_tensor"),
 }
-DECODERS = {case.name: case for case in CASES if case.name.startswith("decoder")}
+MODELS = {case.name: case for case in [*CASES, *ADAPTED] if case.name.startswith(("decoder", "adapters"))}
 TIME, MEMORY = 2.0, 1.25  # at most, in units of plain
 COLUMNS = ("case", "model", "contender", "ms", "ms_20", "ms_80", "rounds", "time_over_plain", "first_mb")
 COLUMNS += ("first_over_plain", "later_mb", "later_over_plain", "residual")
@@ -96,7 +97,7 @@ def measure(case: Case, rounds: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", nargs="+", choices=DECODERS, default=list(DECODERS))
+    parser.add_argument("--case", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=int, help="timed steps, at least 2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for applied_cost.csv")
@@ -105,10 +106,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.worker:
         name, contender, what = args.worker
-        return work(DECODERS[name], contender, what)
+        return work(MODELS[name], contender, what)
     path, about = args.out / "applied_cost.csv", environment()
     for name in args.case:
-        rows = measure(DECODERS[name], max(2, args.repeats or DECODERS[name].rounds))
+        rows = measure(MODELS[name], max(2, args.repeats or MODELS[name].rounds))
         for row in rows:
             ratios = [row[f"{what}_over_plain"] for what in ("time", "first", "later")]
             print(

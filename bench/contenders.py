@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import projgrad
 from projgrad import projectors
 
-from .models import Batch, Job, TokenJob, conv_net, decoder, encoder, mlp
+from .models import Batch, Job, TokenJob, adapted_llama, conv_net, decoder, encoder, mlp
 
 ALPHA = 0.5
 
@@ -219,6 +219,18 @@ CONV = {"build": conv_net, "sizes": (3, 64, 128, 256, 256), "small": (3, 8, 8), 
 SMALL = {"build": decoder, "sizes": (256, 4, 64, 1000), "small": (16, 1, 8, 20), "rounds": 11}
 LARGE = {"build": decoder, "sizes": (512, 6, 128, 4000), "small": (16, 1, 8, 20), "rounds": 5}
 ENCODER = {"build": encoder, "sizes": (256, 4, 64), "small": (16, 1, 8), "rounds": 15}
+ADAPTERS = {"build": adapted_llama, "sizes": (256, 6, 64, 1000, 8), "small": (16, 1, 8, 20, 2), "rounds": 9}
+ADAPTED = [
+    Case(
+        f"adapters-{n}",
+        "LoRA r = 8 on a Llama d = 256, 6 layers, 64 tokens, vocabulary 1000",
+        n,
+        **ADAPTERS,
+        time={},
+        memory={},
+    )
+    for n in (4, 16, 64)
+]
 CASES = [
     Case("mlp", "MLP 784-1024-1024-10", 64, **MLP, **step_targets(1.5, 1.4, 1.3, more_memory=20)),
     Case("conv", "4 conv + group norm + fc, 32 x 32", 64, **CONV, **step_targets(1.4, 1.3, 1.25, more_memory=5)),

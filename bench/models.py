@@ -63,6 +63,29 @@ def encoder(d: int, layers: int, tokens: int) -> tuple[nn.Module, Batch]:
     return Encoder(d, layers), labelled(tokens, d)
 
 
+class Logits(nn.Module):
+    """A language model of transformers, without all else that it returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, use_cache=False).logits
+
+
+def adapted_llama(d: int, layers: int, tokens: int, vocabulary: int, rank: int) -> tuple[nn.Module, Batch]:
+    """Build LoRA adapters on all linear layers of a Llama but its head."""
+    import peft
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = {"num_attention_heads": max(1, d // 64), "num_key_value_heads": max(1, d // 128)}
+    sizes = {"hidden_size": d, "intermediate_size": 4 * d, "num_hidden_layers": layers}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes, **heads))
+    config = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return Logits(peft.get_peft_model(base, config)), text(tokens, vocabulary)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block with heads of 64."""
 

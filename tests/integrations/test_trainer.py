@@ -7,6 +7,8 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate.optimizer import patch_optimizer_step
+from accelerate.state import AcceleratorState
 from language import model, padded, samples, tokenizer
 from torch.nn.functional import cross_entropy, logsigmoid
 
@@ -228,6 +230,41 @@ def test_adapters_on_a_16_bit_base(tmp_path):
     assert_same(made.model, again.model, 0)
 
 
+class Scaled(transformers.TrainerCallback):
+    """Makes accelerate do what it does with fp16 on a GPU: on a CPU it has no scaler."""
+
+    def __init__(self, scale):
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+    def on_train_begin(self, *_, optimizer=None, **__):
+        accelerator = self.trainer.accelerator
+        accelerator.scaler = optimizer.scaler = self.scaler
+        accelerator.native_amp, AcceleratorState._shared_state["_mixed_precision"] = True, "fp16"
+        optimizer._optimizer_original_step_method = optimizer.optimizer.step
+        optimizer._optimizer_patched_step_method = patch_optimizer_step(optimizer, optimizer.optimizer.step)
+
+
+@pytest.mark.parametrize("method", ["orthograd", "npo"])
+def test_a_gradient_scaler_changes_nothing_and_skips_what_overflows(tmp_path, method):
+    found = []
+    for scale in (None, 1024.0, 3e38):
+        callback = Scaled(scale)
+        made = trainer(tmp_path, model(), method, callbacks=[callback] if scale else [])
+        callback.trainer = made
+        with contextlib.redirect_stdout(None):
+            made.train()
+        AcceleratorState._shared_state["_mixed_precision"] = "no"
+        found.append(made)
+    plain, scaled, overflown = found
+    assert_same(plain.model, scaled.model, 1e-6)
+    assert logged(scaled, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-4)
+    assert overflown.accelerator.scaler.get_scale() < 1e38 and all(
+        p.isfinite().all() for p in overflown.model.parameters()
+    )
+    assert_same(overflown.model, model(), 0)
+    assert "residual" not in overflown.state.log_history[0]
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert_same(run(tmp_path, model()).model, run(tmp_path, model(), gradient_checkpointing=True).model, 1e-5)
 
@@ -287,11 +324,15 @@ def test_losses_of_ones_own(tmp_path):
 def test_an_optimizer_without_momentum_needs_no_metric_of_its_own(tmp_path):
     made = run(tmp_path, model(), optim="sgd", steps=1)
     assert made.method.unlearner.metric == "gradient"
-    assert (
-        run(tmp_path, model(), optim="sgd", optim_args="momentum=0.9", steps=1).method.unlearner.metric == "optimizer"
-    )
+    net = model()
+    momentum = torch.optim.SGD(net.parameters(), lr=1e-2, momentum=0.9)
+    made = run(tmp_path, net, optimizers=(momentum, None), steps=1)
+    assert made.method.unlearner.metric == "optimizer"
 
 
+BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
+if "group_by_length" in transformers.TrainingArguments.__dataclass_fields__:  # of earlier versions
+    BY_LENGTH = {"group_by_length": True}
 WRONG = {
     "method": (dict(method="orthogonal"), "method must be one of orthograd, pgu, feasible, grad_ascent"),
     "option": (dict(method_options={"beta": 1}), "method='orthograd' has no option beta; it has alpha, scope, "),
@@ -314,7 +355,7 @@ WRONG = {
         dict(label_smoothing_factor=0.1),
         "label_smoothing_factor and compute_loss_func make no losses of samples",
     ),
-    "lengths": (dict(train_sampling_strategy="group_by_length"), "samples are drawn at random or in sequence"),
+    "lengths": (BY_LENGTH, "samples are drawn at random or in sequence"),
     "reentrant": (
         dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
         "checkpointing with use_reentrant=True cannot give the gradients",
