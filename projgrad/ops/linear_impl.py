@@ -138,6 +138,20 @@ def gram_of_layer(
 
 
 @torch.no_grad()
+def squares_of_layer(a: Tensor, b: Tensor, float64: bool = False) -> Tensor:
+    """Return ‖g_j‖² [n] in float64 from the products of every sample's tokens with one another."""
+    dtype, t = product_dtype(a.dtype, b.dtype, float64=float64), a.shape[1]
+    step = max(1, chunk_bytes(a.device.type) // (2 * max(1, t * t) * dtype.itemsize))
+    squares = [a.new_empty(0, dtype=torch.float64)]
+    for x, y in zip(a.split(step), b.split(step), strict=True):
+        e, f = exponents(x), exponents(y)
+        A, B = (torch.ldexp(z.to(dtype), -k[:, None, None]) for z, k in ((x, e), (y, f)))
+        pairs = torch.bmm(A, A.mT).mul_(torch.bmm(B, B.mT))
+        squares.append(torch.ldexp(pairs.sum((1, 2), dtype=torch.float64), 2 * (e + f)))
+    return torch.cat(squares).clamp_min(0)
+
+
+@torch.no_grad()
 def linear_gram_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
     """Return K [n, n2] between two groups of samples."""
     route = gram_route(a, b, a2)

@@ -73,6 +73,13 @@ class Product(Rule):
         u = p.new_empty((0, p.shape[2], q.shape[2])) if u is None else self.matrix(u)
         return linear_impl.gram_of_layer(q, p, u, float64)
 
+    def squares(self, float64: bool = False) -> Tensor:
+        p, q = self.p.flatten(2), self.q.flatten(2)
+        (t, o), i = p.shape[1:], q.shape[2]
+        if p.is_cuda or t * (i + o) > i * o:  # products of t² pairs of tokens against those of i o weights
+            return super().squares(float64)
+        return linear_impl.squares_of_layer(q, p, float64)
+
     def cost(self) -> GramRoute:
         i, o = math.prod(self.right), math.prod(self.left)
         itemsize = max(self.p.dtype.itemsize, self.q.dtype.itemsize)

@@ -76,6 +76,10 @@ class Rule:
             K, v = K + k, v + w[:, 0]
         return K, v
 
+    def squares(self, float64: bool = False) -> Tensor:
+        """Return ‖g_j‖² [n] in float64."""
+        return self.gram(None, float64)[0].diagonal()
+
     def dot(self, u: Tensor, float64: bool = False) -> Tensor:
         """Return G u [n, m] for u [m, *shape]."""
         return self.gram(u, float64)[1]

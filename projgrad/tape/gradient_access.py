@@ -229,6 +229,18 @@ class KeptGradients(GradientAccess):
     def dot(self, blocks: Sequence[Block], float64: bool) -> Tensor:
         return self._sums(blocks, float64, gram=False)[1]
 
+    def row_lengths(self, blocks: Sequence[Block]) -> Tensor:
+        """Return ‖g_j‖ [l, n], for which not all of K is needed: that of `watch` is computed."""
+        groups, place = self._groups(blocks)
+        squares = self.row_squares.new_zeros(len(blocks), len(self.losses))
+        for group in groups:
+            for use, one in zip(group, group.squares(group[0].rule.cheap), strict=True):
+                squares[place[use.name]] += one
+                if use.name == self.watch:
+                    self.watched = self.watched + use.rule.gram(None, use.rule.cheap)[0]
+        self.row_squares = self.row_squares + squares.sum(0)
+        return squares.clamp_min(0).sqrt()
+
     def _groups(self, blocks: Sequence[Block]) -> tuple[list[Group], dict[str, int]]:
         """Return the uses of some blocks in groups, and the index of the block of every parameter."""
         place = {name: k for k, block in enumerate(blocks) for name in block.parameters}

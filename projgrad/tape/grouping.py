@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..recording.sites import Source
@@ -37,6 +38,12 @@ class Group(list[Use]):
             us = us if like is None else [like.new_zeros(like.shape) if u is None else u for u in us]
             K, v = type(self[0].rule).gram_of_group(self.rules, us, float64)
         return K, K.new_zeros(K.shape[:2]) if v is None else v
+
+    def squares(self, float64: bool) -> Tensor:
+        """Return ‖g_j‖² [l, n] in float64 for every use."""
+        if type(self[0].rule).squares is not Rule.squares:
+            return torch.stack([rule.squares(float64) for rule in self.rules])
+        return self.gram([None] * len(self), float64)[0].diagonal(dim1=1, dim2=2)
 
     def dot(self, us: Sequence[Tensor | None], float64: bool) -> Tensor:
         """Return v [l, n] in float64; see `gram`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..recording.host_reads import HostReads, lengths
 from ..recording.losses import check_shape, check_weights
-from .check import Checks, WeightStats, check_finite, weight_stats
+from .check import Checks, check_finite
 from .consumers import part
 from .correction import Correction, Places, Tensors, WeightedProducts, in_turn
 from .factors import ForgetFactors
@@ -74,32 +74,23 @@ class Held(RetainSide, WeightedProducts):
 
         The host reads what else was deferred meanwhile.
         """
-        checks, access, w = Checks(), self.access, self.add[None, None]
+        access, largest = self.access, self.add.abs().amax()
         for blocks in in_turn(self.blocks, self.n):
-            K, v = access.products(blocks, False)
-            norms = K.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-            stats = weight_stats(w.expand(len(blocks), 1, -1), w @ K, norms, v)
-            grads = access.norms(blocks)
-            finite = K.sum((1, 2)) + v.sum(1)
-            numbers = reads.flush(stats, finite, *(grads[block.name] for block in blocks if block.name in grads))
-            for k, (block, is_finite) in enumerate(zip(blocks, numbers[5 * len(blocks) :], strict=False)):
-                if not math.isfinite(is_finite):
-                    check_finite(K[k], v[k])
+            norms, grads = access.row_lengths(blocks), access.norms(blocks)
+            numbers = iter(reads.flush(largest, norms.sum(1), *grads.values()))
+            adds = next(numbers) > 0
+            finite = [math.isfinite(next(numbers)) for _ in blocks]
+            for k, (block, is_finite) in enumerate(zip(blocks, finite, strict=True)):
+                if not is_finite:
+                    check_finite(torch.diag(norms[k]), norms.new_zeros(self.n))
                 self.lengths[block.name] = norms[k]
-            rest = iter(numbers[6 * len(blocks) :])
-            for block in blocks:
-                block.square = access.square_of(block)([next(rest) for _ in grads.get(block.name, ())])
+                block.square = access.square_of(block)([next(numbers) for _ in grads.get(block.name, ())])
                 if not math.isfinite(block.square):
                     raise FloatingPointError("NaN or Inf in the gradient to project; nothing was changed")
-            if not numbers[0]:  # nothing to add
-                continue
-            before = [block.square for block in blocks]
-            outcomes = access.apply(blocks, self.add.expand(len(blocks), -1), 0.0)
-            for k, (block, outcome) in enumerate(zip(blocks, outcomes, strict=True)):
-                weights = WeightStats(*numbers[5 * k : 5 * k + 5])
-                checks.check(outcome, weights, before[k], before[k], access.precision(block), block.name)
+            if adds:
+                access.add_(blocks, self.add.expand(len(blocks), -1))
         reads.flush()  # if there was no block
-        self.make_checks(checks)
+        self.make_checks(Checks())
 
     def make_checks(self, checks: Checks) -> None:
         """Make the checks of `add_`, and two more."""

@@ -8,6 +8,7 @@ from zoo import ZOO
 import projgrad.rules.convolution as convolution
 import projgrad.rules.rule as rule_module
 from projgrad.ops import linear_impl
+from projgrad.rules.product import Product
 
 MORE = ["conv1d_depthwise", "conv2d_stride_dilation", "conv_transpose2d", "conv3d"]
 NAMES = [*CASES, *(name for name in MORE if name in ZOO)]
@@ -70,3 +71,29 @@ def test_sums_are_those_of_explicit_gradients(name, float64):
             wanted = torch.tensordot(c, G, 1)
             bound = 1e-4 if rule.dtype != torch.float64 and not float64 else 1e-6
             assert (out - wanted).norm() <= bound * (wanted.norm() + 1e-30), parameter
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 22])
+@pytest.mark.parametrize("name", NAMES)
+def test_squares_are_those_of_explicit_gradients(name, chunk, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(linear_impl, "chunk_bytes", lambda _: chunk)
+    case = ZOO[name]()
+    for parameter, pieces in rules(case, range(case.n)).items():
+        for rule in pieces:
+            wanted, found = rule.dense().double().flatten(1).square().sum(1), rule.squares()
+            bound = 1e-9 if rule.dtype == torch.float64 else 1e-5
+            assert found.dtype == torch.float64 and (found - wanted).norm() <= bound * (wanted.norm() + 1e-30), (
+                parameter
+            )
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1e-20, 1e-8), (1e-30, 1.0), (1e15, 1e8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_squares_of_tiny_and_huge_gradients_of_wide_layers(dtype, scales):
+    """From products of tokens, for which a parameter has to be wider than a sample is long."""
+    p, q = ((torch.randn(5, 6, m) * scale).to(dtype) for m, scale in zip((40, 50), scales, strict=True))
+    p[2] = 0
+    wanted = torch.einsum("nto,nti->noi", p.double(), q.double()).square().sum((1, 2))
+    found = Product(p, q, (40,), (50,), (0, 1)).squares()
+    torch.testing.assert_close(found, wanted, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0)
