@@ -1,9 +1,10 @@
 """What each unlearning method does in place of a training loop's backward pass."""
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from ..methods.feasible_updates import FeasibleUpdates
 from ..methods.orthograd import OrthoGrad
 from ..methods.pgu.pgu import PGU
 from ..methods.responses import response_of
+from .evaluation import evaluating
 from .objectives import Terms, finetune, grad_ascent, graddiff, neggrad, npo, simnpo
 from .token_losses import Batch, logits_of, sample_losses, token_sums
 
@@ -47,6 +49,7 @@ class Method:
 
     alone = False  # in one process, and without a gradient scaler
     steps = False  # changes the parameters itself, and leaves no gradient
+    starts = False  # `prepare` has to see the model, and all samples, before the first step
 
     def __init__(self, name: str, options: Mapping[str, Any], losses: Losses) -> None:
         self.name, self.options, self.losses = name, dict(options), losses
@@ -71,8 +74,8 @@ class Method:
         raise NotImplementedError
 
     def closures(self, model: nn.Module, batches: list[Batch]) -> list[Callable[[], Tensor]]:
-        """Return one closure per batch, which returns the losses of its samples."""
-        return [functools.partial(self.losses, model, batch) for batch in batches]
+        """Return one closure per batch, which returns the losses of its samples; each call has its own copy of it."""
+        return [lambda batch=batch: self.losses(model, copy.copy(batch)) for batch in batches]
 
     def checked(self, function: Callable[..., object], *given: str) -> Numbers:
         """Return the options; raises ValueError unless they are arguments of a function. given: those that are ours."""
@@ -90,14 +93,17 @@ class Objective(Method):
     def __init__(self, terms: Callable[..., Terms], name: str, options: Mapping[str, Any], losses: Losses) -> None:
         super().__init__(name, options, losses)
         self.terms = terms(**self.checked(terms))
-        self.reference: Tensor | None = None
+        self.reference: list[
+            Tensor
+        ] = []  # log-probabilities before unlearning, by position: of one sample, or packed ones
+        self.starts = self.terms.needs_reference
         if self.terms.forget is not None and losses is not sample_losses:
             raise ValueError(f"method={name!r} is made of the losses of tokens: leave out `losses`")
 
     def prepare(self, trainer: Trainer, forget: Iterable[Batch], retain: Iterable[Batch]) -> None:
         if self.terms.needs_reference:
             with evaluating(trainer.model), torch.no_grad():
-                self.reference = -torch.cat([token_sums(trainer.model, batch).losses for batch in forget])
+                self.reference = [-token_sums(trainer.model, batch).losses for batch in forget]
 
     def write_gradients(self, trainer: Trainer, model: nn.Module, window: Window) -> Numbers:
         numbers: dict[str, float] = {}
@@ -107,7 +113,7 @@ class Objective(Method):
                 if self.terms.forget_weight:
                     terms["forget_loss"] = self._forget(model, forget, positions).mean()
                 if self.terms.retain_weight:
-                    terms["retain_loss"] = self.losses(model, retain).mean()
+                    terms["retain_loss"] = self.losses(model, copy.copy(retain)).mean()
                 weights = {"forget_loss": self.terms.forget_weight, "retain_loss": self.terms.retain_weight}
                 terms["loss"] = sum(weights[name] * term for name, term in terms.items())
                 trainer.accelerator.backward(terms["loss"] / len(window.forgets))
@@ -117,8 +123,8 @@ class Objective(Method):
 
     def _forget(self, model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:
         if self.terms.forget is None:
-            return self.losses(model, batch)
-        reference = None if self.reference is None else self.reference[positions]
+            return self.losses(model, copy.copy(batch))
+        reference = torch.cat([self.reference[k] for k in positions.tolist()]) if self.reference else None
         return self.terms.forget(token_sums(model, batch), reference)
 
 
@@ -165,7 +171,7 @@ class Projected(Method):
 class ProjectedOntoInputs(Method):
     """PGU: the forget gradient without the main directions of the layers' inputs over the retain set."""
 
-    alone = True
+    alone = starts = True
     pgu: PGU | None = None
 
     def check(self, trainer: Trainer) -> None:
@@ -249,15 +255,3 @@ METHODS: dict[str, Callable[[str, Mapping[str, Any], Losses], Method]] = {
 def inner(optimizer: Any) -> torch.optim.Optimizer:
     """Return the optimizer of torch inside accelerate's."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside, and put every module's mode back after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

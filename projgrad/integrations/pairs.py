@@ -22,7 +22,7 @@ class Pairs(Dataset):
 
     def __init__(self, forget: Sequence[Any], retain: Sequence[Any]) -> None:
         for name, data in ("forget_dataset", forget), ("retain_dataset", retain):
-            if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
+            if isinstance(data, Mapping) or not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
                 raise TypeError(f"{name} must have a length and items by number; got {type(data).__name__}")
             if not len(data):
                 raise ValueError(f"{name} is empty")

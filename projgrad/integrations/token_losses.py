@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 Batch = Mapping[str, Any]
 IGNORED = -100  # a label that does not count
+UNSHIFTED = ("ForMaskedLM", "ForTokenClassification")  # kinds of losses in transformers: a label is of its own token
+MEANS = (None, "ForCausalLM", "ForConditionalGeneration", "CsmForConditionalGeneration", *UNSHIFTED)
+MEANS += tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Video", "Audio"))
 ROWS = 1024  # of logits that are float32 at a time
 
 
@@ -24,9 +27,10 @@ class TokenSums(NamedTuple):
 def sample_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Return the loss of every sample, (n,): the mean over the sample's own labelled tokens.
 
-    For causal models, whose labels are shifted here, sequence-to-sequence models, whose labels are not, and for
-    classifiers with one label per sample. Padding and prompts are labelled -100 and do not count; a sample
-    without any label has loss 0. Logits are turned into float32 a thousand rows at a time.
+    For causal models, whose labels are shifted here; for sequence-to-sequence models, masked ones and classifiers of
+    tokens, whose labels are not; and for classifiers with one label per sample. Padding and prompts are labelled -100
+    and do not count; a sample without any label has loss 0. Logits are turned into float32 a thousand rows at a time.
+    A few models shift in their own way (BartForCausalLM, XLNet): compare with `model(**batch).loss` of one sample.
 
     Args:
         model: one of transformers, also as peft or DistributedDataParallel wrap it.
@@ -35,7 +39,8 @@ def sample_losses(model: nn.Module, batch: Batch) -> Tensor:
             by one, another sample begins, as in transformers' own masks. Then n counts samples with a label, in order.
 
     Raises:
-        ValueError: no labels, or none other than -100; labels that are not of the shape of the logits.
+        ValueError: no labels, or none other than -100; labels that are not of the shape of the logits; a model whose
+            loss is no mean over tokens or samples.
     """
     sums = token_sums(model, batch)
     return sums.losses / sums.weights.clamp_min(torch.finfo(sums.weights.dtype).tiny)
@@ -46,18 +51,26 @@ def token_sums(model: nn.Module, batch: Batch) -> TokenSums:
     if batch.get("labels") is None:
         raise ValueError(f"the batch has no labels, only {', '.join(batch)}: the collator must make them")
     labels = batch["labels"]
+    labels = labels if labels.is_floating_point() else labels.long()
     if bool((labels == IGNORED).all()):
         raise ValueError(f"no token of the batch has a label other than {IGNORED}: were the answers cut off?")
+    kind = getattr(_inner(model), "loss_type", None)
+    if kind not in MEANS:
+        raise ValueError(f"the loss of a {type(_inner(model)).__name__} ({kind}) is no mean over tokens: give `losses`")
     logits = logits_of(model, batch)
     if labels.ndim == 1:
+        if labels.is_floating_point() or logits.ndim != 2 or logits.shape[1] < 2:
+            raise ValueError(
+                f"labels {labels.dtype} for logits of {tuple(logits.shape)} are of no classifier: give `losses`"
+            )
         return TokenSums(cross_entropy(logits.float(), labels, reduction="none"), logits.new_ones(len(labels)).float())
-    shifts = not _is_pair(model)
-    if shifts and "input_ids" in batch and batch["input_ids"].shape == labels.shape:
+    shifts = not _is_pair(model) and kind not in UNSHIFTED
+    if not _is_pair(model) and "input_ids" in batch and batch["input_ids"].shape == labels.shape:
         logits = logits[:, -labels.shape[1] :]  # virtual tokens of a learned prompt come before
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"labels of shape {tuple(labels.shape)} for logits of {tuple(logits.shape)}")
-    owners = _owners(batch) if shifts else None
-    if owners is not None:
+    owners = None if _is_pair(model) else _owners(batch)
+    if owners is not None and shifts:
         labels = labels.masked_fill(owners.diff(prepend=owners[:, :1] - 1) != 0, IGNORED)
     weights = batch.get("token_weights")
     weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.float()
@@ -77,8 +90,9 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     """Run a model on a batch without its own loss, which is a mean over samples; return the logits."""
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "token_weights")}
     if _is_pair(model) and batch["labels"].ndim > 1 and "decoder_input_ids" not in inputs:
-        make = _inner(model).prepare_decoder_input_ids_from_labels
-        inputs["decoder_input_ids"] = make(labels=batch["labels"])
+        make = getattr(_inner(model), "prepare_decoder_input_ids_from_labels", None)
+        # Models without such a method do it in their forward pass.
+        inputs |= {"labels": batch["labels"]} if make is None else {"decoder_input_ids": make(labels=batch["labels"])}
     if "use_cache" in inspect.signature(forward_of(model)).parameters:
         inputs["use_cache"] = False  # transformers' masks do not keep packed samples apart with a cache
     return model(**inputs).logits

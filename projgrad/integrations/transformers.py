@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 try:
@@ -12,8 +13,10 @@ try:
 except ImportError as error:
     raise ImportError("projgrad.integrations.transformers needs transformers: pip install 'projgrad[hf]'") from error
 
+from .. import _options
 from .methods import Losses
 from .pairs import PairCollator, PairedBatches, Pairs, columns_of
+from .sample_checks import check_columns, check_labels, check_loss, warn_of_company
 from .token_losses import Batch, sample_losses, token_sums
 from .training_steps import UnlearningSteps
 
@@ -37,7 +40,7 @@ class UnlearningTrainer(UnlearningSteps, Trainer):
             npo (also beta) and simnpo (beta, delta); alpha of neggrad. OrthoGrad's metric is "optimizer" unless
             given: what AdamW applies is orthogonal.
         retain_batch_size: retain samples n of a micro-batch in a process; default: per_device_train_batch_size.
-        losses: function (model, batch) that returns the loss of every sample, (n,).
+        losses: function (model, batch) that returns the loss of every sample, (n,); default: `sample_losses`.
 
     Raises:
         TypeError, ValueError: an unknown method or option; data sets that are empty, not indexed by number, or whose
@@ -58,26 +61,30 @@ class UnlearningTrainer(UnlearningSteps, Trainer):
         method: str = "orthograd",
         method_options: Mapping[str, Any] | None = None,
         retain_batch_size: int | None = None,
-        losses: Losses = sample_losses,
+        losses: Losses | None = None,
         **options: Any,
     ) -> None:
         if "train_dataset" in options:
             raise TypeError("UnlearningTrainer takes forget_dataset and retain_dataset, no train_dataset")
-        self.pairs = Pairs(forget_dataset, retain_dataset)
+        self._pairs = Pairs(forget_dataset, retain_dataset)
         if data_collator is None:
             data_collator = _collator(options.get("processing_class"))
-        super().__init__(model, args, data_collator, self.pairs, **options)
+        super().__init__(model, args, data_collator, self._pairs, **options)
         strategy = getattr(self.args, "train_sampling_strategy", "random")
         if strategy not in ("random", "sequential") or getattr(self.args, "group_by_length", False):
             raise ValueError(f"samples are drawn at random or in sequence; got train_sampling_strategy={strategy!r}")
         if self.args.auto_find_batch_size:
             raise ValueError("auto_find_batch_size changes one of two batch sizes: give per_device_train_batch_size")
+        if getattr(self.args, "include_num_input_tokens_seen", "no") not in ("no", False):
+            raise ValueError("include_num_input_tokens_seen does not count the tokens of two batches: leave it out")
+        if retain_batch_size is None:
+            retain_batch_size = self.args.per_device_train_batch_size
         columns = columns_of(self.model) if self.args.remove_unused_columns else None
-        self.collate_pairs = PairCollator(self.data_collator, self.pairs, columns)
-        self.batches = PairedBatches(
-            self.pairs,
+        self._collate = PairCollator(self.data_collator, self._pairs, columns)
+        self._batches = PairedBatches(
+            self._pairs,
             self.args.per_device_train_batch_size,
-            retain_batch_size or self.args.per_device_train_batch_size,
+            _options.check_integer("retain_batch_size", retain_batch_size, 1),
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             epoch=self._epoch,
             shuffle=strategy == "random",
@@ -88,14 +95,18 @@ class UnlearningTrainer(UnlearningSteps, Trainer):
         self._is_prepared = False
         self._check_samples(losses)
         self.unlearn_by(method, method_options, losses)
+        if self.unlearning_method.starts and self.model_init is not None:
+            raise ValueError(f"method={method!r} reads the model before it unlearns: give model, not model_init")
+
+    makes_batches = True
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the batches of one epoch: dictionaries of a forget and a retain batch."""
         workers = self.args.dataloader_num_workers
         return DataLoader(
-            self.pairs,
-            batch_sampler=self.batches,
-            collate_fn=self.collate_pairs,
+            self._pairs,
+            batch_sampler=self._batches,
+            collate_fn=self._collate,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -104,47 +115,61 @@ class UnlearningTrainer(UnlearningSteps, Trainer):
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train as `Trainer.train`; what a method needs of the model before it unlearns comes first."""
-        self.window, self.numbers = [], []
+        self._window, self._numbers = [], []
         if not self._is_prepared:
-            self.method.prepare(self, self._one_by_one("forget"), self._one_by_one("retain"))
+            self.unlearning_method.prepare(self, self._one_by_one("forget"), self._one_by_one("retain"))
             self._is_prepared = True
         return super().train(*args, **options)
 
     def _one_by_one(self, side: str) -> Iterator[Batch]:
         """Yield the samples of one side in batches of one, which need no padding."""
-        first, device = len(self.pairs), next(self.model.parameters()).device
-        positions = range(first) if side == "forget" else range(first, first + len(self.pairs.retain))
+        first, device = len(self._pairs), next(self.model.parameters()).device
+        positions = range(first) if side == "forget" else range(first, first + len(self._pairs.retain))
         for k in tqdm(positions, f"Reading the {side} set", disable=self.args.disable_tqdm):
-            yield send_to_device(self.collate_pairs([self.pairs[k]])[side], device)
+            yield send_to_device(self._collate([self._pairs[k]])[side], device)
 
     def _epoch(self) -> int:
-        updates = -(-len(self.batches) // self.args.gradient_accumulation_steps)
+        updates = -(-len(self._batches) // self.args.gradient_accumulation_steps)
         return self.state.global_step // updates
 
-    def _check_samples(self, losses: Losses) -> None:
-        """Check that the first sample of each side can be collated, and has labels."""
-        if losses is not sample_losses:
-            return
-        for name, position, side in ("forget_dataset", 0, "forget"), ("retain_dataset", len(self.pairs), "retain"):
-            _, sample = self.pairs[position]
-            columns = self.collate_pairs.columns
-            if isinstance(sample, Mapping) and columns is not None and columns.isdisjoint(sample):
-                raise ValueError(
-                    f"samples of {name} have none of the model's arguments; they have {', '.join(sample)}. Tokenize "
-                    "them, or set remove_unused_columns=False where a data_collator does it"
-                )
-            batch = self.collate_pairs([(position, sample)])[side]
-            if batch.get("labels") is None:
-                raise ValueError(
-                    f"samples of {name} have no labels: the collator made {', '.join(batch)} of the first one. Add "
-                    "labels (-100 where a token does not count), or a data_collator that does"
-                )
+    def _check_samples(self, losses: Losses | None) -> None:
+        """Check samples of both sides; the default losses are tried on the first and on two of different lengths."""
+        columns, first, collate = self._collate.columns, len(self._pairs), self._collate
+        device = next(self.model.parameters()).device
+        is_whole = not self.is_fsdp_enabled and device.type != "meta"  # else the weights are not here yet
+        for side, start in ("forget", 0), ("retain", first):
+            name, data = f"{side}_dataset", getattr(self._pairs, side)
+            if losses is not None:
+                continue
+            check_columns(name, data, columns)
+
+            def collated(samples: list[Any], side: str = side, start: int = start) -> Batch:
+                return send_to_device(collate([(start, sample) for sample in samples])[side], device)
+
+            samples = [data[k] for k in range(min(8, len(data)))]
+            batch = collated(samples[:1])
+            check_labels(name, batch)
+            if is_whole:
+                check_loss(self.model, batch)
+                warn_of_company(self.model, collated, samples)
 
 
 def _collator(tokenizer: object) -> Callable[[list[Any]], Batch] | None:
-    """Return a collator that pads labels too; None, for the Trainer's own, without a tokenizer."""
+    """Return a collator that pads labels and token_weights too; None, for the Trainer's own, without a tokenizer."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return None
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token")
-    return DataCollatorForSeq2Seq(tokenizer)
+    pad = DataCollatorForSeq2Seq(tokenizer)
+
+    def collate(samples: list[Any]) -> Batch:
+        weights = [list(sample["token_weights"]) for sample in samples if "token_weights" in sample]
+        batch = pad([{name: value for name, value in sample.items() if name != "token_weights"} for sample in samples])
+        if weights:
+            fills = [[0.0] * (batch["labels"].shape[1] - len(row)) for row in weights]
+            is_right = tokenizer.padding_side == "right"
+            rows = [row + fill if is_right else fill + row for row, fill in zip(weights, fills, strict=True)]
+            batch["token_weights"] = torch.tensor(rows, dtype=torch.float32)
+        return batch
+
+    return collate

@@ -108,7 +108,7 @@ def test_the_trainer_takes_the_frameworks_batches(plugin, tmp_path, retain_per_f
     plugin.OrthoGrad.training_step = watched
     trainer = train(plugin, tmp_path, retain_per_forget=retain_per_forget, options=options)
     assert set(seen) == {(2, micro)}
-    assert trainer.method.unlearner.metric == "optimizer"
+    assert trainer.unlearning_method.unlearner.metric == "optimizer"
     residuals = [entry["residual"] for entry in trainer.state.log_history if "residual" in entry]
     assert len(residuals) == 3 and max(residuals) < 1e-3
 

@@ -93,6 +93,26 @@ def test_virtual_tokens_of_a_learned_prompt_come_before():
     torch.testing.assert_close(sample_losses(net, padded(rows)), alone(net, rows))
 
 
+def bert(**options):
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=120)
+    return transformers.BertConfig(**sizes, **options)
+
+
+@pytest.mark.parametrize("kind", ["BertForTokenClassification", "BertForMaskedLM"])
+def test_labels_of_their_own_tokens(kind):
+    net, rows = getattr(transformers, kind)(bert(num_labels=120)).eval(), samples(3)
+    torch.testing.assert_close(sample_losses(net, padded(rows)), alone(net, rows))
+
+
+def test_a_decoder_whose_model_makes_its_inputs():
+    ids = dict(vocab_size=120, pad_token_id=0, decoder_start_token_id=1, bos_token_id=1, eos_token_id=2)
+    sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    config = transformers.WhisperConfig(**ids, **sizes, encoder_ffn_dim=16, decoder_ffn_dim=16, max_source_positions=8)
+    net = transformers.WhisperForConditionalGeneration(config).eval()
+    batch = {"input_features": torch.randn(1, 80, 16), "labels": padded(samples(1))["labels"]}
+    torch.testing.assert_close(sample_losses(net, batch)[0], net(**batch).loss)
+
+
 def test_classifiers_with_one_label_a_sample():
     config = transformers.GPT2Config(vocab_size=120, n_embd=16, n_layer=1, n_head=2, num_labels=3, pad_token_id=0)
     net, batch = transformers.GPT2ForSequenceClassification(config).eval(), padded(samples(3))
@@ -108,5 +128,13 @@ def test_batches_that_have_no_losses():
         sample_losses(net, {name: t for name, t in batch.items() if name != "labels"})
     with pytest.raises(ValueError, match=r"labels of shape \(2, 3\) for logits of"):
         sample_losses(net, batch | {"labels": batch["labels"][:, :3].clamp_min(1)})
+    with pytest.raises(
+        ValueError, match=r"the loss of a Wav2Vec2ForCTC \(ForCTC\) is no mean over tokens: give `losses`"
+    ):
+        sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        sample_losses(transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**sizes)), batch)
+    with pytest.raises(ValueError, match=r"labels torch.float32 for logits of \(2, 1\) are of no classifier"):
+        net = transformers.BertForSequenceClassification(bert(num_labels=1))
+        sample_losses(net, batch | {"labels": torch.ones(2)})
     with pytest.raises(ValueError, match="Linear has no config"):
         sample_losses(torch.nn.Linear(2, 2), batch)

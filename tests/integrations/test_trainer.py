@@ -1,7 +1,9 @@
 """`UnlearningTrainer` against loops written out: the same batches, losses, clipping and schedule."""
 
 import contextlib
+import copy
 import math
+import warnings
 
 import peft
 import pytest
@@ -13,7 +15,7 @@ from language import model, padded, samples, tokenizer
 from torch.nn.functional import cross_entropy, logsigmoid
 
 import projgrad
-from projgrad.integrations.transformers import UnlearningTrainer, sample_losses
+from projgrad.integrations.transformers import UnlearningSteps, UnlearningTrainer, sample_losses
 
 pytestmark = [
     pytest.mark.same_without_extension,
@@ -312,9 +314,10 @@ def test_evaluation_callbacks_and_the_end(tmp_path):
 
 def test_losses_of_ones_own(tmp_path):
     def losses(net, batch):
+        batch.pop("attention_mask", None)  # of a copy
         return net(**batch).logits.square().mean((1, 2))
 
-    data = ([{"input_ids": [1, 2, 3]} for _ in range(6)], [{"input_ids": [k, 5, 6]} for k in range(8)])
+    data = [[{"input_ids": [k, 5, 6], "attention_mask": [1, 1, 1]} for k in range(m)] for m in (6, 8)]
     made = run(tmp_path, model(), collator=padded, data=data, losses=losses, n=3, warmup_steps=0)
     assert set(logged(made, "rank")) == {3}
     with pytest.raises(ValueError, match="method='npo' is made of the losses of tokens: leave out `losses`"):
@@ -323,11 +326,11 @@ def test_losses_of_ones_own(tmp_path):
 
 def test_an_optimizer_without_momentum_needs_no_metric_of_its_own(tmp_path):
     made = run(tmp_path, model(), optim="sgd", steps=1)
-    assert made.method.unlearner.metric == "gradient"
+    assert made.unlearning_method.unlearner.metric == "gradient"
     net = model()
     momentum = torch.optim.SGD(net.parameters(), lr=1e-2, momentum=0.9)
     made = run(tmp_path, net, optimizers=(momentum, None), steps=1)
-    assert made.method.unlearner.metric == "optimizer"
+    assert made.unlearning_method.unlearner.metric == "optimizer"
 
 
 BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
@@ -347,6 +350,13 @@ WRONG = {
         dict(data=(FORGET, [{"input_ids": [1, 2]}] * 9)),
         "samples of retain_dataset have no labels: the collator made input_ids",
     ),
+    "cut": (
+        dict(data=([FORGET[0], FORGET[1] | {"labels": [-100] * 7}], RETAIN)),
+        "forget_dataset has samples without any label other than -100: 1. Leave them out",
+    ),
+    "compiled": (dict(torch_compile=True), "set torch_compile=False"),
+    "none": (dict(n=0), "retain_batch_size must be an integer of at least 1; got 0"),
+    "counted": (dict(include_num_input_tokens_seen="all"), "does not count the tokens of two batches"),
     "columns": (
         dict(data=([{"question": "Who?"}] * 9, RETAIN)),
         "samples of forget_dataset have none of the model's arguments; they have question",
@@ -362,6 +372,118 @@ WRONG = {
     ),
     "batch_size": (dict(auto_find_batch_size=True), "auto_find_batch_size changes one of two batch sizes"),
 }
+
+
+@pytest.mark.parametrize("kind, refused", [("BartForCausalLM", True), ("BloomForCausalLM", False)])
+def test_the_models_own_loss_is_compared(tmp_path, kind, refused):
+    """Those of both are a mean over tokens, but Bart's labels are not shifted."""
+    sizes = dict(vocab_size=120, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    if refused:
+        sizes |= dict(d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16)
+    else:
+        sizes |= dict(hidden_size=16, n_layer=1, n_head=2)
+    net = getattr(transformers, kind)(getattr(transformers, kind.split("For")[0] + "Config")(**sizes))
+    with pytest.raises(ValueError, match="a BartForCausalLM gives the first") if refused else contextlib.nullcontext():
+        trainer(tmp_path, net)
+
+
+COMPANY = {
+    "left": ("gpt2", lambda rows: padded(rows, "left"), True),
+    "left_rotary": ("llama", lambda rows: padded(rows, "left"), False),
+    "right": ("gpt2", padded, False),
+    "packed": ("llama", transformers.DataCollatorWithFlattening(), False),
+    "packed_prompt": ("prompt", transformers.DataCollatorWithFlattening(), True),
+}
+
+
+@pytest.mark.parametrize("kind, collator, warns", COMPANY.values(), ids=COMPANY)
+def test_losses_that_depend_on_company_are_told(tmp_path, kind, collator, warns):
+    net = model("llama" if kind == "prompt" else kind)
+    if kind == "prompt":
+        net = peft.get_peft_model(net, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, net, collator=collator)
+    assert any("depends on the samples beside it" in str(one.message) for one in caught) == warns
+
+
+def test_packed_rows_in_a_trainer(tmp_path):
+    """Also for NPO, which has the probabilities of each sample from before: at rate 0 they stay what they were."""
+    for method in ("orthograd", "npo"):
+        made = run(tmp_path, model(), method, collator=transformers.DataCollatorWithFlattening(), learning_rate=0.0)
+        assert logged(made, "retain_loss")
+    assert logged(made, "forget_loss") == pytest.approx([20 * math.log(2)] * 4, rel=1e-5)
+
+
+def test_batch_norm_uses_its_running_statistics(tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.last(self.norm(self.first(x)))
+
+    data = [[{"x": [float(k), 1.0, 2.0, 3.0], "y": k % 3} for k in range(m)] for m in (6, 9)]
+    made = run(
+        tmp_path,
+        Net(),
+        collator=lambda rows: {name: torch.tensor([row[name] for row in rows]) for name in ("x", "y")},
+        data=data,
+        losses=lambda net, batch: cross_entropy(net(batch["x"]), batch["y"], reduction="none"),
+        remove_unused_columns=False,
+        n=3,
+        warmup_steps=0,
+    )
+    assert set(logged(made, "rank")) == {3}
+
+
+class Overridden(UnlearningTrainer):
+    def compute_loss(self, *args, **options):
+        return super().compute_loss(*args, **options)
+
+
+class Mixed(UnlearningSteps, transformers.Trainer):
+    pass
+
+
+class Turned(transformers.Trainer, UnlearningSteps):
+    pass
+
+
+def test_other_trainers(tmp_path):
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], remove_unused_columns=False)
+    sides = dict(forget_dataset=FORGET, retain_dataset=RETAIN)
+    with pytest.raises(ValueError, match=r"Overridden\.compute_loss is not called in a step"):
+        Overridden(model(), args, padded, **sides)
+    Overridden(model(), args, padded, **sides, losses=sample_losses)
+    with pytest.raises(TypeError, match="UnlearningSteps has to come before the Trainer in the bases of Turned"):
+        Turned(model(), args).unlearn_by("orthograd")
+    with pytest.raises(RuntimeError, match="after the Trainer's own __init__"):
+        Mixed.__new__(Mixed).unlearn_by("orthograd")
+    with pytest.raises(ValueError, match="method='npo' reads all samples before the first step: use UnlearningTrainer"):
+        Mixed(model(), args).unlearn_by("npo")
+    mixed = Mixed(model(), args, padded, train_dataset=FORGET)
+    with pytest.raises(RuntimeError, match="call unlearn_by before train"):
+        mixed.train()
+    mixed.unlearn_by("orthograd")
+    with pytest.raises(ValueError, match=r"batches must be \{\"forget\": batch, \"retain\": batch\}; got input_ids"):
+        mixed.train()
+    args.remove_unused_columns = True
+    with pytest.raises(ValueError, match="set remove_unused_columns=False"):
+        Mixed(model(), args).unlearn_by("orthograd")
+    with pytest.raises(ValueError, match="method='pgu' reads the model before it unlearns: give model, not model_init"):
+        UnlearningTrainer(None, args, padded, **sides, method="pgu", model_init=lambda: model())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_default_collator_pads_weights_of_tokens(tmp_path, side):
+    weighted = [row | {"token_weights": [1.0] * len(row["labels"])} for row in FORGET]
+    pieces = copy.deepcopy(tokenizer())
+    pieces.padding_side = side
+    made = trainer(tmp_path, model(), collator=None, processing_class=pieces, data=(weighted, RETAIN))
+    batch = next(iter(made.get_train_dataloader()))["forget"]
+    assert torch.equal(batch["token_weights"] == 1, batch["attention_mask"] == 1)
 
 
 @pytest.mark.parametrize("options, message", WRONG.values(), ids=WRONG)
@@ -385,6 +507,8 @@ def test_what_is_wrong_with_other_parts(tmp_path):
     )
     with pytest.raises(TypeError, match="takes forget_dataset and retain_dataset, no train_dataset"):
         UnlearningTrainer(model(), forget_dataset=FORGET, retain_dataset=RETAIN, train_dataset=RETAIN)
+    with pytest.raises(TypeError, match="forget_dataset must have a length and items by number; got dict"):
+        trainer(tmp_path, model(), data=({"train": FORGET}, RETAIN))
 
 
 def test_a_loss_of_nan_changes_nothing(tmp_path):
