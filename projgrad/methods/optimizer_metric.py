@@ -284,7 +284,7 @@ class MetricStep:
             return D
         inverse = 1 / D
         if name not in self.floors:
-            self.floors[name] = FLOOR / max(1, D.numel()) ** 0.5 * inverse.norm()
+            self.floors[name] = whole(FLOOR / max(1, D.numel()) ** 0.5 * inverse.norm())
         del D
         return inverse.add_(self.floors[name]).reciprocal_()
 
