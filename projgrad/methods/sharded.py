@@ -43,7 +43,7 @@ class ShardedModel(ReplicatedModel):
                 module.reshard()
             try:
                 yield
-            except Exception:
+            except BaseException:  # an interrupt by hand too
                 for module in self._modules:
                     reset_sharding(module)
                 for p in self._whole.values():

@@ -5,15 +5,20 @@ import spread_backward_checks
 import spread_checks
 import spread_metric_checks
 import spread_union_checks
+import spread_union_metric_checks
 import together
 
 
 @pytest.mark.slow
 @pytest.mark.same_without_extension
 @pytest.mark.parametrize(
-    ("checks", "count"),
-    [(spread_union_checks, 4), (spread_checks, 4), (spread_metric_checks, 4), (spread_backward_checks, 2)],
-    ids=["lists", "batches", "metric", "backward"],
+    "modules",
+    [
+        (spread_union_checks, spread_union_metric_checks),
+        (spread_checks,),
+        (spread_metric_checks, spread_backward_checks),
+    ],
+    ids=["lists", "batches", "metric"],
 )
-def test_every_check_with_two_and_four_processes(tmp_path, checks, count):
-    together.run(checks.run, tmp_path, count)
+def test_every_check_with_two_and_four_processes(tmp_path, modules):
+    together.run(tmp_path, *modules)
