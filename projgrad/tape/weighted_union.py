@@ -93,12 +93,11 @@ class HeldUnion(RetainSide):
         with self.progress() as notify:
             union = ChangeUnion(self, change, stepped, diagonal, lambda k, b, r: notify(k + 1, b, r))
             projection = union.run()
-        with processes.attempt():
-            union.finish_(carry)
-            for name, p in self.parameters.items():  # what was in a parameter stands in `weights` before it changes
-                self.weights[name] = aside(p)
-                local(p).copy_(stepped.pop(name))
-        processes.agree()
+        union.finish_(carry)
+        for name, p in self.parameters.items():  # what was in a parameter stands in `weights` before it changes
+            self.weights[name] = aside(p)
+            local(p).copy_(stepped.pop(name))
+        processes.agree()  # else one that failed would be the only one that puts everything back
         return projection
 
 

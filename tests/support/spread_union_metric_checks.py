@@ -54,20 +54,30 @@ def check_failures_after_the_optimizer(processes):
             assert p.grad is None and state.keys() == held[p].keys()
             assert all(torch.equal(local(t), local(held[p][key])) for key, t in state.items())
 
-    def failing(error, fails):
-        """Fail in the second call, in the first pass after the optimizer's step."""
+    def failing(error, here, in_backward=False):
+        """Fail after the forward pass or inside the backward pass of the second call, the first after the step."""
         calls = itertools.count()
 
+        def fail(*_):
+            raise error
+
+        def inside(_, __, out):
+            out.register_hook(fail)
+
         def run():
+            now = next(calls) and here
+            hook = model.norm.register_forward_hook(inside) if now and in_backward else None
             value = retain[0]()
-            if next(calls) and fails:
-                raise error
+            if hook is not None:
+                hook.remove()
+            elif now:
+                fail()
             return value
 
         return run
 
     check((KeyError, RuntimeError), "a file is missing", failing(KeyError("a file is missing"), last))
-    check(KeyboardInterrupt, "", failing(KeyboardInterrupt(), True))
+    check(KeyboardInterrupt, "", failing(KeyboardInterrupt(), True, in_backward=True))
     for holder, name in ((Adam, "change"), (weighted_union.ChangeUnion, "finish_")):
         with broken(holder, name, last):
             check(ArithmeticError, "broken")
