@@ -53,15 +53,15 @@ class MicroBatch(KeptGradients):
         return self.sums[name]
 
     def _sums(self, blocks: Sequence[Block], float64: bool, gram: bool) -> tuple[Tensor, Tensor]:
-        K, v = 0.0, 0.0
+        sums: list[tuple[Tensor, Tensor]] = []
         for names in self.placement.rounds(list(self.r)):
             self.whole_r = {}  # else those of the round before would be in memory beside these
             self.whole_r = self.gather(names)
             with self._only(names):
-                some_K, some_v = super()._sums(blocks, float64, gram)
-            K, v = K + some_K, v + some_v
+                some = super()._sums(blocks, float64, gram)
+            sums = [(K + some[0], v + some[1]) for K, v in sums] or [some]
         self.whole_r = {}
-        return K, v
+        return sums[0]
 
     def add_(self, blocks: Sequence[Block], w: Tensor, float64: bool = False) -> None:
         for names in self.placement.rounds(list(self.d)):

@@ -78,12 +78,12 @@ class Processes:
     def agree(self, *numbers: int) -> list[list[int]]:
         """Return what every process gives here, by rank; raise if one of them failed."""
         # One that failed elsewhere does not know how many numbers are expected: a few always are, and more go after.
-        few = len(numbers) <= FEW
-        every = self._gather(self._failed is not None, *(numbers if few else ()), *(0,) * (FEW - len(numbers) * few))
+        few = numbers if len(numbers) <= FEW else ()
+        every = self._gather(self._failed is not None, *few, *[0] * (FEW - len(few)))
         failed = [rank for rank, (flag, *_) in enumerate(every) if flag]
         if failed:
             self._raise(failed)
-        return [theirs[: len(numbers)] for _, *theirs in every] if few else self._gather(*numbers)
+        return self._gather(*numbers) if len(numbers) > FEW else [theirs[: len(numbers)] for _, *theirs in every]
 
     def _gather(self, *mine: int) -> list[list[int]]:
         numbers = torch.tensor(mine, dtype=torch.int64)

@@ -35,7 +35,7 @@ def aside(t: Tensor) -> Tensor:
     return t.detach().to("cpu", copy=True)
 
 
-class Weights(dict[str, Tensor]):
+class Recomputed(dict[str, Tensor]):
     """A vector that is not held: every look at it makes a tensor anew."""
 
     def __init__(self, make: Callable[[str], Tensor]) -> None:
@@ -136,7 +136,8 @@ class RetainPart(Union):
                 r, weight = self.r[name], self.alpha / self.samples
                 total = torch.add(r, self.d.pop(name), alpha=weight) if used else r.clone()
                 p.grad = self.placement.laid_out(name, total.to(p.dtype))
-        if not self.placement.norms([n for n, p in self.parameters.items() if p.grad is not None]).isfinite().all():
+        names = [name for name, p in self.parameters.items() if p.grad is not None]
+        if names and not self.placement.norms(names).isfinite().all():
             raise FloatingPointError("NaN or Inf in the gradient of the step; nothing was changed")
         dtypes = {name: self.parameters[name].dtype for name in self.given}
         return {name: self.placement.laid_out(name, self.r[name].to(dtype)) for name, dtype in dtypes.items()}
@@ -198,8 +199,9 @@ class ChangeUnion(Union):
         self.r = {name: self.placement.local(F) for name, F in change.items()}
         self.change = {name: F.clone() for name, F in self.r.items()}
         self.stepped, self.discrepancy = stepped, held.discrepancy
-        self.weights = Weights(lambda name: self.placement.local(diagonal(name)))  # D, or this process's shards of it
-        self.whole_weights: Mapping[str, Tensor] = {}  # D in a round of products
+        local = self.placement.local
+        self.D = Recomputed(lambda name: local(diagonal(name)))  # what this process holds of it
+        self.whole_D: Mapping[str, Tensor] = {}  # in a round of products
         self.numbers: dict[str, float] = {}
         for name in change:
             D = diagonal(name)
@@ -212,7 +214,7 @@ class ChangeUnion(Union):
             self.lengths = held.lengths
         for span in self.small.values():
             names = list(span.block.parameters)
-            whole = self.placement.gathered(self.weights, [name for name in names if name not in self.numbers])
+            whole = self.placement.gathered(self.D, [name for name in names if name not in self.numbers])
             span.weigh([self.numbers[name] if name in self.numbers else whole[name] for name in names])
         self.before, self.rounding = self._squares().sqrt(), self.iterated.new_zeros(len(self.blocks))
 
@@ -224,23 +226,23 @@ class ChangeUnion(Union):
             p.grad = self.placement.laid_out(name, self.r[name].to(p.dtype))
 
     def _weight(self, name: str) -> Tensor | float:
-        return self.numbers[name] if name in self.numbers else self.weights[name]
+        return self.numbers[name] if name in self.numbers else self.D[name]
 
     def _visit(self, passes: Passes, losses: Tensor, b: int, index: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
         self.visited = self.lengths[b]
         visit = super()._visit(passes, losses, b, index, last)
-        self.whole_weights = {}
+        self.whole_D = {}
         return visit
 
     def _micro_batch(self, passes: Passes, losses: Tensor, _: str) -> ChangeBatch:
         given = passes, losses, self.rates, "", self.r, self.d, self.placement, self._gather
-        lost, diagonal = self.visited == 0, lambda name: self.whole_weights[name]
+        lost, diagonal = self.visited == 0, lambda name: self.whole_D[name]
         return ChangeBatch(*given, lost=lost, numbers=self.numbers, diagonal=diagonal)
 
     def _gather(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         if self.multiplies:
-            self.whole_weights, some = {}, [name for name in names if name not in self.numbers]
-            self.whole_weights = self.placement.gathered(self.weights, some)
+            self.whole_D, some = {}, [name for name in names if name not in self.numbers]
+            self.whole_D = self.placement.gathered(self.D, some)
         return super()._gather(names)
 
     def _norms(self, K: Tensor) -> Tensor:
