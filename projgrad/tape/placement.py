@@ -13,7 +13,7 @@ from ..recording.host_reads import lengths
 from .passes import Passes
 from .processes import Alone, Processes
 
-SUMMED = 4 << 20  # bytes of whole tensors that are made for some parameters at one time, only to be summed
+SUMMED = 4 << 20  # bytes of whole tensors that are made for some parameters at one time, only to be exchanged
 
 
 class Replicas:

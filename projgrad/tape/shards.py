@@ -11,8 +11,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.functional import pad
 
 from ..recording.host_reads import lengths
-from .placement import Replicas
-from .processes import BUCKET
+from .placement import SUMMED, Replicas
 
 ROUND = 64 << 20  # bytes of whole gradients that are made of shards at one time
 
@@ -97,9 +96,8 @@ class Shards(Replicas):
         """Return tensors whole of which every process holds parts."""
         whole = dict(parts)
         for names, sizes in self._buckets(parts):
-            ends = zip(names, sizes, strict=True)
-            mine = torch.cat([pad(parts[name].flatten(), (0, size - parts[name].numel())) for name, size in ends])
-            every = self.processes.gather(mine, purpose)
+            rows = [_filled(parts[name], size) for name, size in zip(names, sizes, strict=True)]
+            every = self.processes.gather(_joined(rows), purpose)
             for name, rows in zip(names, every.split(sizes, 1), strict=True):
                 p = self.parameters[name]
                 whole[name] = rows.flatten()[: p.numel()].view(p.shape)
@@ -113,9 +111,8 @@ class Shards(Replicas):
         parts, size = dict(sums), self.processes.size
         self.processes.sum_all_([t for name, t in sums.items() if not self._is_sharded(name)], purpose)
         for names, sizes in self._buckets(sums):
-            ends = zip(names, sizes, strict=True)
-            rows = [pad(sums[name].flatten(), (0, size * most - sums[name].numel())) for name, most in ends]
-            mine = self.processes.scatter_sum(torch.cat([t.view(size, -1) for t in rows], 1), purpose)
+            rows = [_filled(sums[name], size * most).view(size, -1) for name, most in zip(names, sizes, strict=True)]
+            mine = self.processes.scatter_sum(_joined(rows), purpose)
             for name, part in zip(names, mine.split(sizes), strict=True):
                 shape = self.local(self.parameters[name]).shape
                 parts[name] = part[: shape.numel()].view(shape)
@@ -130,7 +127,7 @@ class Shards(Replicas):
         """Yield the names of tensors that go together, and how many elements of each a process has at most."""
         rows = [name for name in tensors if self._is_sharded(name) and self._in_rows(name)]
         for dtype in dict.fromkeys(tensors[name].dtype for name in rows):
-            for names in self.some([name for name in rows if tensors[name].dtype == dtype], BUCKET):
+            for names in self.some([name for name in rows if tensors[name].dtype == dtype], SUMMED):
                 shapes = [self.parameters[name].shape for name in names]
                 yield names, [-(-shape[0] // self.processes.size) * math.prod(shape[1:]) for shape in shapes]
 
@@ -156,3 +153,13 @@ class Shards(Replicas):
         """Count a gathering of shards, or the sum of whole tensors into them; like: of what type."""
         size = self.parameters[name].numel() * like.dtype.itemsize
         self.processes.sent[purpose] += size * (self.processes.size - 1) // self.processes.size
+
+
+def _filled(t: Tensor, size: int) -> Tensor:
+    """Return a tensor as one row, with zeros at the end."""
+    return t.flatten() if t.numel() == size else pad(t.flatten(), (0, size - t.numel()))
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    """Return rows side by side; of one no copy."""
+    return torch.cat(list(rows), -1) if len(rows) > 1 else rows[0]
