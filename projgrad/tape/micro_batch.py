@@ -53,15 +53,15 @@ class MicroBatch(KeptGradients):
         return self.sums[name]
 
     def _sums(self, blocks: Sequence[Block], float64: bool, gram: bool) -> tuple[Tensor, Tensor]:
-        sums: list[tuple[Tensor, Tensor]] = []
+        total: tuple[Tensor, Tensor] | None = None
         for names in self.placement.rounds(list(self.r)):
             self.whole_r = {}  # else those of the round before would be in memory beside these
             self.whole_r = self.gather(names)
             with self._only(names):
                 some = super()._sums(blocks, float64, gram)
-            sums = [(K + some[0], v + some[1]) for K, v in sums] or [some]
+            total = some if total is None else (total[0] + some[0], total[1] + some[1])
         self.whole_r = {}
-        return sums[0]
+        return total
 
     def add_(self, blocks: Sequence[Block], w: Tensor, float64: bool = False) -> None:
         for names in self.placement.rounds(list(self.d)):
