@@ -126,6 +126,11 @@ def reset_sharding(module: nn.Module) -> None:
     module.reshard()
 
 
+# Called so from torch 2.13 on.
+all_gather_single = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
+
+
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
     """Return how long the processes of a group wait for one another."""
     return group._get_backend(device).options._timeout

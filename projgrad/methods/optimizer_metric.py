@@ -283,8 +283,8 @@ class MetricStep:
         if not isinstance(D, Tensor) or not D.ndim:
             return D
         inverse = 1 / D
-        if name not in self.floors:
-            self.floors[name] = FLOOR / max(1, D.numel()) ** 0.5 * inverse.norm()
+        if name not in self.floors:  # whole, else shards would exchange it at every look
+            self.floors[name] = whole(FLOOR / max(1, D.numel()) ** 0.5 * inverse.norm())
         del D
         return inverse.add_(self.floors[name]).reciprocal_()
 

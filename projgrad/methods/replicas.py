@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from ..tape.placement import Replicas
 from ..tape.processes import Processes
 from ..tape.project import check_gradients
 from ..tape.tape import Tape
-from ..tape.union import Union
 from .closures import Closures
 from .common import clip_
 from .protocol import Closure
@@ -77,10 +76,9 @@ class ReplicatedModel:
         """Return a tape for this process's samples."""
         return Tape(self.params, fixed_tensors(self.model, self.params.values()), self.model)
 
-    @contextmanager
-    def reading(self, passes: Passes, losses: Tensor) -> Iterator[None]:
+    def reading(self, passes: Passes, losses: Tensor) -> AbstractContextManager[None]:
         """Make a context for backward passes over this process's samples; losses: of them, perhaps (0,)."""
-        yield
+        return nullcontext()
 
     def check_made_inside(self, closures: Closures, losses: Tensor, retain: Closure, name: str = "retain") -> None:
         """Check that a closure made its forward pass itself; see `Closures`."""
@@ -90,10 +88,6 @@ class ReplicatedModel:
     def visits(self, count: int) -> int:
         """Return how many micro-batches this process goes through, of which it has `count`."""
         return count
-
-    def union(self, **options: object) -> Union:
-        """Return the union of the retain samples of all processes; options: of `Union`."""
-        return Union(**options, processes=self.processes)
 
     def read_nothing(self, losses: Tensor) -> None:
         """Do what a process without samples has to do in the place of backward passes; losses (0,)."""

@@ -18,11 +18,9 @@ from .._torch_private import reset_sharding
 from ..recording.fixed import fixed_tensors
 from ..tape.passes import Passes
 from ..tape.processes import Processes
-from ..tape.sharded_union import ShardedUnion
 from ..tape.shards import Shards
 from ..tape.spread import takes_one_pass
 from ..tape.tape import Tape
-from ..tape.union import Union
 from .closures import Closures
 from .protocol import Closure
 from .replicas import ReplicatedModel
@@ -45,7 +43,7 @@ class ShardedModel(ReplicatedModel):
                 module.reshard()
             try:
                 yield
-            except Exception:
+            except BaseException:  # an interrupt by hand too
                 for module in self._modules:
                     reset_sharding(module)
                 for p in self._whole.values():
@@ -100,9 +98,6 @@ class ShardedModel(ReplicatedModel):
     def visits(self, count: int) -> int:
         """Return the number of micro-batches of the process that has most: in their passes all exchange shards."""
         return max(theirs for (theirs,) in self.processes.agree(count))
-
-    def union(self, **options: object) -> Union:
-        return ShardedUnion(self.placement, self.followed, self.reading, self.read_nothing, **options)
 
     def read_nothing(self, losses: Tensor) -> None:
         """Run one backward pass of no losses: it ends the forward pass for `fully_shard`, which else waits for one."""

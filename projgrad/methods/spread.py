@@ -174,8 +174,6 @@ def _union_step(
     given = spread.model, closures, retains, options.micro
     common = {"scope": options.scope, "alpha": options.alpha / share, "spread": spread}
     if options.metric == "optimizer":
-        if type(spread) is not ReplicatedModel:
-            raise ValueError('metric="optimizer" with a list for retain is not supported under fully_shard')
         factor = scaler.get_scale() * share if scaler else 1.0  # the same after the optimizer's step
         fields = union_metric_step(*given, **common, prepare=lambda losses: losses * factor)
     else:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tape.processes import Processes
-from ..tape.union import Union
+from ..tape.union import Batch, Union
 from ..tape.weighted_union import HeldUnion
 from .closures import Closures
 from .micro_batches import MicroBatchOptions, RetainBatches, padded
@@ -37,25 +36,15 @@ def project_union(
 
     spread: over processes, each with micro-batches of its own.
     """
-    batches, names = RetainBatches(model, closures, named, prepare, spread), list(named)
-    visits = len(named) if spread is None else spread.visits(len(named))
-    processes = None if spread is None else spread.processes
+    batches = RetainBatches(model, closures, named, prepare, spread)
+    visits = _visits(batches)
     largest = max(rates.values(), default=0.0)
     relative = {name: rate / largest for name, rate in rates.items()} if largest else {}
-    with _progress(options, visits) as notify:
-        union = (Union if spread is None else spread.union)(
-            batches=[functools.partial(batches.recorded, *one) for one in padded(names, visits)],
-            parameters=closures.params,
-            scope=scope,
-            alpha=alpha,
-            tolerance=options.tolerance,
-            max_passes=options.max_passes,
-            rates=relative,
-            notify=notify,
-        )
-        projection = union.run()
+    with _progress(options, len(visits)) as notify:
+        limits = options.tolerance, options.max_passes
+        projection = Union(visits, closures.params, scope, alpha, *limits, relative, notify, spread).run()
     fields = {name: value for name, value in vars(projection).items() if name not in LEFT_OUT}
-    return fields | _of_losses(batches, projection.samples, processes)
+    return fields | _of_losses(batches, projection.samples)
 
 
 def union_metric_step(
@@ -74,24 +63,30 @@ def union_metric_step(
     spread: as for `project_union`.
     """
     batches = RetainBatches(model, closures, named, prepare, spread)
-    processes = None if spread is None else spread.processes
-    visits = [functools.partial(batches.recorded, name) for name in named]
-    progress = functools.partial(_progress, options, len(named))
+    visits = _visits(batches)
+    progress = functools.partial(_progress, options, len(visits))
 
     def hold() -> HeldUnion:
-        tolerance, passes = options.tolerance, options.max_passes
-        return HeldUnion(visits, closures.params, scope, alpha, tolerance, passes, progress, processes)
+        limits = options.tolerance, options.max_passes
+        return HeldUnion(visits, closures.params, scope, alpha, *limits, progress, spread)
 
     given = () if spread is None else (spread.clip, spread.placement.norms, spread.processes.same)
     step = MetricStep(closures.optimizer, closures.params, hold, *given)
-    return {"metric_step": step} | _of_losses(batches, step.held.samples, processes)
+    return {"metric_step": step} | _of_losses(batches, step.held.samples)
 
 
-def _of_losses(batches: RetainBatches, samples: int, processes: Processes | None) -> dict[str, Any]:
+def _visits(batches: RetainBatches) -> list[Batch]:
+    """Return the forward passes of this process, in shards as many as those of any other."""
+    count, spread = len(batches.named), batches.spread
+    visits = padded(batches.named, count if spread is None else spread.visits(count))
+    return [functools.partial(batches.recorded, *one) for one in visits]
+
+
+def _of_losses(batches: RetainBatches, samples: int) -> dict[str, Any]:
     """Return the mean loss and the number of all micro-batches."""
     losses = sum(values.double().sum() for values in batches.values.values())
     sums = torch.stack([losses, torch.full_like(losses, len(batches.named))])
-    losses, count = (sums if processes is None else processes.sum_(sums, "agreements")).tolist()
+    losses, count = (sums if batches.spread is None else batches.spread.processes.sum_(sums, "agreements")).tolist()
     return {"retain_loss": losses / samples, "micro_batches": int(count)}
 
 

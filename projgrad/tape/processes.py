@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._torch_private import timeout_of
+from .._torch_private import all_gather_single, reduce_scatter_single, timeout_of
 
 BUCKET = 25 << 20  # bytes that are reduced at once, as DistributedDataParallel does
+FEW = 2  # numbers that go with every agreement
 ALIGNED = 16  # bytes: every tensor in a buffer of bytes begins at a multiple of it
 ERRORS = (FloatingPointError, ArithmeticError, ValueError, TypeError, RuntimeError)  # raised as they are elsewhere
 
@@ -76,11 +77,13 @@ class Processes:
 
     def agree(self, *numbers: int) -> list[list[int]]:
         """Return what every process gives here, by rank; raise if one of them failed."""
-        # In an exchange of its own: one that failed elsewhere does not know how many numbers are expected.
-        failed = [rank for rank, (flag,) in enumerate(self._gather(self._failed is not None)) if flag]
+        # One that failed elsewhere does not know how many numbers are expected: a few always are, and more go after.
+        few = numbers if len(numbers) <= FEW else ()
+        every = self._gather(self._failed is not None, *few, *[0] * (FEW - len(few)))
+        failed = [rank for rank, (flag, *_) in enumerate(every) if flag]
         if failed:
             self._raise(failed)
-        return self._gather(*numbers) if numbers else [[] for _ in range(self.size)]
+        return self._gather(*numbers) if len(numbers) > FEW else [theirs[: len(numbers)] for _, *theirs in every]
 
     def _gather(self, *mine: int) -> list[list[int]]:
         numbers = torch.tensor(mine, dtype=torch.int64)
@@ -162,6 +165,22 @@ class Processes:
         flat = self.sum_(torch.cat([t.flatten() for t in bucket]), purpose)
         for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             t.copy_(part.view(t.shape))
+
+    def gather(self, t: Tensor, purpose: str) -> Tensor:
+        """Return the tensors (m,) of all processes, [size, m]."""
+        every = t.new_empty(self.size * len(t))
+        with self._exchanging():
+            all_gather_single(every, t, group=self.group)
+        self.sent[purpose] += t.nbytes * (self.size - 1)
+        return every.view(self.size, -1)
+
+    def scatter_sum(self, t: Tensor, purpose: str) -> Tensor:
+        """Return this process's row of the sum of the tensors [size, m] of all processes."""
+        mine = t.new_empty(t.shape[1])
+        with self._exchanging():
+            reduce_scatter_single(mine, t.flatten(), group=self.group)
+        self.sent[purpose] += mine.nbytes * (self.size - 1)
+        return mine
 
     def largest_(self, t: Tensor) -> Tensor:
         """Replace a contiguous tensor by the largest of those of all processes, element by element."""

@@ -23,16 +23,16 @@ from ..recording.graph import coarser
 from ..recording.host_reads import inner, lengths
 from .check import Checks, WeightStats, check_finite, check_relative_error, tolerance_of
 from .convergence import Convergence
-from .gradient_access import Block, KeptGradients
+from .gradient_access import Block
+from .micro_batch import MicroBatch, Vector
 from .passes import Passes
-from .processes import Alone, Processes
+from .placement import InOneProcess, Spread
 from .records import Projection
 from .small_spans import SMALL, SmallSpan
-from .systems import HELD, without_underflow
+from .systems import HELD
 from .verify import next_watched, verify
 
 Batch = Callable[[], AbstractContextManager[tuple[Passes, Tensor]]]  # a forward pass of one micro-batch, anew each time
-Vector = dict[str, Tensor]  # in the space of the parameters, by name
 NEAR = 8  # the residual of a pass, in tolerances, from which the next one may be the last: an iteration reduces it too
 
 
@@ -50,27 +50,6 @@ class UnionProjection(Projection):
     estimated_error: float = 0.0
 
 
-class MicroBatch(KeptGradients):
-    """The rules of one micro-batch: its products are those with r, and Gᵀ w is added to d."""
-
-    def __init__(self, passes: Passes, losses: Tensor, rates: Mapping[str, float], watch: str, r: Vector, d: Vector):
-        super().__init__(passes, losses, rates, None, watch)
-        self.r, self.d = r, d
-
-    def products(self, blocks: Sequence[Block], float64: bool) -> tuple[Tensor, Tensor]:
-        return self._without_lost(*super().products(blocks, float64), blocks)
-
-    def _without_lost(self, K: Tensor, v: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
-        """Make K and v zero where digits of gradients are missing."""
-        return without_underflow(K, v, blocks)
-
-    def direction(self, name: str) -> Tensor:
-        return self.r[name]
-
-    def target(self, name: str) -> Tensor:
-        return self.d[name]
-
-
 class Union:
     """Takes the span of the per-sample gradients of all micro-batches out of p.grad.
 
@@ -85,11 +64,11 @@ class Union:
         max_passes: after so many the result is taken as it is, with a warning.
         rates: weights of the parameters in all inner products, 1 by default.
         notify: called after every visit with the pass, the micro-batch and the residual of the pass before.
-        processes: those that hold other micro-batches of the same union; all of them have the same parameters and u.
-            One of them may have micro-batches of no samples, losses (0,).
+        spread: over processes that hold other micro-batches of the same union; all of them have the same parameters
+            and u. One of them may have micro-batches of no samples, losses (0,). In shards all have equally many
+            micro-batches, and visit them together: r and d lie in shards too, and are whole in rounds, for some
+            parameters at a time.
     """
-
-    micro_batch: Callable[..., MicroBatch] = MicroBatch
 
     def __init__(
         self,
@@ -101,9 +80,10 @@ class Union:
         max_passes: int,
         rates: Mapping[str, float],
         notify: Callable[[int, int, float], object],
-        processes: Processes | None = None,
+        spread: Spread | None = None,
     ) -> None:
-        self.processes = processes or Alone()
+        self.spread = spread or InOneProcess(parameters)
+        self.placement, self.processes = self.spread.placement, self.spread.placement.processes
         self.batches, self.parameters, self.alpha = batches, parameters, alpha
         self.tolerance, self.max_passes, self.notify = tolerance, max_passes, notify
         self.rates = {} if scope == "per_tensor" else rates
@@ -111,17 +91,18 @@ class Union:
         self.blocks = [Block(name, params) for name, params in named.items()]
         self.place = {name: k for k, block in enumerate(self.blocks) for name in block.parameters}
         small = [k for k, block in enumerate(self.blocks) if block.numel() <= SMALL and not self.rates]
-        self.small = {k: SmallSpan(self.blocks[k]) for k in small}
+        self.small = {k: SmallSpan(self._followed(self.blocks[k])) for k in small}
         large = [0.0 if k in self.small else 1.0 for k in range(len(self.blocks))]
         self.iterated = torch.tensor(large, dtype=torch.float64, device=next(iter(parameters.values())).device)
         self.dtype = coarser(*(block.dtype for block in self.blocks))
         self.eps = torch.finfo(self.dtype).eps
         self.unused = {name for name, p in parameters.items() if p.grad is None}  # by forget, and by no micro-batch
-        self.r = {name: self._take(p) for name, p in parameters.items()}
+        self.r = {name: self.placement.local(_taken(p)) for name, p in parameters.items()}
         self.d: Vector = {}
         self.q: Vector = {}
         self.K: list[Tensor | None] = [None] * len(batches)  # [l, n, n] of every micro-batch, as far as HELD allows
-        self.held, self.samples, self.half, self.discrepancy, self.residual = 0, 0, False, 0.0, math.nan
+        self.held, self.lacks, self.samples, self.half = 0, False, 0, False  # lacks: not all K are held
+        self.discrepancy, self.residual = 0.0, math.nan
 
     @torch.no_grad()
     def run(self) -> UnionProjection:
@@ -204,7 +185,7 @@ class Union:
                 self.notify(index, b, self.residual)
         self.processes.agree()
         if not last or self.alpha:
-            self._collect()
+            self.placement.collect_(self.d)
         stats, worst = self.processes.sum_(stats, "K"), self.processes.largest_(worst)
         if not index:
             self._share()
@@ -215,9 +196,10 @@ class Union:
     def _share(self) -> None:
         """Make what the first visits found that of all processes."""
         used = [float(name not in self.unused) for name in self.parameters]
-        found = self.iterated.new_tensor([float(self.half), self.discrepancy, *used])
-        half, self.discrepancy, *used = self.processes.largest_(found).tolist()
-        self.half, self.unused = bool(half), {n for n, one in zip(self.parameters, used, strict=True) if not one}
+        found = self.iterated.new_tensor([float(self.half), float(self.lacks), self.discrepancy, *used])
+        half, lacks, self.discrepancy, *used = self.processes.largest_(found).tolist()
+        self.half, self.lacks = bool(half), bool(lacks)
+        self.unused = {name for name, one in zip(self.parameters, used, strict=True) if not one}
         counts = self.iterated.new_tensor([self.samples, *(span.count for span in self.small.values())])
         self.samples, *counts = map(int, self.processes.sum_(counts, "K").tolist())
         if not self.samples:
@@ -237,6 +219,8 @@ class Union:
             check_finite(K.sum(0), s.sum(0))
             if self.held + K.nbytes <= HELD:
                 self.K[b], self.held = K, self.held + K.nbytes
+            else:
+                self.lacks = True
         else:
             s = batch.dot(self.blocks, False)
         norms = self._norms(K)
@@ -263,41 +247,44 @@ class Union:
             batch.add_(self.blocks, w)
         return w, s, norms
 
-    # What a model in shards does in another way.
-
-    def _take(self, p: Tensor) -> Tensor:
-        """Return p.grad as `_taken`; p.grad is None then."""
-        return _taken(p)
-
-    def _give(self, name: str, r: Tensor) -> Tensor:
-        """Return what p.grad is set to; r in its type."""
-        return r
-
     def _read(self, passes: Passes, losses: Tensor, watched: bool) -> MicroBatch:
         """Return the rules of a micro-batch, from a backward pass; watched: plain autograd checks one parameter."""
-        verify(passes, losses)
-        watch = next_watched(passes, losses) if watched else ""
-        return self.micro_batch(passes, losses, self.rates, watch, self.r, self.d)
+        with self.spread.reading(passes, losses):
+            verify(passes, losses)
+            return self._micro_batch(passes, losses, next_watched(passes, losses) if watched else "")
+
+    def _micro_batch(self, passes: Passes, losses: Tensor, watch: str) -> MicroBatch:
+        return MicroBatch(passes, losses, self.rates, watch, self.r, self.d, self.placement, self._gather)
+
+    def _gather(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return r of some parameters whole, in a round of products."""
+        return self.placement.gathered(self.r, names)
+
+    def _visit_nothing(self, passes: Passes, losses: Tensor, last: bool) -> None:
+        """Do what a visit to no samples, losses (0,), has to do for the other processes."""
+        with self.spread.reading(passes, losses):
+            self.spread.read_nothing(losses)
+        for names in self.placement.rounds(list(self.r)):
+            self._gather(names)
+        for names in self.placement.rounds(list(self.d)) if not last or self.alpha else ():
+            self.placement.scatter_(self.placement.zeros(names, self.d), self.d)
 
     def _norms(self, K: Tensor) -> Tensor:
         """Return ‖g_j‖ [l, n] of the micro-batch that is visited; K are its Gram matrices."""
         return K.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
 
-    def _visit_nothing(self, passes: Passes, losses: Tensor, last: bool) -> None:
-        """Do what a visit to no samples, losses (0,), has to do for the other processes."""
-
-    def _collect(self) -> None:
-        """Make d the sum over all processes."""
-        self.processes.sum_all_(self.d.values(), "correction")
+    def _followed(self, block: Block) -> Block:
+        """Return a block of what stands for its parameters in a forward pass: it is never in shards."""
+        return Block(block.name, {name: self.spread.followed[name] for name in block.parameters})
 
     def _project_small(self) -> None:
         """Take the spans of small blocks out of r."""
+        names = [name for span in self.small.values() for name in span.block.parameters]
+        whole = self.placement.gathered(self.r, names) if names else {}
         for span in self.small.values():
-            span.project_([self.r[name] for name in span.block.parameters])
-
-    def _of_parameters(self, values: Tensor) -> Tensor:
-        """Return inner products of whole tensors; values [number of parameters]: of what this process holds."""
-        return values
+            span.project_([whole[name] for name in span.block.parameters])
+        for name in names:
+            self.r[name].copy_(self.placement.part(name, whole[name]))
 
     def _advance(self, rho: Tensor, convergence: Convergence) -> None:
         """Make the next direction q of d, and step along it."""
@@ -344,7 +331,7 @@ class Union:
             r = self.r.pop(name)
             if self.alpha:
                 r.add_(self.d.pop(name), alpha=self.alpha / self.samples)
-            p.grad = None if name in self.unused else self._give(name, r.to(p.dtype))
+            p.grad = None if name in self.unused else self.placement.laid_out(name, r.to(p.dtype))
         coarse = max(torch.finfo(b.stored).eps / 2 for b in self.blocks) if self.half else 0.0  # p.grad is rounded to
         before, after, residuals = u2.tolist(), r2.tolist(), cosines.clamp_max(1.0).tolist()
 
@@ -375,7 +362,7 @@ class Union:
             values = lengths(list(a.values())).square()
         else:
             values = torch.stack([inner(a[name], b[name]).to(self.iterated.device) for name in a])
-        values = self._of_parameters(values)
+        values = self.placement.summed_products(values, list(a))
         if self.rates:
             values = values * values.new_tensor([self.rates.get(name, 1.0) for name in a])
         return values.sum()[None] if len(self.blocks) == 1 else values  # blocks are in the order of the parameters

@@ -8,7 +8,7 @@ zeros.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -18,11 +18,11 @@ from ..recording.host_reads import inner, lengths
 from .consumers import part
 from .gradient_access import Block
 from .grouping import Group
+from .micro_batch import MicroBatch, Vector
 from .passes import Passes
-from .processes import Processes
+from .placement import Spread
 from .records import Projection
-from .union import Batch, MicroBatch, Union, UnionProjection, Vector
-from .verify import verify
+from .union import Batch, Union, UnionProjection
 from .weighted import RetainSide
 
 Notify = Callable[[int, int, float], object]  # see `Union`
@@ -35,11 +35,22 @@ def aside(t: Tensor) -> Tensor:
     return t.detach().to("cpu", copy=True)
 
 
+class Recomputed(dict[str, Tensor]):
+    """A vector that is not held: every look at it makes a tensor anew."""
+
+    def __init__(self, make: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, name: str) -> Tensor:
+        return self.make(name)
+
+
 class HeldUnion(RetainSide):
     """The per-sample gradients of many micro-batches: `correct_` makes them anew, at the weights before the step.
 
     Args:
-        batches, parameters, scope, tolerance, processes: see `Union`.
+        batches, parameters, scope, tolerance, spread: see `Union`.
         alpha: α Σ_j g_j / N is added to every p.grad, here.
         max_passes: with the one that is made here.
         progress: makes a context that gives what is called after every visit.
@@ -60,20 +71,22 @@ class HeldUnion(RetainSide):
         tolerance: float,
         max_passes: int,
         progress: Callable[[], AbstractContextManager[Notify]],
-        processes: Processes | None = None,
+        spread: Spread | None = None,
     ) -> None:
         self.batches, self.parameters, self.scope, self.progress = batches, parameters, scope, progress
-        self.processes = processes
         self.tolerance, self.max_passes = tolerance, max_passes
         with progress() as notify:
-            first = RetainPart(batches, parameters, scope, alpha, notify, processes)
+            first = RetainPart(batches, parameters, scope, alpha, notify, spread)
             self.forgotten = first.add_()
         self.lengths, self.discrepancy, self.samples = first.lengths, first.discrepancy, first.samples
+        self.spread = first.spread
 
     def correct_(
         self, change: dict[str, Tensor], diagonal: Diagonal, carry: Carry, damping: float, rtol: float | None
     ) -> Projection:
-        stepped = {name: aside(p) for name, p in self.parameters.items()}
+        local, processes = self.spread.placement.local, self.spread.placement.processes
+        processes.agree()  # all have stepped
+        stepped = {name: aside(local(p)) for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             p.copy_(self.weights[name])
             del self.weights[name]
@@ -83,7 +96,8 @@ class HeldUnion(RetainSide):
         union.finish_(carry)
         for name, p in self.parameters.items():  # what was in a parameter stands in `weights` before it changes
             self.weights[name] = aside(p)
-            p.copy_(stepped.pop(name))
+            local(p).copy_(stepped.pop(name))
+        processes.agree()  # else one that failed would be the only one that puts everything back
         return projection
 
 
@@ -100,10 +114,10 @@ class RetainPart(Union):
         scope: str,
         alpha: float,
         notify: Notify,
-        processes: Processes | None,
+        spread: Spread | None,
     ) -> None:
         self.given = {name for name, p in parameters.items() if p.grad is not None}
-        super().__init__(batches, parameters, scope, alpha, 1.0, 2, {}, notify, processes)
+        super().__init__(batches, parameters, scope, alpha, 1.0, 2, {}, notify, spread)
         self.small, self.lengths = {}, []
 
     @torch.no_grad()
@@ -120,11 +134,13 @@ class RetainPart(Union):
             used = self.alpha and name not in self.unused
             if used or name in self.given:
                 r, weight = self.r[name], self.alpha / self.samples
-                p.grad = (torch.add(r, self.d.pop(name), alpha=weight) if used else r.clone()).to(p.dtype)
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if grads and not lengths(grads).isfinite().all():
+                total = torch.add(r, self.d.pop(name), alpha=weight) if used else r.clone()
+                p.grad = self.placement.laid_out(name, total.to(p.dtype))
+        names = [name for name, p in self.parameters.items() if p.grad is not None]
+        if names and not self.placement.norms(names).isfinite().all():
             raise FloatingPointError("NaN or Inf in the gradient of the step; nothing was changed")
-        return {name: self.r[name].to(self.parameters[name].dtype) for name in self.given}
+        dtypes = {name: self.parameters[name].dtype for name in self.given}
+        return {name: self.placement.laid_out(name, self.r[name].to(dtype)) for name, dtype in dtypes.items()}
 
     def _visit(self, passes: Passes, losses: Tensor, b: int, index: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
         w, s, norms = super()._visit(passes, losses, b, index, last)
@@ -135,20 +151,12 @@ class RetainPart(Union):
 class ChangeBatch(MicroBatch):
     """The rules of one micro-batch, with K = G D Gᵀ.
 
-    lost [l, n]: gradients that count as zero. numbers: D where it is one. diagonal: gives the others.
+    lost [l, n]: gradients that count as zero. numbers: D where it is one. diagonal: gives the others, of the parameters
+    of a round. The other arguments as those of `MicroBatch`.
     """
 
-    def __init__(
-        self,
-        passes: Passes,
-        losses: Tensor,
-        r: Vector,
-        d: Vector,
-        lost: Tensor,
-        numbers: Mapping[str, float],
-        diagonal: Diagonal,
-    ) -> None:
-        super().__init__(passes, losses, {}, "", r, d)
+    def __init__(self, *args: object, lost: Tensor, numbers: Mapping[str, float], diagonal: Diagonal) -> None:
+        super().__init__(*args)
         self.lost, self.numbers, self.diagonal = lost, numbers, diagonal
 
     def _without_lost(self, K: Tensor, v: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
@@ -162,7 +170,7 @@ class ChangeBatch(MicroBatch):
             return K * K.new_tensor([self.numbers[use.name] for use in group])[:, None, None], v
         sums = []
         for name, source, rule in group:
-            D, F = self.diagonal(name), self.r[name]
+            D, F = self.diagonal(name), self.direction(name)
             D = D.contiguous() if isinstance(D, Tensor) and D.ndim else torch.full_like(F, float(D))
             sums.append(rule.weighted_gram(part(source, D), part(source, F), float64 or rule.cheap))
         K, v = zip(*sums, strict=True)
@@ -187,9 +195,13 @@ class ChangeUnion(Union):
     ) -> None:
         parameters = {name: held.parameters[name] for name in change}
         left = held.max_passes - 1  # a pass was made before
-        super().__init__(held.batches, parameters, held.scope, 0.0, held.tolerance, left, {}, notify, held.processes)
-        self.r, self.change = change, {name: F.clone() for name, F in change.items()}
-        self.stepped, self.diagonal, self.discrepancy = stepped, diagonal, held.discrepancy
+        super().__init__(held.batches, parameters, held.scope, 0.0, held.tolerance, left, {}, notify, held.spread)
+        self.r = {name: self.placement.local(F) for name, F in change.items()}
+        self.change = {name: F.clone() for name, F in self.r.items()}
+        self.stepped, self.discrepancy = stepped, held.discrepancy
+        local = self.placement.local
+        self.D = Recomputed(lambda name: local(diagonal(name)))  # what this process holds of it
+        self.whole_D: Mapping[str, Tensor] = {}  # in a round of products
         self.numbers: dict[str, float] = {}
         for name in change:
             D = diagonal(name)
@@ -201,26 +213,37 @@ class ChangeUnion(Union):
         else:
             self.lengths = held.lengths
         for span in self.small.values():
-            span.weigh([self._weight(name) for name in span.block.parameters])
+            names = list(span.block.parameters)
+            whole = self.placement.gathered(self.D, [name for name in names if name not in self.numbers])
+            span.weigh([self.numbers[name] if name in self.numbers else whole[name] for name in names])
         self.before, self.rounding = self._squares().sqrt(), self.iterated.new_zeros(len(self.blocks))
 
     def finish_(self, carry: Carry) -> None:
         """Correct `stepped`, and tell `carry` what was added to F."""
         for name, p in self.parameters.items():
             delta, self.stepped[name] = self._rounded(name)
-            carry(name, delta)
-            p.grad = self.r[name].to(p.dtype)
+            carry(name, self.placement.laid_out(name, delta))
+            p.grad = self.placement.laid_out(name, self.r[name].to(p.dtype))
 
     def _weight(self, name: str) -> Tensor | float:
-        return self.numbers[name] if name in self.numbers else self.diagonal(name)
+        return self.numbers[name] if name in self.numbers else self.D[name]
 
     def _visit(self, passes: Passes, losses: Tensor, b: int, index: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
         self.visited = self.lengths[b]
-        return super()._visit(passes, losses, b, index, last)
+        visit = super()._visit(passes, losses, b, index, last)
+        self.whole_D = {}
+        return visit
 
-    def _read(self, passes: Passes, losses: Tensor, watched: bool) -> ChangeBatch:
-        verify(passes, losses)
-        return ChangeBatch(passes, losses, self.r, self.d, self.visited == 0, self.numbers, self.diagonal)
+    def _micro_batch(self, passes: Passes, losses: Tensor, _: str) -> ChangeBatch:
+        given = passes, losses, self.rates, "", self.r, self.d, self.placement, self._gather
+        lost, diagonal = self.visited == 0, lambda name: self.whole_D[name]
+        return ChangeBatch(*given, lost=lost, numbers=self.numbers, diagonal=diagonal)
+
+    def _gather(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        if self.multiplies:
+            self.whole_D, some = {}, [name for name in names if name not in self.numbers]
+            self.whole_D = self.placement.gathered(self.D, some)
+        return super()._gather(names)
 
     def _norms(self, K: Tensor) -> Tensor:
         return self.visited
@@ -228,6 +251,7 @@ class ChangeUnion(Union):
     def _sweep(self, index: int, last: bool, u2: Tensor) -> tuple[Tensor, Tensor]:
         if last:
             self._round()
+        self.multiplies = not index or self.lacks
         return super()._sweep(index, last, u2)
 
     def _rounded(self, name: str) -> tuple[Tensor, Tensor]:
@@ -245,7 +269,7 @@ class ChangeUnion(Union):
             rounding = (after.to(r.dtype) - self.stepped[name].to(r)).sub_(delta)
             squares.append(lengths([rounding])[0].to(self.iterated.device) ** 2)
             r.add_(rounding)
-        self.rounding = self._of_blocks(torch.stack(squares)).sqrt()
+        self.rounding = self._of_blocks(torch.stack(squares), self.r).sqrt()
 
     def _take_back(self) -> None:
         for name, r in self.r.items():
@@ -261,7 +285,7 @@ class ChangeUnion(Union):
         return r2, torch.where(norms > 0, worst / norms, 0.0)
 
     def _squares(self) -> Tensor:
-        return self._of_blocks(lengths(list(self.r.values())).square().to(self.iterated.device))
+        return self._of_blocks(lengths(list(self.r.values())).square().to(self.iterated.device), self.r)
 
     def _subtract(self, name: str, r: Tensor, step: float) -> None:
         D = self._weight(name)
@@ -278,9 +302,10 @@ class ChangeUnion(Union):
             if power:
                 t = t * self._weight(name) if power > 0 else _divided(t, self._weight(name))
             values.append(inner(t, b[name]).to(self.iterated.device))
-        return self._of_blocks(torch.stack(values))
+        return self._of_blocks(torch.stack(values), a)
 
-    def _of_blocks(self, values: Tensor) -> Tensor:
+    def _of_blocks(self, values: Tensor, names: Iterable[str]) -> Tensor:
+        values = self.placement.summed_products(values, list(names))
         return values.sum()[None] if len(self.blocks) == 1 else values
 
     def _finish(

@@ -1,18 +1,24 @@
 """OrthoGrad over several processes: the same steps as one process takes on all samples."""
 
-import os
-
 import pytest
+import spread_backward_checks
 import spread_checks
-import torch
-
-
-def _run(rank, file):
-    spread_checks.run(rank, file)
-    os._exit(0)  # gloo's threads may outlive the group, and abort when they meet an interpreter on its way out
+import spread_metric_checks
+import spread_union_checks
+import spread_union_metric_checks
+import together
 
 
 @pytest.mark.slow
 @pytest.mark.same_without_extension
-def test_every_check_with_two_and_four_processes(tmp_path):
-    torch.multiprocessing.spawn(_run, (str(tmp_path / "store"),), nprocs=4)
+@pytest.mark.parametrize(
+    "modules",
+    [
+        (spread_union_checks, spread_union_metric_checks),
+        (spread_checks,),
+        (spread_metric_checks, spread_backward_checks),
+    ],
+    ids=["lists", "batches", "metric"],
+)
+def test_every_check_with_two_and_four_processes(tmp_path, modules):
+    together.run(tmp_path, *modules)

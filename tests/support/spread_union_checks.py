@@ -4,121 +4,29 @@ Every check compares with one process that has all samples in one batch.
 """
 
 import copy
-import datetime
 import runpy
-import time
-import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from spread_checks import (
-    MODELS,
-    Processes,
-    Tied,
-    assert_same,
-    assert_same_bits,
-    build,
-    losses,
-    raises,
-    replicated,
-    sgd,
-    shard,
-    whole,
-)
+from spread_checks import Processes, assert_same, assert_same_bits, build, losses, raises, replicated, sgd, shard, whole
+from spread_lists import EQUAL, TOLERANCE, UNEQUAL, Lists, sharded, two_rates
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import projgrad
 from projgrad.tape import shards
 
-TOLERANCE = 1e-10  # in float64: what is reached is compared at 1e-8
-EQUAL = {2: ((1, 1), (1, 2))}  # samples in the micro-batches of every process
-UNEQUAL = {2: ((1, 1, 1), (2,)), 4: ((1, 2), (0, 1), (1,), (1,))}
-
-
-class Wide(Tied):
-    """With a table of 528 elements, more than are projected exactly, and a norm of 96."""
-
-    def __init__(self):
-        nn.Module.__init__(self)
-        self.table, self.frozen, self.norm = nn.Embedding(11, 48), nn.Linear(48, 48), nn.LayerNorm(48)
-        self.frozen.requires_grad_(False)
-
-
-def wide(n, seed):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(11, (n, 4), generator=generator)
-    return Wide().double(), ids, ids.roll(1, 1)
-
-
-MODELS["wide"] = wide
-
-
-def two_rates(model):
-    first, *rest = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD([{"params": [first], "lr": 0.01}, {"params": rest}], lr=0.1)
-
-
-class Lists:
-    """One model in one process, and copies over several: the former steps on one batch, the others on micro-batches.
-
-    sizes: of the micro-batches of every process. per_sample: whether forget closures return losses of samples.
-    """
-
-    def __init__(self, kind, processes, spreads, sizes, optimizer=sgd, per_sample=False, single=None, **options):
-        self.processes, self.sizes, self.per_sample = processes, sizes[processes.size], per_sample
-        counts, self.options = [sum(some) for some in self.sizes], options
-        built, self.x, self.y = build(kind, sum(counts))
-        self.single = single or built
-        _, self.fx, self.fy = build(kind, 4 * processes.size, seed=2)
-        self.models = [spread(copy.deepcopy(self.single)) for spread in spreads]
-        self.alone = projgrad.OrthoGrad(self.single, optimizer(self.single), **options)
-        options = options | {"union_tolerance": TOLERANCE}
-        self.unlearners = [projgrad.OrthoGrad(model, optimizer(model), **options) for model in self.models]
-        self.pieces = self.sizes[processes.rank]
-        self.batches = list(zip(*(processes.part(z, counts).split(self.pieces) for z in (self.x, self.y)), strict=True))
-        fours = (4,) * processes.size
-        self.forgets = list(zip(*(processes.part(z, fours).split(2) for z in (self.fx, self.fy)), strict=True))
-
-    def closures(self, model):
-        def retain(x, y):
-            return losses(model, x, y) if len(x) else losses(model, self.fx[:1], self.fy[:1])[:0]
-
-        def forget(x, y):
-            return losses(model, x, y) if self.per_sample else losses(model, x, y).mean()
-
-        return projgrad.micro_batches(forget, self.forgets), projgrad.micro_batches(retain, self.batches)
-
-    def compare(self, steps=2, prefixes=("",)):
-        for _ in range(steps):
-            expected = self.alone.step(
-                lambda: losses(self.single, self.fx, self.fy).mean(), lambda: losses(self.single, self.x, self.y)
-            )
-            for model, unlearner in zip(self.models, self.unlearners, strict=True):
-                record = unlearner.step(*self.closures(model))
-                assert record.micro_batches == sum(map(len, self.sizes)) and record.residual <= TOLERANCE
-                for name in ("preserved_norm", "forget_loss", "retain_loss"):
-                    assert abs(getattr(record, name) - getattr(expected, name)) <= 1e-8, name
-        for model, prefix in zip(self.models, prefixes, strict=True):
-            assert_same(model, self.single, 1e-8, prefix)
-            assert_same_bits(model, self.processes)
-        return record
-
-
-def sharded(processes, **options):
-    return lambda model: shard(model, processes.mesh, **options)
-
 
 def check_lists(processes):
     """Both scopes, both ways to reshard, tied and frozen weights; beside DistributedDataParallel."""
-    both, prefixes = [sharded(processes), replicated(processes)], ("", "module.")
+    both = [sharded(processes), replicated(processes)] if processes.size == 2 else [sharded(processes)]
     lists = Lists("wide", processes, both, UNEQUAL, per_sample=True, optimizer=two_rates, alpha=0.3)
-    assert lists.compare(2, prefixes).iterations > 2
+    assert lists.compare(2, ("", "module.")[: len(both)]).iterations > 2
     assert not lists.unlearners[0]._spread.gathers_all  # the graphs are known in the second step
-    keep = [sharded(processes, reshard_after_forward=False)]
-    assert Lists("wide", processes, keep, UNEQUAL, scope="per_tensor", max_norm=0.1).compare(1).iterations > 2
     if processes.size == 2:
+        keep = [sharded(processes, reshard_after_forward=False)]
+        assert Lists("wide", processes, keep, UNEQUAL, scope="per_tensor", max_norm=0.1).compare(1).iterations > 2
         Lists("tied", processes, [sharded(processes)], EQUAL).compare(2)  # small enough to be projected exactly
     else:  # a process has an empty shard of a bias
         Lists("convolutions", processes, [sharded(processes)], UNEQUAL, max_norm=0.1).compare(1)
@@ -190,9 +98,27 @@ def check_failures(processes):
             unlearner.step(forget, [*retain[:-1], late(retain[-1], KeyError("a file is missing"), calls)])
     with raises(KeyError if processes.rank == last else RuntimeError, "" if processes.rank == last else "failed"):
         unlearner.step([*forget[:-1], late(forget[-1], KeyError("a file is missing"))], retain)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in whole(model).items())
+    lists.compare(1)
+
+
+def check_refusals(processes):
+    """What one process finds stops all of them, changes nothing, and the next step is right."""
+    lists = Lists("wide", processes, [sharded(processes)], UNEQUAL)
+    (model,), (unlearner,), last = lists.models, lists.unlearners, processes.size - 1
+    forget, retain = lists.closures(model)
+    before = whole(model)
+
+    def ended():
+        value = retain[-1]()
+        if processes.rank == last:
+            raise StopIteration
+        return value
+
     words = "retain" if processes.rank == last else f"process {last} failed, so all stop: retain"
     with raises(ValueError, words):
-        unlearner.step(forget, [*retain[:-1], late(retain[-1], StopIteration())])
+        unlearner.step(forget, [*retain[:-1], ended])
     nan = lambda: retain[-1]() * (float("nan") if processes.rank == last else 1.0)  # noqa: E731
     with raises(FloatingPointError, "NaN or Inf in the losses"):
         unlearner.step(forget, [*retain[:-1], nan])
@@ -323,41 +249,26 @@ def check_random_numbers(processes):
     assert torch.equal(*after)
 
 
-CHECKS = {  # with how many processes
-    check_lists: (2, 4),
-    check_rounds: (2,),
-    check_adapters_that_stay_whole: (4,),
-    check_mixed_precision: (2,),
-    check_failures: (2, 4),
-    check_forgets_of_other_lengths: (2,),
-    check_forgets_that_use_other_parameters: (2,),
-    check_random_numbers: (2,),
-}
-
-
 def check_shards_of_replicas(mesh):
     """A mesh of two dimensions: shards over one, copies over the other."""
     everyone = Processes(dist.init_device_mesh("cpu", (4,)))
     Lists("wide", everyone, [lambda model: shard(model, mesh)], UNEQUAL).compare(1)
 
 
-def run(rank, file):
-    """Run every check with two processes, twice side by side, and with all four."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=4, timeout=timeout)
-    pairs, everyone = (
-        dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "member")),
-        dist.init_device_mesh("cpu", (4,)),
-    )
-    for check, sizes in CHECKS.items():
-        for mesh in [mesh for mesh in (pairs["member"], everyone) if mesh.size() in sizes]:
-            start = time.perf_counter()
-            check(Processes(mesh))
-            if rank == 0:
-                print(f"{check.__name__} with {mesh.size()}: {time.perf_counter() - start:.1f} s", flush=True)
-    check_shards_of_replicas(pairs)
+def check_example(_):
     main = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "several_processes.py"))["main"]
     assert main("fsdp", "lists", steps=1) <= 1e-4
-    dist.barrier()
+
+
+CHECKS = {  # with how many processes
+    check_refusals: (2,),
+    check_lists: (2, 4),
+    check_failures: (2, 4),
+    check_rounds: (2,),
+    check_adapters_that_stay_whole: (2,),
+    check_mixed_precision: (2,),
+    check_forgets_of_other_lengths: (2,),
+    check_forgets_that_use_other_parameters: (2,),
+    check_random_numbers: (2,),
+}
+ON_A_GRID = [check_shards_of_replicas, check_example]
