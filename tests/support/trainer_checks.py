@@ -14,6 +14,7 @@ CASES = {  # way: how the model is spread; then the method, and micro-batches of
     ("ddp", "orthograd", 2),
     ("ddp", "npo", 2),
     ("fsdp", "orthograd", 1),
+    ("fsdp", "orthograd", 2),
 }
 
 
