@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._options import check_integer, number
+from ..recording.fixed import evaluating
 from .problem import Part, Problem
 
 BINS = 20  # of a confidence histogram
@@ -184,7 +184,7 @@ def scores(
         ['forget', 'retain', 'validation', 'test', 'mia_auc', 'tow']
     """
     parts = {name: getattr(problem, name) for name in ("forget", "retain", "validation", "test")} | problem.others
-    with _eval_mode(model):
+    with evaluating(model):
         values = {
             name: None if part is None else _scored(name, problem.accuracy, model, part) for name, part in parts.items()
         }
@@ -206,7 +206,7 @@ def scores(
 def _accuracies(problem: Problem, model: Any, names: Sequence[str]) -> Mapping[str, float] | None:
     if not isinstance(model, nn.Module):
         return model
-    with _eval_mode(model):
+    with evaluating(model):
         return {name: _scored(name, problem.accuracy, model, getattr(problem, name)) for name in names}
 
 
@@ -216,17 +216,6 @@ def _scored(name: str, score: Callable, model: nn.Module, part: Part) -> Any:
         return score(model, part)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _pairs(

@@ -16,7 +16,7 @@ from ..methods.feasible_updates import FeasibleUpdates
 from ..methods.orthograd import OrthoGrad
 from ..methods.pgu.pgu import PGU
 from ..methods.responses import response_of
-from .evaluation import evaluating
+from ..recording.fixed import evaluating
 from .objectives import Terms, finetune, grad_ascent, graddiff, neggrad, npo, simnpo
 from .token_losses import Batch, logits_of, sample_losses, token_sums
 
@@ -93,9 +93,7 @@ class Objective(Method):
     def __init__(self, terms: Callable[..., Terms], name: str, options: Mapping[str, Any], losses: Losses) -> None:
         super().__init__(name, options, losses)
         self.terms = terms(**self.checked(terms))
-        self.reference: list[
-            Tensor
-        ] = []  # log-probabilities before unlearning, by position: of one sample, or packed ones
+        self.reference: list[Tensor] = []  # log-probabilities before unlearning, by position; of packed samples several
         self.starts = self.terms.needs_reference
         if self.terms.forget is not None and losses is not sample_losses:
             raise ValueError(f"method={name!r} is made of the losses of tokens: leave out `losses`")

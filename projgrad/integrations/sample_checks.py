@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .evaluation import evaluating
+from ..recording.fixed import evaluating
 from .pairs import Collator
 from .token_losses import IGNORED, Batch, sample_losses
 

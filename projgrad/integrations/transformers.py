@@ -50,6 +50,8 @@ class UnlearningTrainer(UnlearningSteps, Trainer):
     Source: the place of a projection in a Trainer is `training_step`; see docs/transformers.md.
     """
 
+    makes_batches = True
+
     def __init__(
         self,
         model: Any = None,
@@ -70,13 +72,7 @@ class UnlearningTrainer(UnlearningSteps, Trainer):
         if data_collator is None:
             data_collator = _collator(options.get("processing_class"))
         super().__init__(model, args, data_collator, self._pairs, **options)
-        strategy = getattr(self.args, "train_sampling_strategy", "random")
-        if strategy not in ("random", "sequential") or getattr(self.args, "group_by_length", False):
-            raise ValueError(f"samples are drawn at random or in sequence; got train_sampling_strategy={strategy!r}")
-        if self.args.auto_find_batch_size:
-            raise ValueError("auto_find_batch_size changes one of two batch sizes: give per_device_train_batch_size")
-        if getattr(self.args, "include_num_input_tokens_seen", "no") not in ("no", False):
-            raise ValueError("include_num_input_tokens_seen does not count the tokens of two batches: leave it out")
+        strategy = _strategy(self.args)
         if retain_batch_size is None:
             retain_batch_size = self.args.per_device_train_batch_size
         columns = columns_of(self.model) if self.args.remove_unused_columns else None
@@ -93,12 +89,12 @@ class UnlearningTrainer(UnlearningSteps, Trainer):
             world=self.args.world_size,
         )
         self._is_prepared = False
-        self._check_samples(losses)
+        if losses is None:
+            self._check_samples("forget_dataset", forget_dataset, "forget", 0)
+            self._check_samples("retain_dataset", retain_dataset, "retain", len(self._pairs))
         self.unlearn_by(method, method_options, losses)
         if self.unlearning_method.starts and self.model_init is not None:
             raise ValueError(f"method={method!r} reads the model before it unlearns: give model, not model_init")
-
-    makes_batches = True
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the batches of one epoch: dictionaries of a forget and a retain batch."""
@@ -132,26 +128,35 @@ class UnlearningTrainer(UnlearningSteps, Trainer):
         updates = -(-len(self._batches) // self.args.gradient_accumulation_steps)
         return self.state.global_step // updates
 
-    def _check_samples(self, losses: Losses | None) -> None:
-        """Check samples of both sides; the default losses are tried on the first and on two of different lengths."""
-        columns, first, collate = self._collate.columns, len(self._pairs), self._collate
+    def _check_samples(self, name: str, data: Any, side: str, position: int) -> None:
+        """Check the samples of one side; their losses are tried on the first one and on two of different lengths.
+
+        position: in the pairs, of one of the side.
+        """
         device = next(self.model.parameters()).device
-        is_whole = not self.is_fsdp_enabled and device.type != "meta"  # else the weights are not here yet
-        for side, start in ("forget", 0), ("retain", first):
-            name, data = f"{side}_dataset", getattr(self._pairs, side)
-            if losses is not None:
-                continue
-            check_columns(name, data, columns)
 
-            def collated(samples: list[Any], side: str = side, start: int = start) -> Batch:
-                return send_to_device(collate([(start, sample) for sample in samples])[side], device)
+        def collate(samples: list[Any]) -> Batch:
+            return send_to_device(self._collate([(position, sample) for sample in samples])[side], device)
 
-            samples = [data[k] for k in range(min(8, len(data)))]
-            batch = collated(samples[:1])
-            check_labels(name, batch)
-            if is_whole:
-                check_loss(self.model, batch)
-                warn_of_company(self.model, collated, samples)
+        check_columns(name, data, self._collate.columns)
+        samples = [data[k] for k in range(min(8, len(data)))]
+        batch = collate(samples[:1])
+        check_labels(name, batch)
+        if not self.is_fsdp_enabled and device.type != "meta":  # else the weights may not be here yet
+            check_loss(self.model, batch)
+            warn_of_company(self.model, collate, samples)
+
+
+def _strategy(args: TrainingArguments) -> str:
+    """Return how samples are drawn; raises ValueError for what is made for batches of one data set."""
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    if strategy not in ("random", "sequential") or getattr(args, "group_by_length", False):
+        raise ValueError(f"samples are drawn at random or in sequence; got train_sampling_strategy={strategy!r}")
+    if args.auto_find_batch_size:
+        raise ValueError("auto_find_batch_size changes one of two batch sizes: give per_device_train_batch_size")
+    if getattr(args, "include_num_input_tokens_seen", "no") not in ("no", False):
+        raise ValueError("include_num_input_tokens_seen does not count the tokens of two batches: leave it out")
+    return strategy
 
 
 def _collator(tokenizer: object) -> Callable[[list[Any]], Batch] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -28,6 +29,18 @@ def fixed_tensors(model: nn.Module, followed: Iterable[Tensor]) -> list[Tensor]:
         for name in attributes.keys() - USUAL:
             fixed += _tables(attributes[name])
     return fixed
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode, without dropout, inside, and put every module's mode back after it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:
