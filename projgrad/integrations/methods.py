@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.baselines import NegGradPlus
-from ..methods.common import clear_grads
 from ..methods.feasible_updates import FeasibleUpdates
 from ..methods.orthograd import OrthoGrad
 from ..methods.pgu.pgu import PGU
@@ -206,7 +205,7 @@ class ProjectedOntoInputs(Method):
 class Masked(Method):
     """Feasible updates: of what the optimizer does with the forget gradient, the coordinates worth updating.
 
-    The parameters are changed here: the loop's own step finds no gradient.
+    The parameters are changed here, and no gradient is left for the loop's own step.
     """
 
     alone = steps = True
@@ -227,7 +226,6 @@ class Masked(Method):
             lambda: torch.cat([closure() for closure in forgets]).mean(),
             lambda: torch.cat([closure() for closure in retains]),
         )
-        clear_grads(optimizer)
         names = "kept", "preserved_norm", "forget_loss", "retain_loss"
         return {"loss": self.feasible.sign * record.forget_loss, **{name: getattr(record, name) for name in names}}
 

@@ -103,8 +103,9 @@ class Adam(Response):
         bias = self._bias(state, group)
         moment, both = (t.to(product_dtype(u.dtype)) / bias for t in (M, state["exp_avg"]))
         rest = both.sub_(moment)
-        root = _lifted(self._root(state, group), moment, rest, self._least(state, group))
-        return -D * moment - (D - group["lr"] / (root + group["eps"])) * rest
+        E = _lifted(self._root(state, group), moment, rest, self._least(state, group)).add_(group["eps"])
+        E = E.reciprocal_().mul_(group["lr"])
+        return moment.mul_(D).add_(rest.mul_(E.neg_().add_(D))).neg_()
 
     def carry(self, M: Tensor, share: Tensor, state: State, group: State) -> None:
         _take_out(share * self._bias(state, group), M, state["exp_avg"])
@@ -184,8 +185,10 @@ def response_of(optimizer: SteppingOptimizer) -> Response:
 
 
 def _lifted(root: Tensor, u: Tensor, r: Tensor, least: Diagonal) -> Tensor:
-    """Return √v as it would be at least, had the longer one of the parts u and r come alone: where they cancel."""
-    return torch.maximum(root, torch.maximum(u.abs(), r.abs()).mul_(0.999 * least))  # rounding lifts nothing
+    """Make √v what it would be at least, had the longer one of the parts u and r come alone: where they cancel."""
+    longer = u.abs()
+    torch.maximum(longer, r.abs(), out=longer)
+    return torch.maximum(root, longer.mul_(0.999 * least), out=root)  # rounding lifts nothing
 
 
 def _steps(state: State) -> Diagonal:
