@@ -187,8 +187,7 @@ class ProjectedOntoInputs(Method):
             self.pgu = self._new(trainer.model).fit(retain)
 
     def write_gradients(self, trainer: Trainer, model: nn.Module, window: Window) -> Numbers:
-        self.pgu.optimizer, sign = inner(trainer.optimizer), -1.0 if self.pgu.ascend else 1.0
-        forget_loss = 0.0
+        sign, forget_loss = -1.0 if self.pgu.ascend else 1.0, 0.0
         for closure in self.closures(model, window.forgets):
             loss = closure().mean() / len(window.forgets)
             (sign * loss).backward()
@@ -197,7 +196,7 @@ class ProjectedOntoInputs(Method):
         return {"loss": sign * forget_loss, "forget_loss": forget_loss, **projected._asdict()}
 
     def _new(self, model: nn.Module) -> PGU:
-        """Make a PGU before there is an optimizer: it holds all that is trained."""
+        """Make a PGU of all that is trained: there may be no optimizer yet, and this one takes no step."""
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         return PGU(model, optimizer, **self.options, forward=logits_of, check_samples=False)
 
