@@ -312,6 +312,22 @@ def test_evaluation_callbacks_and_the_end(tmp_path):
         made.train()  # from the first step again, with what is left of the model
 
 
+def test_logs_tell_of_all_steps_since_the_last(tmp_path):
+    each, pairs = run(tmp_path, model()), run(tmp_path, model(), logging_steps=2)
+    for name in ("residual", "forget_loss", "preserved_norm"):
+        whole = [logged(each, name)[k : k + 2] for k in (0, 2)]
+        told = [max(two) if name == "residual" else sum(two) / 2 for two in whole]
+        assert logged(pairs, name) == pytest.approx(told, rel=1e-6)
+
+
+def test_the_reference_of_npo_is_from_before_all_training(tmp_path):
+    made = run(tmp_path, model(), "npo", warmup_steps=0)
+    with contextlib.redirect_stdout(None):
+        made.train()
+    first, again = made.state.log_history[0], 20 * math.log(2)  # of a model that is its own reference
+    assert first["forget_loss"] < again - 0.1, first
+
+
 def test_losses_of_ones_own(tmp_path):
     def losses(net, batch):
         batch.pop("attention_mask", None)  # of a copy
