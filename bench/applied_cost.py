@@ -95,6 +95,28 @@ def measure(case: Case, rounds: int) -> list[dict]:
     return list(rows.values())
 
 
+def table(prefix: str) -> str:
+    """Return the table of the cases whose names begin like this; limits of time and memory are in the documents."""
+    rows = [row for row in read_csv(RESULTS / "applied_cost.csv") if row["case"].startswith(prefix)]
+    lines = [
+        f"Multiples of a plain step, medians of {rows[0]['rounds']} rounds in turn, float32, {rows[0]['threads']} "
+        f"threads, {rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}:",
+        "",
+        "| model | step | time | memory, first step | memory, later steps |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["contender"] == "plain":
+            cells = [row["model"], "plain", f"{float(row['ms']):,.0f} ms"]
+            cells += [f"{float(row[column]):,.0f} MB" for column in ("first_mb", "later_mb")]
+        else:
+            metric, _, scope = row["contender"].partition(", ")
+            cells = ["", f'`metric="{metric}"`' + (f", {scope}" if scope else "")]
+            cells += [f"{float(row[f'{what}_over_plain']):.2f} x" for what in ("time", "first", "later")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="+", choices=MODELS, default=list(MODELS))

@@ -1,5 +1,6 @@
 """Write the measured tables of README.md and docs/ from bench/results: `python -m bench.readme`."""
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from projgrad.evaluate.tables import caption, columns
 from projgrad.experiments.comparison.methods import TITLES
 from projgrad.experiments.scenarios import FAST, SCENARIOS
 
+from . import applied_cost
 from . import growth as growing
 from .gpu_readme import gpu, step_rows
 from .micro_batches import by_hand_table, union_table
@@ -287,8 +289,10 @@ SECTIONS = {
     "docs/comparison.md": {"compare": compare},
     "docs/gpu.md": {"gpu": gpu},
     "docs/micro_batches.md": {"union": union_table, "metric": metric_table, "by hand": by_hand_table},
+    "docs/optimizer_metric.md": {"applied cost": functools.partial(applied_cost.table, "decoder")},
     "docs/processes.md": {"processes": processes},
     "docs/scenarios.md": {"scenarios": scenarios},
+    "docs/transformers.md": {"adapters": functools.partial(applied_cost.table, "adapters")},
 }
 
 
