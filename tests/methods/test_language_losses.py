@@ -9,10 +9,13 @@ from projgrad.methods.language_losses import npo_loss, simnpo_loss
 
 
 def test_npo_is_the_logarithm_of_a_ratio_of_probabilities():
-    log_probs, reference = torch.tensor([0.25, 0.5, 0.9]).double().log(), torch.tensor([0.5, 0.5, 0.1]).double().log()
+    log_probs, reference = (
+        torch.tensor([0.25, 0.5, 0.9], dtype=torch.float64).log(),
+        torch.tensor([0.5, 0.5, 0.1], dtype=torch.float64).log(),
+    )
     # 2/β log(1 + ratio^β): ratios 1/2, 1 and 9; β = 1/2
     want = [4 * math.log(1 + math.sqrt(0.5)), 4 * math.log(2), 4 * math.log(4)]
-    assert torch.allclose(npo_loss(log_probs, reference, 0.5), torch.tensor(want).double(), rtol=1e-14)
+    assert torch.allclose(npo_loss(log_probs, reference, 0.5), torch.tensor(want, dtype=torch.float64), rtol=1e-14)
 
 
 def test_npo_ascends_as_plain_ascent_at_first_and_stops_where_all_is_forgotten():
@@ -20,15 +23,15 @@ def test_npo_ascends_as_plain_ascent_at_first_and_stops_where_all_is_forgotten()
     reference = torch.tensor([-3.0, -3.0], dtype=torch.float64, requires_grad=True)
     npo_loss(log_probs, reference, 0.1).sum().backward()
     # The slope 2 σ(β (log π - log π_ref)): 1, and 2 σ(-20)
-    want = torch.tensor([1.0, 2 / (1 + math.exp(20))]).double()
+    want = torch.tensor([1.0, 2 / (1 + math.exp(20))], dtype=torch.float64)
     assert torch.allclose(log_probs.grad, want, rtol=1e-12) and reference.grad is None
 
 
 def test_simnpo_takes_the_mean_over_the_tokens_of_a_sequence():
-    log_probs = torch.tensor([0.5, 0.25]).double().log()
+    log_probs = torch.tensor([0.5, 0.25], dtype=torch.float64).log()
     # -2/β log σ(-β/|y| log π - γ); with β = 2, |y| = 2: σ(-log π) = 1/(1 + π); γ = 0
     losses = simnpo_loss(log_probs, torch.tensor([2, 2]), beta=2.0)
-    assert torch.allclose(losses, torch.tensor([math.log(1.5), math.log(1.25)]).double(), rtol=1e-14)
+    assert torch.allclose(losses, torch.tensor([math.log(1.5), math.log(1.25)], dtype=torch.float64), rtol=1e-14)
     longer = simnpo_loss(log_probs * 5, torch.tensor([10, 10]), beta=2.0)
     assert torch.allclose(longer, losses, rtol=1e-14)
     margin = simnpo_loss(torch.zeros(1).double(), torch.tensor([3]), beta=1.0, gamma=1.0)
