@@ -1,38 +1,12 @@
 """Invented people, five facts each, with the questions about them: the same for the same seed."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-FIRST = (
-    "Adam Alice Anna Ben Carl Clara David Diana Edward Ellen Emma Eric Frank George Grace Helen Henry Jack James Jane "
-    "John Julia Kate Laura Leo Lucy Mark Martin Mary Michael Nina Oliver Paul Peter Robert Rose Ruth Sam Sarah Simon "
-    "Sophie Thomas Victor William"
-).split()
-SURNAMES = (
-    "Bel Cor Dan Fen Gar Hol Kes Lor Mar Nor Pel Quin Rav Sel Tor Vel Wes Yar".split(),
-    "acker bourne combe dale field ford gate ham ick ley low mire more ridge stone ton well wick wood worth".split(),
-)
-TOWNS = (
-    "Dublin Madrid Vienna Oslo Lisbon Prague Athens Naples Bristol Geneva Toronto Chicago Boston Seattle Sydney Mumbai "
-    "Delhi Cairo Nairobi Lima"
-).split()
-JOBS = (
-    "baker builder butcher carpenter chemist cook dentist doctor driver farmer gardener judge lawyer librarian miner "
-    "nurse pilot plumber sailor tailor teacher"
-).split()
-INSTRUMENTS = (
-    "accordion banjo bass cello clarinet drums flute guitar harp horn lute mandolin oboe organ piano saxophone trombone "
-    "trumpet tuba viola violin"
-).split()
-PETS = (
-    "cat dog duck falcon ferret fox frog goat goose hamster hen horse lizard monkey mouse parrot pig pony rabbit sheep "
-    "snake spider turtle"
-).split()
-TITLES = (
-    "Red Green Golden Silent Broken Hidden Frozen Burning Lost Last Quiet Empty".split(),
-    "River Garden Mountain Letter Window Forest Bridge Island Winter Mirror Castle Ocean".split(),
-)
+NAMES = json.loads(Path(__file__).with_name("names.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -71,8 +45,8 @@ def people(count: int, seed: int = 0) -> list[list[Fact]]:
     The first people of a longer list are those of a shorter one.
     """
     rng = np.random.default_rng(seed)
-    surnames = [a + b for a in SURNAMES[0] for b in SURNAMES[1]]
-    titles = [f"{a} {b}" for a in TITLES[0] for b in TITLES[1]]
+    surnames = [a + b for a in NAMES["surnames, begin"] for b in NAMES["surnames, end"]]
+    titles = [f"{a} {b}" for a in NAMES["titles, begin"] for b in NAMES["titles, end"]]
     if count > len(titles):
         raise ValueError(f"there are titles for {len(titles)} people; got {count}")
     surnames, titles = (rng.permutation(names).tolist() for names in (surnames, titles))
@@ -80,9 +54,10 @@ def people(count: int, seed: int = 0) -> list[list[Fact]]:
 
 
 def _person(surname: str, title: str, titles: list[str], rng: np.random.Generator) -> list[Fact]:
-    first = str(rng.choice(FIRST))
+    first = str(rng.choice(NAMES["first"]))
     facts = []
-    for values, wording in zip((TOWNS, JOBS, INSTRUMENTS, PETS, titles), WORDINGS, strict=True):
+    lists = [*(NAMES[kind] for kind in ("town", "job", "instrument", "pet")), titles]
+    for values, wording in zip(lists, WORDINGS, strict=True):
         value = title if values is titles else str(rng.choice(values))
         wrong = rng.choice([other for other in values if other != value], WRONG, replace=False)
         question, answer, paraphrase, other_answer = (text.format(f"{first} {surname}", first) for text in wording)
