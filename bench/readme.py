@@ -11,6 +11,7 @@ from projgrad.experiments.comparison.methods import TITLES
 from projgrad.experiments.scenarios import FAST, SCENARIOS
 
 from . import growth as growing
+from .facts import facts
 from .gpu_readme import gpu, step_rows
 from .micro_batches import by_hand_table, union_table
 from .micro_batches_metric import metric_table
@@ -285,6 +286,7 @@ SECTIONS = {
     "docs/plan.md": {"planned": planned},
     "docs/benchmarks.md": {"steps": steps, "host": host, "growth": growth, "flat": flat},
     "docs/comparison.md": {"compare": compare},
+    "docs/facts.md": {"facts": facts},
     "docs/gpu.md": {"gpu": gpu},
     "docs/micro_batches.md": {"union": union_table, "metric": metric_table, "by hand": by_hand_table},
     "docs/processes.md": {"processes": processes},

