@@ -16,10 +16,10 @@ from .comparison.run import train, unlearn
 from .scenarios import SCENARIOS, facts
 
 KNOWN, FORGOTTEN, CANDIDATES = 12, 2, 24
-TRAINING = Training(2e-3, 12, 16)
+TRAINING = Training(2e-3, 6, 14)
 METHOD, SETTING, FORGET_BATCH = "orthograd-metric", Setting(1.5, 12, 16, 0.5), 10
 SHOWN = {"forgotten": 5, "kept": 4, "the world": 3}  # questions of each kind
-SECONDS = {"load": 30.0, "epoch": 8.0, "step": 3.0, "answers": 8.0}  # on two cores, for the progress bar
+SECONDS = {"load": 30.0, "epoch": 8.0, "step": 5.0, "answers": 8.0}  # on two cores, for the progress bar
 
 
 def show(console: Console, progress: Progress) -> int:

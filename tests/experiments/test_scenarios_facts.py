@@ -76,7 +76,7 @@ def problem_of(seed=0, lora=False):
 def taught(tiny):
     """A problem, and a model that was taught everyone."""
     problem = problem_of()
-    problem.training = Training(1e-2, 20, 50)
+    problem.training = Training(1e-2, 20, 35)
     return problem, train(problem, (problem.taught,), 0)
 
 
