@@ -70,6 +70,19 @@ def test_every_method_on_a_gpu(method):
     torch.testing.assert_close(values(on_gpu), expected)
 
 
+def test_a_search_may_have_one_value_of_each_parameter():
+    tune = pytest.importorskip("bench.tune")
+    found = {
+        m: [(s.lr, s.value, s.steps) for s in tune.candidates("digits-labels", m, (1.0, 2.0), True, 0.5)]
+        for m in METHODS
+    }
+    steps = SCENARIOS["digits-labels"].steps
+    assert found["orthograd"] == found["neggrad"] == [(1.0, 0.5, steps), (2.0, 0.5, steps)]
+    assert found["npo"] == [(1.0, 0.1, steps), (2.0, 0.1, steps)]
+    assert found["ascent"] == [(1.0, None, steps // 2), (2.0, None, steps // 2)]
+    assert {len(rows) for rows in found.values()} == {2}
+
+
 def test_a_search_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     """Nothing is chosen before all candidates were tried, and none is tried twice."""
     tune = pytest.importorskip("bench.tune")
