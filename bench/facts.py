@@ -25,6 +25,7 @@ SCORES = (
 COLUMNS = (*ABOUT, *SCORES, "preserved_norm", "residual", "stopped", "torch", "threads", "processor")
 # Column of the table: title, factor, digits.
 SHOWN = {
+    "lr": ("rate", 1, 0),
     "forget": ("forgotten facts right %", 100, 0),
     "paraphrased": ("in other words %", 100, 0),
     "retain": ("kept facts %", 100, 0),
@@ -78,7 +79,7 @@ def _means(rows: list[dict]) -> Iterator[tuple[str, dict]]:
     """Yield title and mean scores of every method, then of every number of retain samples in the study."""
     runs = [
         {"method": row["method"], "n": row["n"] and int(row["n"]), "seed": row["seed"], "table": row["table"]}
-        | {"scores": {key: float(row[key]) if row[key] else None for key in (*SCORES, "step_seconds")}}
+        | {"scores": {key: float(row[key]) if row[key] else None for key in (*SCORES, "lr", "step_seconds")}}
         for row in rows
     ]
     runs = [run | {"step_seconds": run["scores"].pop("step_seconds")} for run in runs]
