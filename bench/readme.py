@@ -13,6 +13,7 @@ from projgrad.experiments.scenarios import FAST, SCENARIOS
 
 from . import applied_cost
 from . import growth as growing
+from .facts import facts
 from .gpu_readme import gpu, step_rows
 from .micro_batches import by_hand_table, union_table
 from .micro_batches_metric import metric_table
@@ -287,6 +288,7 @@ SECTIONS = {
     "docs/plan.md": {"planned": planned},
     "docs/benchmarks.md": {"steps": steps, "host": host, "growth": growth, "flat": flat},
     "docs/comparison.md": {"compare": compare},
+    "docs/facts.md": {"facts": facts},
     "docs/gpu.md": {"gpu": gpu},
     "docs/micro_batches.md": {"union": union_table, "metric": metric_table, "by hand": by_hand_table},
     "docs/optimizer_metric.md": {"applied cost": functools.partial(applied_cost.table, "decoder")},

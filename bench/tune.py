@@ -45,9 +45,13 @@ RULE = (
 Tuned = tuple[int, Problem, nn.Module, dict[str, float]]
 
 
-def candidates(name: str, method: str, rates: tuple[float, ...] = RATES, middle: bool = False) -> list[Setting]:
+def candidates(
+    name: str, method: str, rates: tuple[float, ...] = RATES, middle: bool = False, alpha: float | None = None
+) -> list[Setting]:
     scenario, about = SCENARIOS[name], METHODS[method]
     values = about.values[1:2] if middle else about.values
+    if about.symbol == "α" and alpha is not None:
+        values = (alpha,)
 
     def setting(lr: float, value: float) -> Setting:
         if about.symbol == "steps":
@@ -57,12 +61,12 @@ def candidates(name: str, method: str, rates: tuple[float, ...] = RATES, middle:
     return [setting(lr, value) for lr in rates for value in values]
 
 
-def prepare(name: str, seed: int, out: Path) -> Tuned:
+def prepare(name: str, seed: int, out: Path, retrains: bool = True) -> Tuned:
     """Return the problem without its test samples, the original model and the accuracies to reach, on a GPU if any."""
     problem = SCENARIOS[name].load(seed).to("cuda" if torch.cuda.is_available() else "cpu")
     problem.test = problem.validation
     original = load_or_train(out, name, seed, "original", problem)
-    if problem.training is None:
+    if problem.training is None or not retrains:
         return seed, problem, original, goal_without_retraining(accuracies(problem, original))
     return seed, problem, original, accuracies(problem, load_or_train(out, name, seed, "retrained", problem))
 
@@ -93,7 +97,7 @@ def searches(name: str, args: argparse.Namespace) -> list[tuple[str, list[Settin
     """Return methods with their candidates, of which the best is taken; in the study a search for each n."""
     if not args.study:
         methods = args.methods or [m for m in METHODS if m not in TUNED_AS]
-        return [(m, candidates(name, m, args.rates, args.middle)) for m in methods]
+        return [(m, candidates(name, m, args.rates, args.middle, args.alpha)) for m in methods]
     scenario = SCENARIOS[name]
     return [
         (method, [Setting(lr, scenario.steps, n, STUDY_ALPHA) for lr in args.rates])
@@ -142,6 +146,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/tuning"))
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="for searches that take long")
     parser.add_argument("--middle", action="store_true", help="only the middle value of each method's own parameter")
+    parser.add_argument("--alpha", type=float, help="only this value, for methods whose parameter is α")
+    parser.add_argument("--no-retraining", action="store_true", help="compare with the original, none of forget right")
     parser.add_argument("--study", action="store_true", help="tune the n-study instead")
     args = parser.parse_args()
     console = Console()
@@ -154,7 +160,7 @@ def main() -> None:
             log |= {"rule": RULE, "seeds": args.seeds, "environment": environment()}
             todo = searches(name, args)
             bar = progress.add_task(name, total=sum(len(grid) for _, grid in todo))
-            prepared = [prepare(name, seed, args.out) for seed in args.seeds]
+            prepared = [prepare(name, seed, args.out, not args.no_retraining) for seed in args.seeds]
             for method, grid in todo:
                 rows = [known(log, method, setting) for setting in grid]
                 for i, setting in enumerate(grid):

@@ -189,8 +189,9 @@ def scores(
             name: None if part is None else _scored(name, problem.accuracy, model, part) for name, part in parts.items()
         }
         confidence = {name: _scored(name, problem.confidence, model, parts[name]) for name in PARTS}
-        measured = problem.measure(model)
-    before, goal = _accuracies(problem, original, ("test",)), _accuracies(problem, retrained, PARTS)
+        goal = _accuracies(problem, retrained, PARTS)
+        measured = problem.measure(model, goal)
+    before = _accuracies(problem, original, ("test",))
     return {
         **values,
         "mia_auc": membership_auc(**confidence),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,7 @@ class Problem:
     training: how the original model was made, and the one retrained without the forget set; None where the original is
         a published model that cannot be made again.
     others: more parts to score, by name. batch: samples scored at once.
+    taught: where the original model is the same for every seed, its training samples, in an order that is too.
     """
 
     retain: Part
@@ -64,6 +67,7 @@ class Problem:
     classes: int
     training: Training | None
     others: dict[str, Part]
+    taught: Part | None = None
     batch = BATCH
 
     def to(self, device: torch.device | str) -> Problem:
@@ -71,6 +75,7 @@ class Problem:
         for name in ("retain", "forget", "validation", "test"):
             setattr(self, name, getattr(self, name).to(device))
         self.others = {name: part.to(device) for name, part in self.others.items()}
+        self.taught = self.taught and self.taught.to(device)
         return self
 
     def build(self) -> nn.Module:
@@ -95,13 +100,24 @@ class Problem:
         logits, labels = self.logits(model, part)
         return (logits.argmax(1) == labels).double().view(len(part), -1).mean(1)
 
+    def lengths(self, part: Part) -> Tensor:
+        """Count the labels of each sample, those of padding (-100) left out (n,)."""
+        return (part.labels.view(len(part), -1) != -100).sum(1)
+
+    def optimizer(self, parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        """Make the optimizer that unlearning steps with."""
+        return torch.optim.SGD(parameters, lr)
+
     def relabelled(self, part: Part, generator: torch.Generator) -> Part:
         """Return the samples with a random other label each."""
         shift = torch.randint(1, self.classes, part.labels.shape, generator=generator).to(part.labels.device)
         return Part(part.inputs, (part.labels + shift) % self.classes)
 
-    def measure(self, model: nn.Module) -> dict[str, float]:
-        """Measure anything else that the scenario reports, by name, such as word error rates."""
+    def measure(self, model: nn.Module, retrained: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Measure anything else that the scenario reports, by name, such as word error rates.
+
+        retrained: the scores of the model trained without the forget set, where they are known.
+        """
         return {}
 
     @torch.no_grad()

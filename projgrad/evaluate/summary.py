@@ -11,7 +11,8 @@ from .._options import number
 from ..ops.t_test import quantile
 
 REFERENCES = ("original", "retrained")  # not contenders
-ORTHOGRAD_METHODS = ("orthograd", "orthograd-tensor", "orthograd-feasible", "orthograd-qr")  # of results that name none
+# Of results that name none.
+ORTHOGRAD_METHODS = ("orthograd", "orthograd-tensor", "orthograd-feasible", "orthograd-qr", "orthograd-metric")
 COSTS = ("steps", "seconds", "step_seconds", "peak_bytes")
 NAMES = {"tow": "ToW", "mia_auc": "MIA AUC", "uis": "UIS", "gap": "gap"}
 CONFIDENCE = 0.95

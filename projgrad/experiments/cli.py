@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from .comparison.comparison import ComparisonPlan
 
 MOST_SEEDS = 95  # settings were searched on seeds from 100
@@ -35,7 +37,8 @@ def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="projgrad", description="Gradient projection for machine unlearning.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="unlearn on real data and compare with the baselines (a minute or two)")
-    demo.add_argument("--data", choices=list(DEMOS), default="digits", help="wrong labels, or a person's face")
+    kinds = "wrong labels, a person's face, or facts in a language model (prints its answers; five minutes)"
+    demo.add_argument("--data", choices=[*DEMOS, "facts"], default="digits", help=kinds)
     _common(demo, "out")
     compare = commands.add_parser("compare", help="every tuned method on real data; what is finished is not run again")
     compare.add_argument("--scenario", nargs="+", metavar="NAME", help="some of those that --list shows [all]")
@@ -96,24 +99,39 @@ def _compare(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    if args.data == "facts":
+        return _demo_facts()
     from .comparison.comparison import make_plan
 
     name, methods = DEMOS[args.data], ("ascent", "finetune", "neggrad", "orthograd", "orthograd-qr")
     return _work(make_plan("projgrad demo", (name,), args.seeds, methods), args.out / f"demo-{args.data}")
 
 
-def _work(plan: ComparisonPlan, out: Path) -> int:
-    """Run a plan with a progress bar; show tables, pictures and a report of whatever finished."""
+def _demo_facts() -> int:
+    from .facts_demo import show
+
+    with _progress() as progress:
+        return show(progress.console, progress)
+
+
+def _progress() -> Progress:
+    """Make a progress bar with the time that has passed and the time that is left."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left:"))
+    return Progress(*columns, TimeRemainingColumn(elapsed_when_finished=False), console=console)
+
+
+def _work(plan: ComparisonPlan, out: Path) -> int:
+    """Run a plan with a progress bar; show tables, pictures and a report of whatever finished."""
     from ..evaluate import draw, table, verdict, write_report
     from .comparison.comparison import Comparison
     from .comparison.methods import TITLES
 
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left:"))
-    with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=False), console=console) as progress:
+    with _progress() as progress:
+        console = progress.console
         bar = progress.add_task("preparing")
         comparison = Comparison(plan, out, lambda cost, what: progress.update(bar, advance=cost, description=what))
         progress.update(bar, total=comparison.expected_seconds)

@@ -173,7 +173,7 @@ def test_scores_of_a_known_model(problem, device):
     model[1].weight.data = torch.eye(4, device=device)
     original = copy.deepcopy(model)
     original[1].weight.data += 1
-    problem.measure = lambda _: {"wer_others": 0.5}
+    problem.measure = lambda *_: {"wer_others": 0.5}
     found = scores(problem, model, original, RETRAINED)
     accuracies = {"forget": 0.25, "retain": 1.0, "validation": 0.5, "test": 0.75, "stranger": 0.0}
     assert {name: found[name] for name in accuracies} == accuracies
@@ -200,7 +200,7 @@ def test_scores_in_eval_mode_and_leaves_the_mode_as_it_was(problem):
     before = [module.training for module in model.modules()]
     assert scores(problem, model) == scores(problem, model)
     assert [module.training for module in model.modules()] == before
-    problem.measure = lambda _: 1 / 0
+    problem.measure = lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):
         scores(problem, model)
     assert [module.training for module in model.modules()] == before

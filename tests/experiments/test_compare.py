@@ -22,7 +22,7 @@ from projgrad.experiments.comparison import comparison
 from projgrad.experiments.comparison import run as runs
 from projgrad.experiments.comparison.comparison import SETTINGS, Comparison, ComparisonPlan, make_plan, read_settings
 from projgrad.experiments.comparison.memory import peak_bytes
-from projgrad.experiments.comparison.methods import METHODS, TITLES, TUNED_AS, Setting, batches
+from projgrad.experiments.comparison.methods import LANGUAGE, METHODS, TITLES, TUNED_AS, Setting, batches
 from projgrad.experiments.comparison.store import load_model, read_json, save_model, write_json
 from projgrad.experiments.scenarios import FAST, SCENARIOS
 
@@ -68,6 +68,19 @@ def test_every_method_on_a_gpu(method):
     with Gpu():
         on_gpu = found(Tiny(0).to(DEVICE), to_device(copy.deepcopy(original)), to_device(original))
     torch.testing.assert_close(values(on_gpu), expected)
+
+
+def test_a_search_may_have_one_value_of_each_parameter():
+    tune = pytest.importorskip("bench.tune")
+    found = {
+        m: [(s.lr, s.value, s.steps) for s in tune.candidates("digits-labels", m, (1.0, 2.0), True, 0.5)]
+        for m in METHODS
+    }
+    steps = SCENARIOS["digits-labels"].steps
+    assert found["orthograd"] == found["neggrad"] == [(1.0, 0.5, steps), (2.0, 0.5, steps)]
+    assert found["npo"] == [(1.0, 0.1, steps), (2.0, 0.1, steps)]
+    assert found["ascent"] == [(1.0, None, steps // 2), (2.0, None, steps // 2)]
+    assert {len(rows) for rows in found.values()} == {2}
 
 
 def test_a_search_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
@@ -335,7 +348,7 @@ def test_committed_results_have_the_counts_of_the_shipped_settings():
 
 def test_the_fast_scenarios_have_settings_for_every_method():
     for name in FAST:
-        assert set(make_plan("", (name,), 3).settings[name]) == set(METHODS) - set(TUNED_AS)
+        assert set(make_plan("", (name,), 3).settings[name]) == set(METHODS) - set(TUNED_AS) - set(LANGUAGE)
         assert set(TITLES) == {"original", "retrained", *METHODS}
 
 

@@ -245,13 +245,15 @@ def load_or_train(
     device, training = problem.test.labels.device, problem.training
     if training is None:
         return problem.build().to(device)
+    parts = (problem.retain, problem.forget) if kind == "original" else (problem.retain,)
+    if kind == "original" and problem.taught is not None:
+        seed, parts = 0, (problem.taught,)
     recipe = "-".join(f"{value:g}" for value in asdict(training).values())
     path = out / "models" / f"{name}-{seed}-{kind}-{recipe}.safetensors"
     if path.exists():
         for _ in range(training.epochs):
             tick()
         return load_model(path, problem.build()).to(device)
-    parts = (problem.retain, problem.forget) if kind == "original" else (problem.retain,)
     model = train(problem, parts, seed, tick)
     save_model(path, model)
     return model

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ...evaluate.problem import Problem
-from .methods import METHODS, Context, Setting, batches
+from .methods import METHODS, Context, Setting, batches, optimizer_of
 
 
 class Peak:
@@ -93,7 +93,7 @@ def measure_step(problem: Problem, model: nn.Module, method: str, setting: Setti
     generator = torch.Generator().manual_seed(0)
     forget = next(batches(problem.forget, forget_batch, generator))
     retain = next(batches(problem.retain, setting.n, generator))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    optimizer = optimizer_of(problem, method, model, 0.0)
     step = METHODS[method].make(Context(problem, model, optimizer, setting, generator))
     step(forget[:2], retain[:2])  # libraries load and start their threads at the first call
     optimizer.zero_grad()

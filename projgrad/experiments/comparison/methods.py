@@ -15,6 +15,7 @@ from ...evaluate.problem import Part, Problem, pieces
 from ...methods import projectors
 from ...methods.baselines import SCRUB, NegGradPlus, PCGrad, SalUn
 from ...methods.feasible_updates import FeasibleUpdates
+from ...methods.language_losses import npo_loss, simnpo_loss
 from ...methods.orthograd import OrthoGrad
 from ...methods.pgu.pgu import PGU
 
@@ -54,13 +55,15 @@ class Context:
 @dataclass(frozen=True)
 class Method:
     """make(context) -> step. values: what the search tries for the method's own parameter, called `symbol`; with the
-    symbol "steps" they are multiples of the scenario's number of steps. is_orthograd: OrthoGrad or a variant of it."""
+    symbol "steps" they are multiples of the scenario's number of steps. is_orthograd: OrthoGrad or a variant of it.
+    needs_sgd: what it takes out of the gradient any other optimizer would bring back."""
 
     title: str
     make: Callable[[Context], Step]
     symbol: str
     values: tuple[float, ...]
     is_orthograd: bool = False
+    needs_sgd: bool = False
 
 
 def _closures(method) -> Callable[[Context], Step]:
@@ -114,6 +117,35 @@ def _scrub(c: Context) -> Step:
     return step
 
 
+def _npo(c: Context) -> Step:
+    teacher = copy.deepcopy(c.model).requires_grad_(False)
+
+    def objective(part: Part) -> torch.Tensor:
+        with torch.no_grad():
+            reference = _log_probs(c.problem, teacher, part)
+        return npo_loss(_log_probs(c.problem, c.model, part), reference, c.setting.value).mean()
+
+    return _with_retain(c, objective)
+
+
+def _simnpo(c: Context) -> Step:
+    def objective(part: Part) -> torch.Tensor:
+        return simnpo_loss(_log_probs(c.problem, c.model, part), c.problem.lengths(part), c.setting.value).mean()
+
+    return _with_retain(c, objective)
+
+
+def _with_retain(c: Context, objective: Callable[[Part], torch.Tensor]) -> Step:
+    """Make steps that minimise the mean of a forget objective and the retain loss."""
+    unlearner = NegGradPlus(c.model, c.optimizer, 0.5, ascend=False, max_norm=MAX_NORM)
+    return lambda forget, retain: unlearner.step(lambda: objective(forget), c.losses(retain))
+
+
+def _log_probs(problem: Problem, model: nn.Module, part: Part) -> torch.Tensor:
+    """Compute the log-probability of each sample's labels (n,)."""
+    return -problem.losses(model, part) * problem.lengths(part)
+
+
 def _pgu(c: Context) -> Step:
     def forward(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> object:
         return c.problem.logits(model, Part(batch[:-1], batch[-1]))
@@ -144,18 +176,28 @@ METHODS = {
     "ascent": Method("gradient ascent", _neggrad(0.0), "steps", (0.25, 0.5, 1.0)),
     "finetune": Method("fine-tuning", _neggrad(1.0), "steps", (1.0, 2.5, 5.0)),
     "neggrad": Method("NegGrad+", _neggrad(), "α", ALPHAS),
+    "graddiff": Method("GradDiff", _neggrad(0.5), "steps", (0.5, 1.0, 2.0)),
+    "npo": Method("NPO", _npo, "β", (0.05, 0.1, 0.5)),
+    "simnpo": Method("SimNPO", _simnpo, "β", (1.0, 2.5, 4.5)),
     "pcgrad": Method("PCGrad", _closures(_pcgrad), "α", ALPHAS),
     "salun": Method("SalUn", _salun, "α", ALPHAS),
     "scrub": Method("SCRUB", _scrub, "ascending share", (0.1, 0.3, 0.9)),
     "orthograd": Method("OrthoGrad", _orthograd(), "α", ALPHAS, True),
     "orthograd-tensor": Method("OrthoGrad, per tensor", _orthograd(scope="per_tensor"), "α", ALPHAS, True),
-    "pgu": Method("PGU", _pgu, "γ", (0.8, 0.9, 0.95)),
+    "pgu": Method("PGU", _pgu, "γ", (0.8, 0.9, 0.95), needs_sgd=True),
     "feasible": Method("feasible ascent", _feasible, "δ", (0.05, 0.2, 0.45)),
     "orthograd-feasible": Method("OrthoGrad, then feasible", _orthograd_feasible, "α", ALPHAS, True),
     "orthograd-qr": Method("OrthoGrad, QR", _orthograd(projector=projectors.qr), "α", ALPHAS, True),
+    "orthograd-metric": Method("OrthoGrad, metric", _orthograd(metric="optimizer"), "α", ALPHAS, True),
 }
+LANGUAGE = ("graddiff", "npo", "simnpo", "orthograd-metric")  # searched on language models alone
 TUNED_AS = {"orthograd-qr": "orthograd"}  # the same method: it takes its settings
 TITLES = {"original": "original", "retrained": "retrained", **{name: m.title for name, m in METHODS.items()}}
+
+
+def optimizer_of(problem: Problem, method: str, model: nn.Module, lr: float) -> Optimizer:
+    make = torch.optim.SGD if METHODS[method].needs_sgd else problem.optimizer
+    return make([p for p in model.parameters() if p.requires_grad], lr)
 
 
 def batches(part: Part, size: int, generator: torch.Generator) -> Iterator[Part]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...evaluate.problem import Part, Problem
-from .methods import METHODS, Context, Setting, batches
+from .methods import METHODS, Context, Setting, batches, optimizer_of
 
 CURVE = ("forget_loss", "retain_loss", "rank", "preserved_norm", "residual")
 
@@ -61,7 +61,7 @@ def unlearn(
     points: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> Unlearned:
-    """Unlearn in place by SGD, the learning rate falling linearly to 0; n retain samples a step.
+    """Unlearn in place with the problem's optimizer, its learning rate falling linearly to 0; n retain samples a step.
 
     points: how often to look at forget and test accuracy for the curve (0: never). A step whose losses or update are
     not finite ends the run, and the model of the last good point is restored.
@@ -69,7 +69,7 @@ def unlearn(
     steps = setting.steps
     every = max(1, steps // (points or 8))
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=setting.lr)
+    optimizer = optimizer_of(problem, method, model, setting.lr)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, max(1, steps - 1))
     generators = [torch.Generator().manual_seed(1000 * k + seed) for k in (1, 2, 3)]
     forget_batches = batches(problem.forget, forget_batch, generators[0])

