@@ -320,6 +320,26 @@ def test_logs_tell_of_all_steps_since_the_last(tmp_path):
         assert logged(pairs, name) == pytest.approx(told, rel=1e-6)
 
 
+def test_micro_batches_of_an_interrupted_step_are_forgotten(tmp_path):
+    class Interrupt(transformers.TrainerCallback):
+        left = 2
+
+        def on_substep_end(self, *_, **__):
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    made = trainer(tmp_path, model(), gradient_accumulation_steps=3, callbacks=[Interrupt()], steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    seen, write = [], made.unlearning_method.write_gradients
+    made.unlearning_method.write_gradients = lambda *args: seen.append(len(args[2].forgets)) or write(*args)
+    with contextlib.redirect_stdout(None):
+        made.train()
+    assert seen == [3]
+    assert_same(made.model, run(tmp_path, model(), gradient_accumulation_steps=3, steps=1).model, 0)
+
+
 def test_the_reference_of_npo_is_from_before_all_training(tmp_path):
     made = run(tmp_path, model(), "npo", warmup_steps=0)
     with contextlib.redirect_stdout(None):
