@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,9 +267,11 @@ def test_the_demo_names_all_packages_that_are_missing(monkeypatch, capsys):
     ],
 )
 def test_a_package_that_is_missing_is_named_with_the_command(monkeypatch, package, command):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
-    monkeypatch.setattr(facts, "folder_of", folder_of)
+    def installed(name, inside, what):
+        return folder_of(name, inside, what) if name == package else Path()
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(facts, "folder_of", installed)
     with pytest.raises(MissingData) as caught:
         Facts(0, lora=True)
     assert str(caught.value).endswith("\n    " + command)
