@@ -100,7 +100,8 @@ def table(prefix: str) -> str:
     rows = [row for row in read_csv(RESULTS / "applied_cost.csv") if row["case"].startswith(prefix)]
     lines = [
         f"Multiples of a plain step, medians of {rows[0]['rounds']} rounds in turn, float32, {rows[0]['threads']} "
-        f"threads, {rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}:",
+        f"threads, {rows[0]['device']}, torch {rows[0]['torch']}, "
+        f"commits {', '.join(dict.fromkeys(row['commit'] for row in rows))}:",
         "",
         "| model | step | time | memory, first step | memory, later steps |",
         "|---|---|---|---|---|",
