@@ -1,7 +1,8 @@
 """What steps with AdamW cost: the decoders, and adapters, on a CPU, `python -m bench.applied_cost`.
 
 Every contender has a process of its own, and all take one step each in turn. Memory: the peak of a first step, which
-makes the optimizer's state too, and of two later ones, above the loaded model.
+makes the optimizer's state too, and of two later ones, above what there was before these; and of all three above the
+loaded model, which is what a run needs.
 """
 
 import argparse
@@ -14,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads tha
 
 import torch
 
-from projgrad.experiments.comparison.memory import peak_memory
+from projgrad.experiments.comparison.memory import peak_memory, resident
 
 from .command import Worker, complain, serve, started
 from .contenders import ADAPTED, CASES, Case, orthograd, plain
@@ -32,8 +33,9 @@ CONTENDERS = {
 }
 MODELS = {case.name: case for case in [*CASES, *ADAPTED] if case.name.startswith(("decoder", "adapters"))}
 TIME, MEMORY = 2.0, 1.25  # at most, in units of plain
+PEAKS = ("first", "later", "run")
 COLUMNS = ("case", "model", "contender", "ms", "ms_20", "ms_80", "rounds", "time_over_plain", "first_mb")
-COLUMNS += ("first_over_plain", "later_mb", "later_over_plain", "residual")
+COLUMNS += ("first_over_plain", "later_mb", "later_over_plain", "run_mb", "run_over_plain", "residual")
 
 
 def job_of(case: Case, small: bool = False) -> Job:
@@ -63,13 +65,17 @@ def work(case: Case, contender: str, what: str) -> None:
 
 
 def three_steps(step: Callable[[], object]) -> dict:
+    loaded = resident("VmRSS")
     with peak_memory() as first:
         step()
+    kept = resident("VmRSS") - loaded
     with peak_memory() as later:
         for _ in range(2):
             record = step()
-    peaks = [peak.bytes and peak.bytes / 1e6 for peak in (first, later)]
-    return {"first_mb": peaks[0], "later_mb": peaks[1], "residual": getattr(record, "residual", None)}
+    peaks = {"first": first.bytes, "later": later.bytes, "run": max(first.bytes, kept + later.bytes)}
+    return {f"{name}_mb": bytes / 1e6 for name, bytes in peaks.items()} | {
+        "residual": getattr(record, "residual", None)
+    }
 
 
 def measure(case: Case, rounds: int) -> list[dict]:
@@ -90,8 +96,8 @@ def measure(case: Case, rounds: int) -> list[dict]:
         middle = (1e3 * t for t in spread(seconds[name]))
         row |= dict(zip(("ms", "ms_20", "ms_80"), middle, strict=True)) | {"rounds": rounds}
     for row in rows.values():
-        for ratio, column in (("time", "ms"), ("first", "first_mb"), ("later", "later_mb")):
-            row[f"{ratio}_over_plain"] = row[column] / rows["plain"][column] if row[column] else None
+        for ratio, column in (("time", "ms"), *((name, f"{name}_mb") for name in PEAKS)):
+            row[f"{ratio}_over_plain"] = row[column] / rows["plain"][column]
     return list(rows.values())
 
 
@@ -103,17 +109,17 @@ def table(prefix: str) -> str:
         f"threads, {rows[0]['device']}, torch {rows[0]['torch']}, "
         f"commits {', '.join(dict.fromkeys(row['commit'] for row in rows))}:",
         "",
-        "| model | step | time | memory, first step | memory, later steps |",
-        "|---|---|---|---|---|",
+        "| model | step | time | memory, first step | memory, later steps | memory, whole run |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row["contender"] == "plain":
             cells = [row["model"], "plain", f"{float(row['ms']):,.0f} ms"]
-            cells += [f"{float(row[column]):,.0f} MB" for column in ("first_mb", "later_mb")]
+            cells += [f"{float(row[column]):,.0f} MB" for column in ("first_mb", "later_mb", "run_mb")]
         else:
             metric, _, scope = row["contender"].partition(", ")
             cells = ["", f'`metric="{metric}"`' + (f", {scope}" if scope else "")]
-            cells += [f"{float(row[f'{what}_over_plain']):.2f} x" for what in ("time", "first", "later")]
+            cells += [f"{float(row[f'{what}_over_plain']):.2f} x" for what in ("time", *PEAKS)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -134,11 +140,12 @@ def main() -> None:
     for name in args.case:
         rows = measure(MODELS[name], max(2, args.repeats or MODELS[name].rounds))
         for row in rows:
-            ratios = [row[f"{what}_over_plain"] for what in ("time", "first", "later")]
+            time, *peaks = (f"{row[f'{what}_over_plain']:.2f} x" for what in ("time", *PEAKS))
             print(
-                f"{name}, {row['contender']}: time {ratios[0]:.2f} x (at most {TIME}), memory of the first step", end=""
+                f"{name}, {row['contender']}: time {time} (at most {TIME}), memory of the first step, later ones, the "
+                f"run {', '.join(peaks)} (at most {MEMORY})",
+                flush=True,
             )
-            print(f" {ratios[1]:.2f} x, of later ones {ratios[2]:.2f} x (at most {MEMORY})", flush=True)
         others = [row for row in read_csv(path) if row["case"] != name] if path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
         write_csv(path, [*others, *(row | about for row in rows)], [*COLUMNS, *about])

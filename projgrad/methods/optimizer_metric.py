@@ -298,7 +298,7 @@ class MetricStep:
         group, D = self.groups[name], self._diagonal(name)
         if self.response.has_momentum(group):
             D = torch.as_tensor(D, dtype=delta.dtype, device=delta.device)
-            share = delta.div_(D).masked_fill_(D == 0, 0.0)
+            share = delta.div_(D.clamp_min(torch.finfo(D.dtype).tiny))  # 0 of 0 is 0
             self.response.carry(self._momentum(name), share, self._state(name), group)
 
     def _check_diagonals(self, names: list[str]) -> None:

@@ -83,12 +83,12 @@ class Adam(Response):
     """D = lr / (√v̂ + eps); F = -D M̂ - (D - E) R̂; v̂ is the largest so far with amsgrad, M̂ = M / (1 - β₁ᵗ)."""
 
     def diagonal(self, p: Tensor, state: State, group: State) -> Diagonal:
-        return group["lr"] / (self._root(state, group) + group["eps"])
+        return self._root(state, group).add_(group["eps"]).reciprocal_().mul_(group["lr"])
 
     def _root(self, state: State, group: State) -> Tensor:
         v = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         bias = 1 - group["betas"][1] ** _steps(state)
-        return v.to(product_dtype(v.dtype)).sqrt() / bias**0.5
+        return v.to(product_dtype(v.dtype)).sqrt().div_(bias**0.5)
 
     def has_momentum(self, group: State) -> bool:
         return True

@@ -145,10 +145,15 @@ def squares_of_layer(a: Tensor, b: Tensor, float64: bool = False) -> Tensor:
     squares = [a.new_empty(0, dtype=torch.float64)]
     for x, y in zip(a.split(step), b.split(step), strict=True):
         e, f = exponents(x), exponents(y)
-        A, B = (torch.ldexp(z.to(dtype), -k[:, None, None]) for z, k in ((x, e), (y, f)))
+        A, B = (z.to(dtype) * _power_of_two(-k, dtype)[:, None, None] for z, k in ((x, e), (y, f)))
         pairs = torch.bmm(A, A.mT).mul_(torch.bmm(B, B.mT))
         squares.append(torch.ldexp(pairs.sum((1, 2), dtype=torch.float64), 2 * (e + f)))
     return torch.cat(squares).clamp_min(0)
+
+
+def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 2 to integers, exactly; `torch.ldexp` of a large tensor would make such a power for each element."""
+    return torch.ldexp(torch.ones(exponent.shape, dtype=dtype, device=exponent.device), exponent)
 
 
 @torch.no_grad()
@@ -188,12 +193,11 @@ def _dot_pass(a: Tensor, b: Tensor, u: Tensor, float64: bool) -> Tensor:
     samples = max(1, min(n, chunk_bytes(a.device.type) // (dtype.itemsize * t * (i + o))))
     buffer = a.new_empty(samples * t, w.shape[2], dtype=dtype)
     shift = exponents(u)
-    units = torch.ldexp(u.new_ones(m, dtype=dtype), -shift)  # exact, as all powers of two
+    units = _power_of_two(-shift, dtype)
     for s in range(0, n, samples):
         part, other = (z[s : s + samples].to(dtype) for z in (x, y))
         own = exponents(part)
-        scales = torch.ldexp(part.new_ones(own.shape), -own)
-        part = (part * scales[:, None, None]).flatten(0, 1)  # [samples t, i or o]
+        part = (part * _power_of_two(-own, dtype)[:, None, None]).flatten(0, 1)  # [samples t, i or o]
         for k in range(m):
             xw = torch.mm(part, w[k].to(dtype), out=buffer[: part.shape[0]])
             xw.mul_(units[k]).mul_(other.flatten(0, 1))

@@ -73,7 +73,8 @@ class Rule:
         for rows, g in self._chunks(float64, parts=4):  # all the state of the optimizer is in memory too
             g = g.mul_(roots[rows]) if self.fresh_chunks else g * roots[rows]
             k, w = gram(g, scaled[:, rows], float64)
-            K, v = K + k, v + w[:, 0]
+            K += k
+            v += w[:, 0]
         return K, v
 
     def squares(self, float64: bool = False) -> Tensor:

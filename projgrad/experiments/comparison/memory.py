@@ -44,15 +44,16 @@ def peak_memory(device: str | torch.device = "cpu") -> Iterator[Peak]:
         return
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
     except OSError:
         yield peak
         return
     yield peak
-    peak.bytes = max(0, _resident("VmHWM") - before)
+    peak.bytes = max(0, resident("VmHWM") - before)
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Return a number of bytes that Linux tells about this process: VmRSS now, VmHWM at most."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
