@@ -1,4 +1,4 @@
-"""What `mkdocs build` needs besides mkdocs.yml: files beside docs/ become pages, formulas MathML, docstrings Markdown."""
+"""Hooks of the site: files beside docs/ become pages, formulas MathML, and docstrings Markdown."""
 
 import posixpath
 import re
@@ -11,9 +11,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 SCRIPTS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "examples").rglob("*") if p.suffix in (".py", ".yaml"))
-PICTURES = sorted(
-    p.relative_to(ROOT).as_posix() for p in (ROOT / "bench/results").iterdir() if p.suffix in (".png", ".svg")
-)
+PICTURES = sorted(f"bench/results/{p.name}" for p in (ROOT / "bench/results").iterdir() if p.suffix in (".png", ".svg"))
 PAGES = {  # where a file of the repository is in the site
     **{name: name.lower() for name in DOCUMENTS},
     **{path: f"{path}.md" for path in SCRIPTS},
@@ -26,12 +24,11 @@ def on_files(files, config):
     for path, page in PAGES.items():
         if path in PICTURES:
             files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
-        elif path in SCRIPTS:
-            language = {".py": "python", ".yaml": "yaml"}[Path(path).suffix]
-            code = f"# {path}\n\n```{language}\n{(ROOT / path).read_text()}```\n"
-            files.append(File.generated(config, page, content=code))
-        else:
-            files.append(File.generated(config, page, content=(ROOT / path).read_text()))
+            continue
+        text = (ROOT / path).read_text()
+        if path in SCRIPTS:
+            text = f"# {path}\n\n```{Path(path).suffix[1:]}\n{text}```\n"
+        files.append(File.generated(config, page, content=text))
     return files
 
 
@@ -52,13 +49,16 @@ def on_page_markdown(markdown, page, config, files):
 
 
 class Docstrings(griffe.Extension):
-    """Reads the house's docstrings as Google's: one example under "Example:", formulas in paragraphs of their own."""
+    """Reads the house's docstrings as Google's, with formulas as code and lines such as "n: samples" as lists."""
 
     def on_instance(self, *, obj, **kwargs):
         if obj.docstring:
-            paragraphs = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE).split("\n\n")
-            formula = re.compile(r"(?!\s|\w+:)[^`\n]* [=←] [^`\n]*[^.:`\n](\n[^`.\n]+)*")
-            obj.docstring.value = "\n\n".join(
-                re.sub(r"^", "    ", text, flags=re.MULTILINE) if formula.fullmatch(text) else text
-                for text in paragraphs
-            )
+            text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = "\n\n".join(map(self.paragraph, text.split("\n\n")))
+
+    def paragraph(self, text):
+        if re.fullmatch(r"(?!\s|\w+:)[^`\n]* [=←] [^`\n]*[^.:`\n](\n[^`.\n]+)*", text):
+            return re.sub(r"^", "    ", text, flags=re.MULTILINE)
+        if re.match(r"[a-z_]+(, [a-z_]+)*: ", text):
+            return re.sub(r"^([a-z_]+(?:, [a-z_]+)*): ", r"- **\1**: ", text, flags=re.MULTILINE)
+        return text
