@@ -95,7 +95,7 @@ def site(tmp_path_factory) -> Path:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}: pip install 'projgrad[docs]'")
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
