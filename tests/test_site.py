@@ -32,6 +32,15 @@ def test_every_public_name_is_in_the_reference():
         assert name == "__version__" or f"::: projgrad.{name}\n" in page, name
 
 
+def test_worst_numbers_are_those_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for page in ("index.md", "limitations.md"):
+        numbers = re.findall(r"up to ([\d.]+) times (?:one without|a plain step's)", (ROOT / "docs" / page).read_text())
+        assert numbers, page
+        for number in numbers:
+            assert f"{number} x" in readme, f"{page}: {number}"
+
+
 def words(node: ast.AST) -> str:
     """Return the text of a message, with … for what is only known when it is raised."""
     if isinstance(node, ast.Constant):
