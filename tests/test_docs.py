@@ -19,6 +19,7 @@ MODULES = sorted(m.name for m in pkgutil.walk_packages(projgrad.__path__, "projg
 OPTIONAL = {
     "recipes.md": ("transformers", "peft"),
     "transformers.md": ("transformers", "peft"),
+    "tutorial_language_model.md": ("transformers",),
     "README.md": ("sklearn",),
     "api.md": ("sklearn",),
 }
