@@ -35,7 +35,7 @@ class SmallSpan:
     def rows(self, uses: Sequence[Use], n: int) -> Tensor:
         """Return the gradients of one micro-batch with unit length [n, p] in float64; zero and lost ones are zero."""
         pieces = {name: [(use.source, use.rule) for use in uses if use.name == name] for name in self.block.parameters}
-        rows = [explicit(p, pieces[name], n).flatten(1).double() for name, p in self.block.parameters.items()]
+        rows = [explicit(p, pieces[name], n).reshape(n, p.numel()).double() for name, p in self.block.parameters.items()]
         g = torch.cat(rows, 1)
         largest = g.abs().amax(1, keepdim=True)
         least = torch.finfo(self.block.dtype).tiny / torch.finfo(self.block.dtype).eps
