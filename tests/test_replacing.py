@@ -184,8 +184,8 @@ def test_three_tasks_depend_on_their_order_and_a_span_does_not():
 
 
 def test_a_gem_is_one_row_where_it_is_active():
-    g, r = torch.randn(2, 500)
-    for g in (g, -g):
+    first, r = torch.randn(2, 500)
+    for g in (first, -first):
         averaged = g - (g @ r) / (r @ r) * r if g @ r < 0 else g
         mine = projgrad.project_out(g, r[None]) if g @ r < 0 else g
         assert distance([mine], [averaged]) <= 2e-5
@@ -227,7 +227,7 @@ def test_gem_leaves_alone_what_helps_already():
             differed += 1
             assert (equal - result).norm() > 1e-2 * result.norm()
             assert (result - g).norm() < (equal - g).norm()
-    assert 5 < differed
+    assert differed > 5
     helps = torch.linalg.pinv(R) @ torch.ones(3)  # an inner product of 1 with every row
     assert distance([gem(helps, R)[0]], [helps]) == 0.0 and projgrad.project_out(helps, R).norm() < 1e-5
 
@@ -294,10 +294,9 @@ def test_with_a_mask_the_published_loop_projects_nothing():
     mask["0.weight"] = torch.ones_like(mask["0.weight"])
     update = dict(zip(problem.params, problem.published(0.0, mask), strict=True))
     assert not update["0.weight"].flatten()[:N].any() and update["0.weight"].flatten()[N:].all()
-    ours, _ = problem.ours(alpha=0.0, metric="optimizer", mask=mask)
-    assert not any(g.any() for g in ours)  # a learning rate of 0
     optimizer = torch.optim.SGD(problem.params.values(), lr=0.1)
-    projgrad.OrthoGrad(problem.model, optimizer, 0.0, metric="optimizer", mask=mask).step(problem.forget, problem.retain)
+    unlearner = projgrad.OrthoGrad(problem.model, optimizer, 0.0, metric="optimizer", mask=mask)
+    unlearner.step(problem.forget, problem.retain)
     moved = torch.cat([p.grad.flatten() for p in problem.params.values()])
     assert (G @ moved / G.norm(dim=1) / moved.norm()).abs().max() <= 1e-10 and moved.any()
 
@@ -347,8 +346,8 @@ def test_the_first_step_of_distillation_protects_nothing():
     moved = torch.cat([g.flatten() for g in update])
     assert abs(record.retain_loss) < 1e-6 and record.rank > 0
     assert (G @ moved / G.norm(dim=1) / moved.norm()).abs().max() > 0.01
-    labels = target.argmax(1)
-    update, record = problem.ours(lambda: F.cross_entropy(problem.model(problem.x), labels, reduction="none"), alpha=0.0)
+    problem.y = target.argmax(1)
+    update, record = problem.ours(alpha=0.0)
     assert record.retain_loss > 0.1 and record.rank == N and record.residual < 1e-6
 
 

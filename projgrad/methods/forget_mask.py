@@ -32,7 +32,7 @@ def check_mask(model: nn.Module, params: Mapping[str, nn.Parameter], mask: objec
         if not isinstance(m, Tensor):
             raise TypeError(f"mask of {given} must be a boolean tensor; got {kind(m)}")
         if m.dtype != torch.bool:
-            raise ValueError(f"mask of {given} must be boolean; got {m.dtype}: a coordinate moves or does not (`m > 0`)")
+            raise ValueError(f"mask of {given} must be boolean, such as m > 0; got {m.dtype}")
         if m.shape != p.shape:
             raise ValueError(f"mask of {given} has shape {tuple(m.shape)}, the parameter {tuple(p.shape)}")
         name, m = name_of.get(id(p)), m.detach().to(p.device)
@@ -50,10 +50,19 @@ def check_mask(model: nn.Module, params: Mapping[str, nn.Parameter], mask: objec
     return checked
 
 
-def digest(mask: Mapping[str, Tensor]) -> list[tuple[str, int, int]]:
-    """Return the number of coordinates of every parameter and the sum of their places: equal for equal masks."""
-    places = {name: m.flatten().nonzero() for name, m in mask.items()}
-    return [(name, len(some), int(some.sum())) for name, some in places.items()]
+def digest(mask: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+    """Return a number of every mask, by which processes compare theirs."""
+    return [(name, _hash(m.flatten())) for name, m in mask.items()]
+
+
+def _hash(m: Tensor) -> int:
+    """Return the sum of mixed places of the true elements, modulo 2^64; m [p]."""
+    total, step = torch.zeros((), dtype=torch.int64, device=m.device), 1 << 20
+    for start in range(0, len(m), step):
+        k = torch.arange(start + 1, min(start + step, len(m)) + 1, device=m.device)
+        k = k * 0x9E3779B97F4A7C1  # products wrap around
+        total += ((k ^ (k >> 29)) * 0xBF58476D1CE4E5B)[m[start : start + step]].sum()
+    return int(total)
 
 
 def _listed(names: object) -> str:

@@ -197,7 +197,7 @@ def _laid_out(mask: Mapping[str, Tensor] | None, spread: ReplicatedModel) -> dic
 
 
 def _check_alike(options: StepOptions, spread: ReplicatedModel) -> None:
-    """Check that all processes take the same step on the same model; the weights at the first step alone."""
+    """Check that all processes take the same step on the same model; weights and mask at the first step alone."""
     processes = spread.processes
     if options.projector is not None or not options.keep_output_gradients:
         raise ValueError(
@@ -214,8 +214,8 @@ def _check_alike(options: StepOptions, spread: ReplicatedModel) -> None:
     for group in options.optimizer.param_groups:
         numbers.append(sorted((key, value) for key, value in group.items() if isinstance(value, PLAIN)))
     processes.same("the options of the step or the learning rates", numbers)
-    processes.same("the mask", None if options.mask is None else digest(options.mask))
     if not spread.met:
+        processes.same("the mask", None if options.mask is None else digest(options.mask))
         state = options.optimizer.state if options.metric == "optimizer" else {}  # of which the metric is made
         spread.check([state.get(p, {}) for p in spread.params.values()])
         spread.met = True

@@ -214,8 +214,8 @@ def _without(mask, name):
 
 WRONG = {
     "no_mapping": (lambda mask: list(mask.values()), TypeError, "must be a dictionary of boolean tensors"),
-    "no_tensor": (lambda mask: mask | {"packed": True}, TypeError, "mask of packed must be a boolean tensor; got a bool"),
-    "float": (lambda mask: mask | {"packed": torch.ones(8, 4)}, ValueError, "must be boolean; got torch.float32"),
+    "no_tensor": (lambda mask: mask | {"packed": True}, TypeError, "must be a boolean tensor; got a bool"),
+    "float": (lambda mask: mask | {"packed": torch.ones(8, 4)}, ValueError, "boolean, such as m > 0; got torch.float32"),
     "shape": (
         lambda mask: mask | {"packed": mask["packed"][:4]},
         ValueError,
@@ -223,7 +223,7 @@ WRONG = {
     ),
     "transposed": (lambda mask: mask | {"packed": mask["packed"].T}, ValueError, r"has shape \(4, 8\)"),
     "unknown": (lambda mask: mask | {"module.packed": mask["packed"]}, ValueError, "no parameter of the model; it has"),
-    "missing": (lambda mask: _without(mask, "norm.bias"), ValueError, r"nothing for norm.bias: .* torch.zeros\(p.shape"),
+    "missing": (lambda mask: _without(mask, "norm.bias"), ValueError, r"nothing for norm.bias: .* torch.zeros"),
     "empty": (lambda mask: {}, ValueError, "mask has nothing for packed, scale, table.weight, norm.weight and 2 more"),
 }
 
