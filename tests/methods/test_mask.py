@@ -215,7 +215,7 @@ def _without(mask, name):
 WRONG = {
     "no_mapping": (lambda mask: list(mask.values()), TypeError, "must be a dictionary of boolean tensors"),
     "no_tensor": (lambda mask: mask | {"packed": True}, TypeError, "must be a boolean tensor; got a bool"),
-    "float": (lambda mask: mask | {"packed": torch.ones(8, 4)}, ValueError, "boolean, such as m > 0; got torch.float32"),
+    "float": (lambda mask: mask | {"packed": torch.ones(8, 4)}, ValueError, "boolean, such as m > 0; got torch.float"),
     "shape": (
         lambda mask: mask | {"packed": mask["packed"][:4]},
         ValueError,

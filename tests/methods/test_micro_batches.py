@@ -94,7 +94,6 @@ def test_a_parameter_without_dimensions(scope):
     assert relative(update, written_out(problem, scope=scope)) <= 1e-8
 
 
-
 @pytest.fixture(params=["in_full", "iterated", "recomputed"])
 def path(request, monkeypatch):
     """Small networks are projected in full; without that by iteration, with Gram matrices that are kept or not."""
