@@ -108,6 +108,22 @@ def test_of_zero_gradients_the_published_loop_takes_out_the_first_coordinates():
 
 
 @pytest.mark.same_without_extension
+def test_the_loop_leaves_nothing_of_a_channel_that_no_retain_sample_uses():
+    torch.manual_seed(0)
+    problem = Problem("mlp")
+    problem.model = nn.Sequential(nn.Linear(20, 4), nn.ReLU(), nn.Linear(4, 5))
+    problem.params = dict(problem.model.named_parameters())
+    with torch.no_grad():
+        problem.model[0].weight[0] = torch.eye(20)[0]
+        problem.x[:, 0], problem.xf[:, 0] = -5.0, 5.0
+    (u, *_), G = problem.explicit()[0].split([80, 4, 20, 5])[1:], problem.explicit()[1][:, 80:84]
+    assert u[0] and not G[:, 0].any() and N > 4
+    update, _ = problem.ours(alpha=0.0, scope="per_tensor")
+    torch.testing.assert_close(update[1][0], -u[0])
+    assert abs(problem.published(0.0)[1][0]) < 1e-6
+
+
+@pytest.mark.same_without_extension
 def test_qr_as_the_projector_keeps_the_behaviour_of_qr():
     problem = Problem("mlp")
     nothing = lambda params, x, y: 0.0 * problem.loss_of_one(params, x, y)  # noqa: E731
