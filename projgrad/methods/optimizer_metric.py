@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from .._options import outside
 from .._torch_private import version
+from ..ops.numerics import product_dtype
 from ..recording.host_reads import lengths, to_host
+from ..tape.project import check_gradients
 from ..tape.weighted import RetainSide
 from .before import Before
 from .common import clip_, lay_out_grads, whole
@@ -60,6 +62,7 @@ class MetricStep:
         hold: takes the retain side and adds its part to every p.grad.
         clip: scales all p.grad so that their norm is at most what it is given, and returns by what.
         norms: of p.grad of some parameters, by name; [number of names]. same: checks that all processes have one value.
+        mask: the coordinates that forgetting may change, by name and laid out like the parameters; empty: all.
 
     Raises as `hold`, and ValueError for parameter groups that make no usable diagonal.
     """
@@ -72,11 +75,13 @@ class MetricStep:
         clip: Callable[[float], Tensor | float] | None = None,
         norms: Callable[[list[str]], Tensor] | None = None,
         same: Callable[[str, object], None] = lambda what, value: None,
+        *,
+        mask: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.optimizer, self.params, self.response = optimizer, params, response_of(optimizer)
         self.clip = clip or functools.partial(clip_, list(params.values()))
         self.norms = norms or (lambda names: lengths([params[name].grad for name in names]))
-        self.same = same
+        self.same, self.mask = same, mask or {}
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self.groups = {name: group_of[id(p)] for name, p in params.items()}
         for group in optimizer.param_groups:
@@ -84,6 +89,11 @@ class MetricStep:
         follow(optimizer)
         self.probe: tuple[str, int | None] | None = None
         self.floors: dict[str, Tensor] = {}  # what is added to 1 / D of a parameter
+        if self.mask:
+            check_gradients(params)  # which refuses sparse ones
+        for name, m in self.mask.items():
+            if params[name].grad is not None:
+                params[name].grad.mul_(m)  # NaN stays NaN, and is refused
         self.held = hold()
 
     def finish(
@@ -278,6 +288,11 @@ class MetricStep:
         return self.response.diagonal(self.params[name], self._state(name), self.groups[name])
 
     def _metric(self, name: str) -> Diagonal:
+        """Return P: D with its largest elements bounded, and 0 where forgetting may change nothing."""
+        D = self._bounded(name)
+        return D if name not in self.mask else self.mask[name].to(product_dtype(self.params[name].dtype)).mul_(D)
+
+    def _bounded(self, name: str) -> Diagonal:
         """Return D with its largest elements bounded: those would take the whole correction."""
         D = self._diagonal(name)
         if not isinstance(D, Tensor) or not D.ndim:

@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -32,6 +32,7 @@ from .common import (
     scalar_loss,
     trainable_parameters,
 )
+from .forget_mask import check_mask
 from .graphed import GraphedStep
 from .micro_batches import Closed, MicroBatchOptions, accumulate_forget, closures_of
 from .optimizer_metric import MetricStep
@@ -85,13 +86,17 @@ class OrthoGrad:
         metric: "gradient" projects the gradient. "optimizer" makes the forgetting part of what the optimizer applies
             orthogonal, for SGD, Adam, AdamW, RMSprop in all variants, or one with a method
             `diagonal(param, state, group) -> Tensor`; `.grad` then holds that part. See docs/optimizer_metric.md.
+        mask: with metric="optimizer": the coordinates that forgetting may change, boolean tensors by the names of the
+            parameters, one for each that is updated. u is masked and its projection stays in the mask: m ∘ u_perp is
+            orthogonal to every whole g_j. Lengths in the record are those of m ∘ u. The retain part (α) and decay move
+            all coordinates. See docs/replacing.md.
 
     Raises:
         TypeError: a wrong type of model, optimizer or option.
         ValueError: an option out of its range (alpha in [0, 1], damping ≥ 0 and finite, rtol in [0, 1), max_norm > 0),
             an unknown scope or metric, no trainable parameter in the optimizer, a projector with damping, rtol or a
             scaler; LBFGS, an optimizer with maximize=True; with metric="optimizer" one whose diagonal is not known, a
-            projector, or keep_output_gradients=False.
+            projector, or keep_output_gradients=False; a mask without metric="optimizer", or one that does not fit.
 
     Source: arXiv 2503.02312, section 3 and algorithm 1.
 
@@ -125,9 +130,10 @@ class OrthoGrad:
         forget_reduction: str = "mean",
         process_group: "dist.ProcessGroup | None" = None,
         metric: str = "gradient",
+        mask: Mapping[str, Tensor] | None = None,
     ) -> None:
         restore_shards(model)
-        trainable_parameters(model, optimizer)
+        params = trainable_parameters(model, optimizer)
         alpha = _options.within("alpha weighs the mean retain gradient and", alpha, "[0, 1]")
         _options.check_choice("scope", scope, ("global", "per_tensor"))
         damping, rtol = _options.check_solver("", damping, rtol)
@@ -153,6 +159,9 @@ class OrthoGrad:
             response_of(optimizer)
             if projector is not None or not keep_output_gradients:
                 raise ValueError('metric="optimizer" cannot be used with projector or keep_output_gradients=False')
+        elif mask is not None:
+            raise ValueError('mask needs metric="optimizer", which weighs every coordinate by itself, for SGD too')
+        self.mask = None if mask is None else check_mask(model, params, mask)
         self._factors_help = False  # whether the factors of the forget gradient saved work in the step before
         self._factors = ForgetFactors()
         self._script: Script | None = None
@@ -275,6 +284,8 @@ class OrthoGrad:
         """Set every p.grad; return the fields of the record, and with metric="optimizer" the step to finish."""
         _options.within("alpha weighs the mean retain gradient and", self.alpha, "[0, 1]")  # it may have been changed
         check_batch_norm(self.model)
+        if self.mask is not None:  # the parameters may have been changed
+            self.mask = check_mask(self.model, closures.params, self.mask)
         try:
             if self._spread is not None:
                 numbers = spread_step(self, self._spread, closures, forgets, retains)
@@ -397,6 +408,7 @@ class OrthoGrad:
                 scope=self.scope,
                 alpha=self.alpha / share,
                 prepare=lambda losses: losses * factor,
+                mask=self.mask,
             )
             return fields | {"forget_loss": loss_value(loss)}
         fields = project_union(
@@ -434,7 +446,8 @@ class OrthoGrad:
             losses = self.scaler.scale(losses) * share
         add = torch.full((n,), self.alpha / n / share, dtype=torch.float64, device=losses.device)
         if self.metric == "optimizer":
-            metric_step = MetricStep(self.optimizer, params, lambda: hold(tape.passes, losses, self.scope, add))
+            held = lambda: hold(tape.passes, losses, self.scope, add)  # noqa: E731
+            metric_step = MetricStep(self.optimizer, params, held, mask=self.mask)
             return {"metric_step": metric_step, "forget_loss": values[0], "retain_loss": sum(values[1:]) / n}
         weights = add if self.alpha else None
         rates = learning_rates(self.optimizer, params)

@@ -18,6 +18,7 @@ from ..tape.spread import SpreadGradients, kept_rules, project_spread_
 from ..tape.spread_weighted import hold_spread
 from .closures import Closures
 from .common import distributed, is_sharded, learning_rates, loss_value, restore_shards, scalar_loss
+from .forget_mask import digest
 from .micro_batches import MicroBatchOptions, accumulate_forget
 from .optimizer_metric import MetricStep
 from .protocol import Closure, SteppingOptimizer
@@ -41,6 +42,7 @@ class StepOptions(Protocol):
     projector: Callable[[Tensor, Tensor], Tensor] | None
     keep_output_gradients: bool
     metric: str
+    mask: Mapping[str, Tensor] | None
     micro: MicroBatchOptions
 
 
@@ -148,7 +150,8 @@ def spread_step(
     if options.metric == "optimizer":
         hold = functools.partial(hold_spread, access, options.scope, add)
         given = spread.clip, spread.placement.norms, processes.same
-        fields = {"metric_step": MetricStep(options.optimizer, closures.params, hold, *given)}
+        mask = _laid_out(options.mask, spread)
+        fields = {"metric_step": MetricStep(options.optimizer, closures.params, hold, *given, mask=mask)}
     else:
         projection = project_spread_(access, options.scope, options.damping, options.rtol, add, rates)
         fields = {name: value for name, value in vars(projection).items() if name != "squares"}
@@ -175,7 +178,8 @@ def _union_step(
     common = {"scope": options.scope, "alpha": options.alpha / share, "spread": spread}
     if options.metric == "optimizer":
         factor = scaler.get_scale() * share if scaler else 1.0  # the same after the optimizer's step
-        fields = union_metric_step(*given, **common, prepare=lambda losses: losses * factor)
+        mask = _laid_out(options.mask, spread)
+        fields = union_metric_step(*given, **common, prepare=lambda losses: losses * factor, mask=mask)
     else:
         rates = learning_rates(options.optimizer, closures.params)
         prepare = lambda losses: scaler.scale(losses) * share if scaler else losses  # noqa: E731
@@ -184,8 +188,16 @@ def _union_step(
     return fields | {"forget_loss": float(processes.sum_(mean, "agreements"))}
 
 
+def _laid_out(mask: Mapping[str, Tensor] | None, spread: ReplicatedModel) -> dict[str, Tensor] | None:
+    """Return a mask that every process holds whole, lying as the parameters do."""
+    if mask is None:
+        return None
+    place = spread.placement
+    return {name: place.laid_out(name, place.part(name, m)) for name, m in mask.items()}
+
+
 def _check_alike(options: StepOptions, spread: ReplicatedModel) -> None:
-    """Check that all processes take the same step on the same model; the weights at the first step alone."""
+    """Check that all processes take the same step on the same model; weights and mask at the first step alone."""
     processes = spread.processes
     if options.projector is not None or not options.keep_output_gradients:
         raise ValueError(
@@ -203,6 +215,7 @@ def _check_alike(options: StepOptions, spread: ReplicatedModel) -> None:
         numbers.append(sorted((key, value) for key, value in group.items() if isinstance(value, PLAIN)))
     processes.same("the options of the step or the learning rates", numbers)
     if not spread.met:
+        processes.same("the mask", None if options.mask is None else digest(options.mask))
         state = options.optimizer.state if options.metric == "optimizer" else {}  # of which the metric is made
         spread.check([state.get(p, {}) for p in spread.params.values()])
         spread.met = True

@@ -56,11 +56,12 @@ def union_metric_step(
     scope: str,
     alpha: float,
     prepare: Callable[[Tensor], Tensor],
+    mask: Mapping[str, Tensor] | None,
     spread: ReplicatedModel | None = None,
 ) -> dict[str, Any]:
     """Add α mean_j(g_j) over all micro-batches to p.grad; return the step that follows, and fields of its record.
 
-    spread: as for `project_union`.
+    mask: as for `MetricStep`. spread: as for `project_union`.
     """
     batches = RetainBatches(model, closures, named, prepare, spread)
     visits = _visits(batches)
@@ -71,7 +72,7 @@ def union_metric_step(
         return HeldUnion(visits, closures.params, scope, alpha, *limits, progress, spread)
 
     given = () if spread is None else (spread.clip, spread.placement.norms, spread.processes.same)
-    step = MetricStep(closures.optimizer, closures.params, hold, *given)
+    step = MetricStep(closures.optimizer, closures.params, hold, *given, mask=mask)
     return {"metric_step": step} | _of_losses(batches, step.held.samples)
 
 

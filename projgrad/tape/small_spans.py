@@ -35,8 +35,8 @@ class SmallSpan:
     def rows(self, uses: Sequence[Use], n: int) -> Tensor:
         """Return the gradients of one micro-batch with unit length [n, p] in float64; zero and lost ones are zero."""
         pieces = {name: [(use.source, use.rule) for use in uses if use.name == name] for name in self.block.parameters}
-        rows = [explicit(p, pieces[name], n).flatten(1).double() for name, p in self.block.parameters.items()]
-        g = torch.cat(rows, 1)
+        rows = [explicit(p, pieces[name], n).reshape(n, p.numel()) for name, p in self.block.parameters.items()]
+        g = torch.cat([one.double() for one in rows], 1)
         largest = g.abs().amax(1, keepdim=True)
         least = torch.finfo(self.block.dtype).tiny / torch.finfo(self.block.dtype).eps
         g = g / largest.where(largest >= least, torch.inf)  # the largest element is 1, or all are 0

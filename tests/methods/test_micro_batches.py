@@ -73,6 +73,27 @@ def relative(found, truth):
     return float((found.double() - truth).norm() / truth.norm())
 
 
+class Scaled(nn.Linear):
+    """A linear layer times a parameter without dimensions, which is a small tensor of its own per tensor."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
+@pytest.mark.same_without_extension
+@pytest.mark.parametrize("scope", ["global", "per_tensor"])
+def test_a_parameter_without_dimensions(scope):
+    problem = Problem()
+    problem.model = Scaled(5, 3).double()
+    options = {"union_tolerance": 1e-10, "max_passes": 800, "scope": scope}
+    update, _ = problem.update(problem.forget, problem.parts(), **options)
+    assert relative(update, written_out(problem, scope=scope)) <= 1e-8
+
+
 @pytest.fixture(params=["in_full", "iterated", "recomputed"])
 def path(request, monkeypatch):
     """Small networks are projected in full; without that by iteration, with Gram matrices that are kept or not."""

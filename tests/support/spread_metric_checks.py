@@ -172,6 +172,36 @@ def check_metric_of_an_optimizer_that_says_its_diagonal(processes):
         assert all(torch.equal(p, before[name]) for name, p in whole(twins.model).items())
 
 
+def check_metric_with_a_mask(processes):
+    """As copies, in shards, with lists of closures, and where the processes have other masks."""
+    for kind, name, scope in (("tied", "adamw", "global"), ("convolutions", "sgd", "per_tensor")):
+        for spread in (replicated(processes), lambda model: shard(model, processes.mesh)):
+            exact = {"union_tolerance": 1e-10, "max_passes": 800}
+            twins = MetricTwins(kind, processes, spread, name, scope=scope, alpha=0.3, **exact)
+            prefix = "module." if hasattr(twins.model, "module") else ""
+            generator = torch.Generator().manual_seed(1)
+            mask = {
+                name: torch.rand(p.shape, generator=generator) < 0.6
+                for name, p in twins.single.named_parameters()
+                if p.requires_grad
+            }
+            twins.alone.mask = mask
+            twins.unlearner.mask = {prefix + name: m for name, m in mask.items()}
+            twins.compare(1, prefix)
+            twins.step_alone()
+            closures = twins.closures()
+            twins.unlearner.step(closures["forget"], [closures["retain"]] * 2)  # the same span and the same mean
+            assert_same(twins.model, twins.single, prefix=prefix)
+            before, mask = whole(twins.model), {name: m.clone() for name, m in twins.unlearner.mask.items()}
+            if processes.rank:  # as many coordinates, of which one is another
+                m = max(mask.values(), key=torch.Tensor.numel).view(-1)
+                m[[int(m.int().argmax()), int(m.int().argmin())]] = torch.tensor([False, True])
+            again = projgrad.OrthoGrad(twins.model, twins.unlearner.optimizer, metric="optimizer", mask=mask)
+            with raises(ValueError, "disagree on the mask"):
+                again.step(**twins.closures())
+            assert all(torch.equal(p, before[name]) for name, p in whole(twins.model).items())
+
+
 def check_metric_failures(processes):
     """An error on one process stops all of them before the optimizer steps, and the next step is right."""
     twins = MetricTwins("tied", processes, replicated(processes))
@@ -247,6 +277,7 @@ CHECKS = {  # with how many processes
     check_metric_of_mixed_precision: (2,),
     check_metric_with_a_scaler: (2,),
     check_metric_of_an_optimizer_that_says_its_diagonal: (2,),
+    check_metric_with_a_mask: (2,),
     check_metric_failures: (2, 4),
     check_metric_failures_after_the_optimizer: (2,),
 }
