@@ -76,7 +76,7 @@ def probe_table() -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     seeds = ", ".join(dict.fromkeys(row["seed"] for row in rows))
-    about = f"Means over seeds {seeds}; of the length the smallest and largest. Torch {rows[0]['torch']}, {rows[0]['device']}."
+    about = f"Means over seeds {seeds}, of the length the smallest and largest; torch {rows[0]['torch']}:"
     return "\n".join([about, "", *lines])
 
 

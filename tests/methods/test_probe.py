@@ -61,7 +61,7 @@ def test_the_rows_are_those_of_explicit_gradients(ascend):
         spill = (G[n:] @ u_perp).abs().mean() / u_perp.square().sum() / ((G[n:] @ u).abs().mean() / u.square().sum())
         assert row.spill == pytest.approx(float(spill), rel=1e-6)
         # what the rate promises, at that rate: α = 0.5 halves the forgetting part
-        step = (1 if ascend else -1) * 0.5 * row.learning_rate * u_perp
+        step = ((1 if ascend else -1) * 0.5 * row.learning_rate * u_perp).detach()
         before, start = retain(n).detach(), copy.deepcopy(model.state_dict())
         nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(params) + step, params)
         changed, gain = (retain(n) - before).abs().mean(), 0.5 * row.learning_rate * u_perp.square().sum()
@@ -183,15 +183,19 @@ def test_a_loss_without_gradient_is_said_to_be_forgotten():
 def test_samples_that_do_not_protect_others_are_too_few():
     """Where retain samples share nothing but the forget direction, protecting some does not help the others."""
     model, n = nn.Linear(65, 1, bias=False).double(), 32
-    x = torch.cat([torch.ones(n, 1), 2 * torch.eye(n, 64)], 1).double()
+    x = torch.cat([torch.ones(n, 1), 5 * torch.eye(n, 64)], 1).double()
     forget = torch.zeros(1, 65, dtype=F64)
     forget[0, 0] = 1
-    probed = quick(model, lambda: model(forget).sum(), lambda k: model(x[:k])[:, 0], sizes=(2, 4), scopes=["global"])
-    assert probed.verdict == "too few samples" and probed.rows[0].spill > 0.5
+    look = functools.partial(quick, model, lambda: model(forget).sum(), sizes=(4, 20), scopes=["global"])
+    probed = look(retain=lambda k: model(x[:k])[:, 0])
+    assert probed.verdict == "too few samples" and "with n = 4, retain samples that are not" in probed.advice
+    assert probed.rows[0].spill == pytest.approx(1)  # g_j = (1, 5 e_j): what u_perp does to it is ‖u_perp‖², as u does
     forget[0, :32] = 1
-    alike = torch.ones(n, 65, dtype=F64) + 0.01 * torch.randn(n, 65, dtype=F64)
-    probed = quick(model, lambda: model(forget).sum(), lambda k: model(alike[:k])[:, 0], sizes=(2, 4))
-    assert probed.verdict == "worth it" and probed.rows[0].spill < 0.5
+    alike = torch.ones(n, 65, dtype=F64) + 0.1 * torch.randn(n, 65, dtype=F64)
+    probed = look(retain=lambda k: model(alike[:k])[:, 0])
+    assert probed.verdict == "worth it" and "and n = 20" in probed.advice and probed.rows[0].spill < 0.5
+    probed = look(retain=lambda k: model(alike[:k])[:, 0], sizes=(2, 8))
+    assert probed.verdict == "too few samples" and "fewer than 16" in probed.advice
 
 
 def test_the_table_is_narrow_and_the_dictionary_is_json():
@@ -364,6 +368,16 @@ def test_fewer_samples_and_too_little_memory_are_noted():
     probed = quick(model, forget, expensive, sizes=(2, 6), scopes=["global"])
     assert [row.samples for row in probed.rows] == [2] and probed.notes == ("the memory is too small for n = 6",)
 
+    def impossible(n):
+        if n == 6:
+            raise torch.OutOfMemoryError("no more")
+        return retain()[:n]
+
+    probed = quick(model, forget, impossible, sizes=(2, 3, 6), scopes=["global"])
+    assert [row.samples for row in probed.rows] == [2, 3] and len(probed.notes) == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        quick(model, forget, impossible, sizes=[6])
+
 
 def test_other_samples_for_every_n_are_noticed():
     model, forget, _ = classifier()
@@ -382,6 +396,7 @@ def test_other_samples_for_every_n_are_noticed():
         ({"retain": torch.zeros(3)}, TypeError, r"retain must be a function of n .* got a Tensor"),
         ({"retain": nn.Linear(2, 2)}, TypeError, "retain must be a function of n .* got a Linear"),
         ({"retain": lambda n: torch.zeros(n)}, ValueError, "do not depend on any parameter"),
+        ({"forget": [lambda: None]}, TypeError, "forget must be a function without arguments .* got a list"),
         ({"sizes": []}, ValueError, "at least one entry"),
         ({"sizes": [0]}, ValueError, "must be an integer of at least 1; got 0"),
         ({"sizes": ["8"]}, TypeError, "must be an integer"),

@@ -90,6 +90,8 @@ def probe(
     tolerance = _options.within("tolerance, a share of what the forget loss gains,", tolerance, "(0, 1]")
     _options.check_flag("ascend", ascend)
     _options.check_integer("rounds", rounds, 1)
+    if not callable(forget) or isinstance(forget, nn.Module):
+        raise TypeError(f"forget must be a function without arguments that returns a loss; got {_options.kind(forget)}")
     _check_retain(retain)
     subject = Subject(model, forget, retain, alpha, ascend, optimizer)
     with Unchanged(model, subject.params) as unchanged:

@@ -75,14 +75,16 @@ class Subject:
         self, unchanged: Unchanged, sizes: Sequence[int], scopes: Sequence[str], tolerance: float, rounds: int
     ) -> Probe:
         """Look at every number of samples; see `probe` of the package."""
-        self.unchanged = unchanged
-        self.all = self._all_losses(sizes[-1])
-        count = len(self.all)
-        notes = [f"retain({sizes[-1]}) returned {count} losses: there are no more"] if count < sizes[-1] else []
-        sizes = sorted({min(n, count) for n in sizes})
+        self.unchanged, sizes, notes = unchanged, list(sizes), []
         forget_loss = loss_value(self._forget_loss())
         self.plain = self._plain_direction()
-        self.plain_products = self._products(self.plain)
+        while not self._fits(sizes[-1], is_last=len(sizes) == 1):
+            notes.append(f"the memory is too small for n = {sizes.pop()}")
+        self.plain = self.plain._replace(grads={})  # as large as the parameters
+        count = len(self.all)
+        if count < sizes[-1]:
+            notes.append(f"retain({sizes[-1]}) returned {count} losses: there are no more")
+        sizes = sorted({min(n, count) for n in sizes})
         rows: list[ProbeRow] = []
         for n in sizes:
             try:
@@ -99,6 +101,17 @@ class Subject:
         retain_loss = float(self.all.mean())
         about = (forget_loss, retain_loss, change, numbers, self.alpha, tolerance, verdict, advice)
         return Probe(tuple(rows), *about, tuple(notes))
+
+    def _fits(self, n: int, is_last: bool) -> bool:
+        """Look at all retain samples, at most n. Return whether they fit into memory; raise if not and `is_last`."""
+        try:
+            self.all = self._all_losses(n)
+            self.plain_products = self._products(self.plain)
+        except torch.OutOfMemoryError:
+            if is_last:
+                raise
+            return False
+        return True
 
     def _rows(self, n: int, scopes: Sequence[str], tolerance: float, rounds: int, notes: list[str]) -> list[ProbeRow]:
         """Look at steps with n retain samples."""
