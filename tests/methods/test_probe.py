@@ -1,6 +1,7 @@
 """The probe: its numbers against explicit gradients and closed forms, its advice, and that it changes nothing."""
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -15,6 +16,7 @@ from unlearners import classifier, sgd
 import projgrad
 from projgrad import projectors
 from projgrad.methods.probe.cost import peak_bytes
+from projgrad.methods.probe.report import ProbeRow
 from projgrad.methods.probe.step_length import NOTHING, ROUNDING, UNBOUNDED, Limit, largest_rate
 from projgrad.methods.probe.unchanged import Unchanged
 
@@ -171,7 +173,7 @@ def test_forgetting_a_protected_sample_is_said_to_be_in_vain():
     losses = lambda n=6: F.cross_entropy(model(x[:n]), y[:n], reduction="none")  # noqa: E731
     probed = quick(model, lambda: losses()[0], losses, sizes=(2, 4), scopes=["per_tensor", "global"])
     assert all(row.preserved_norm < 1e-6 and row.why == NOTHING and row.learning_rate is None for row in probed.rows)
-    assert probed.verdict == "forget among retain" and NOTHING in str(probed)
+    assert probed.verdict == "forget among retain" and "lie among the protected ones" in str(probed)
 
 
 def test_a_loss_without_gradient_is_said_to_be_forgotten():
@@ -202,6 +204,11 @@ def test_the_table_is_narrow_and_the_dictionary_is_json():
     model, forget, retain = classifier()
     probed = quick(model, forget, first(retain), sizes=(2, 6))
     assert max(map(len, str(probed).splitlines())) <= 100
+    numbers = (1.2345e-5, 1.2345e-5, 1.2345e-5, "", 123.456, 1.2345, 123_456_789_012, 10_000_000_000)
+    widest = ProbeRow("per_tensor", 256, 99999, 0.98765, 1.2345e-8, 0.98765, *numbers)
+    rows = widest, dataclasses.replace(widest, why=ROUNDING, learning_rate=None, step_length=None, forget_change=None)
+    wide = dataclasses.replace(probed, rows=rows, notes=("a " * 80,), parameters=10**12)
+    assert max(map(len, str(wide).splitlines())) <= 100
     again = json.loads(json.dumps(probed.to_dict()))
     assert again["rows"][0]["rank"] == 2 and again["verdict"] == probed.verdict and len(again["rows"]) == 4
     assert all(row.seconds > 0 and row.peak_bytes > 0 for row in probed.rows)

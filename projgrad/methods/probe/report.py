@@ -16,11 +16,7 @@ SPILLS = 0.75  # on digits 0.99 and 0.68 with n = 4, where test accuracy falls b
 FEW = 16  # retain samples a step; with 8, test accuracy falls by 10 and 15 points on digits
 WIDTH = 100
 
-NO_LIMIT = {
-    "": "-",
-    UNBOUNDED: "none",
-    ROUNDING: "rounding",
-}
+NO_RATE = {UNBOUNDED: "none", ROUNDING: "rounding"}  # what stands in its place
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class Probe:
         return asdict(self) | {"rows": [asdict(row) for row in self.rows], "notes": list(self.notes)}
 
     def __str__(self) -> str:
-        titles = ("scope", "n", "rank", "kept", "residual", "spill", "lr", "length", "forgets", "time", "memory")
+        titles = ("scope", "n", "rank", "kept", "resid", "spill", "lr", "length", "forgets", "time", "memory")
         table = [titles, *map(_cells, self.rows)]
         widths = [max(len(row[k]) for row in table) for k in range(len(titles))]
         about = (
@@ -112,23 +108,27 @@ class Probe:
 
 
 def _cells(row: ProbeRow) -> tuple[str, ...]:
-    numbers = (row.learning_rate, row.step_length, row.forget_change)
-    limit = [NO_LIMIT.get(row.why, row.why) if v is None and not k else _number(v) for k, v in enumerate(numbers)]
+    number = lambda value: "-" if value is None else f"{value:.2g}"  # noqa: E731
     memory = "-"
     if row.peak_bytes is not None and row.plain_peak_bytes:
-        memory = f"{_size(row.peak_bytes)} {row.peak_bytes / row.plain_peak_bytes:.2f}x"
-    time = f"{_time(row.seconds)} {row.seconds / row.plain_seconds:.2f}x"
-    spill = "-" if row.spill is None else f"{row.spill:.2f}"
-    kept = f"{row.preserved_norm:.3f}"
-    return (row.scope, str(row.samples), str(row.rank), kept, f"{row.residual:.0e}", spill, *limit, time, memory)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}"
+        memory = f"{_size(row.peak_bytes)} {row.peak_bytes / row.plain_peak_bytes:.3g}x"
+    return (
+        row.scope,
+        str(row.samples),
+        str(row.rank),
+        f"{row.preserved_norm:.3f}",
+        f"{row.residual:.0e}",
+        number(row.spill),
+        NO_RATE.get(row.why) or number(row.learning_rate),
+        number(row.step_length),
+        number(row.forget_change),
+        f"{_time(row.seconds)} {row.seconds / row.plain_seconds:.3g}x",
+        memory,
+    )
 
 
 def _time(value: float) -> str:
-    return f"{value:.1f} s" if value >= 10 else f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.2f} s"
+    return f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
 
 
 def _size(value: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from ..protocol import Closure, SteppingOptimizer
 from .cost import peak_bytes, seconds
 from .report import Probe, ProbeRow, advise
 from .step_length import NOTHING, largest_rate
-from .unchanged import Unchanged, squared_norm
+from .unchanged import Unchanged
 
 FIRST_GAIN = 0.1  # the first trial of a learning rate raises the forget loss by this share of the losses
 LONGEST = 10.0  # steps more than so many times as long as the weights are not looked at
@@ -158,7 +158,7 @@ class Subject:
         """Take the update of a step without retain part out of `.grad`."""
         grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
         self._clear()
-        return Direction(grads, squared_norm(grads, self.rates), squared_norm(grads, self.rates, 2) ** 0.5)
+        return Direction(grads, _squared_norm(grads, self.rates), _squared_norm(grads, self.rates, 2) ** 0.5)
 
     def _plain_direction(self) -> Direction:
         """Return the gradient of the forget loss."""
@@ -194,7 +194,7 @@ class Subject:
         forget_before, slope = self._forget_loss(), direction.slope
         size = float(before.abs().mean())
         noise = 4 * max(self.eps, self.loss_eps) * size
-        weights = squared_norm({name: self.params[name].detach() for name in direction.grads}, {}) ** 0.5
+        weights = _squared_norm({name: self.params[name].detach() for name in direction.grads}, {}) ** 0.5
         largest = LONGEST * (weights or 1.0) / direction.length
         smallest = min(noise / (tolerance * slope), largest)
         first = FIRST_GAIN * (max(abs(forget_before), size) or 1.0) / slope
@@ -289,3 +289,9 @@ def _updated(model: nn.Module, optimizer: SteppingOptimizer | None) -> tuple[dic
     if not params:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to look at")
     return params, {}
+
+
+def _squared_norm(tensors: Mapping[str, Tensor], weights: Mapping[str, float], power: int = 1) -> float:
+    """Return Σ_p weight_p^power ‖t_p‖², in float64."""
+    norms = {name: torch.linalg.vector_norm(t, dtype=torch.float64) for name, t in tensors.items()}
+    return float(sum(weights.get(name, 1.0) ** power * norm * norm for name, norm in norms.items()))

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..._torch_private import keeping_versions, version
 from ...tape.weighted_union import aside
@@ -105,9 +105,3 @@ def _without_interruption(put_back: Callable[[], None]) -> None:
             interruption = error
     if interruption is not None:
         raise interruption
-
-
-def squared_norm(tensors: Mapping[str, Tensor], weights: Mapping[str, float], power: int = 1) -> float:
-    """Return Σ_p weight_p^power ‖t_p‖², in float64."""
-    norms = {name: torch.linalg.vector_norm(t, dtype=torch.float64) for name, t in tensors.items()}
-    return float(sum(weights.get(name, 1.0) ** power * norm * norm for name, norm in norms.items()))
