@@ -66,7 +66,7 @@ def probe(
     memory meanwhile. What closures change elsewhere stays changed. A row takes about as long as ten of its steps.
 
     Raises as `OrthoGrad` and its `step`; TypeError for a retain that does not take n; ValueError for one that returns
-    more than n losses, or other ones at a second call.
+    more than n losses.
 
     Example:
         >>> model, loss = torch.nn.Linear(8, 3), torch.nn.functional.cross_entropy
@@ -81,7 +81,7 @@ def probe(
         [(4, 4), (16, 16)]
     """
     sizes = sorted({_options.check_integer("sizes, numbers of retain samples, each", n, 1) for n in sizes})
-    scopes = list(dict.fromkeys(scopes))
+    scopes = list(dict.fromkeys([scopes] if isinstance(scopes, str) else scopes))
     for scope in scopes:
         _options.check_choice("scopes, each", scope, ("global", "per_tensor"))
     if not sizes or not scopes:
