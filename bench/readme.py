@@ -17,6 +17,7 @@ from .facts import facts
 from .gpu_readme import gpu, step_rows
 from .micro_batches import by_hand_table, union_table
 from .micro_batches_metric import metric_table
+from .probe import probe_table
 from .report import RESULTS, read_csv
 from .steps import SUMMARY, summary
 
@@ -292,6 +293,7 @@ SECTIONS = {
     "docs/gpu.md": {"gpu": gpu},
     "docs/micro_batches.md": {"union": union_table, "metric": metric_table, "by hand": by_hand_table},
     "docs/optimizer_metric.md": {"applied cost": functools.partial(applied_cost.table, "decoder")},
+    "docs/probe.md": {"probe": probe_table},
     "docs/processes.md": {"processes": processes},
     "docs/scenarios.md": {"scenarios": scenarios},
     "docs/transformers.md": {"adapters": functools.partial(applied_cost.table, "adapters")},

@@ -9,6 +9,8 @@ from .methods.micro_batches import micro_batches
 from .methods.orthograd import OrthoGrad
 from .methods.pgu.loss import unlearning_loss
 from .methods.pgu.pgu import PGU, PGURecord
+from .methods.probe.probe import probe
+from .methods.probe.report import Probe, ProbeRow
 from .methods.step_record import StepRecord
 from .ops.basis_project import basis_project
 from .ops.feasible import feasible
@@ -26,6 +28,8 @@ __all__ = [
     "FeasibleUpdates",
     "OrthoGrad",
     "PGURecord",
+    "Probe",
+    "ProbeRow",
     "ProjectionInfo",
     "StepRecord",
     "Tape",
@@ -43,6 +47,7 @@ __all__ = [
     "linear_moments",
     "micro_batches",
     "per_sample",
+    "probe",
     "project_out",
     "projectors",
     "unlearning_loss",

@@ -204,3 +204,27 @@ def attention_flops() -> dict[object, Callable[..., int]]:
             aten._scaled_dot_product_flash_attention_backward
         ),
     }
+
+
+# The profiler: the old one, whose records come in order and which says nothing on stderr.
+
+
+def cpu_allocations(call: Callable[[], object]) -> list[int] | None:
+    """Make a call, and return what torch's allocator gave (bytes > 0) and got back (< 0) on the CPU, in order.
+
+    Of what it gave before the call nothing is in it. None where a profiler runs already, or this torch has none; the
+    call is made then too.
+    """
+    try:
+        options = (False, True, False, False, False)  # shapes, memory, stack, flops, modules
+        state, experimental = torch.autograd.ProfilerState.CPU, torch._C._profiler._ExperimentalConfig()
+        torch.autograd._enable_profiler_legacy(torch.autograd.ProfilerConfig(state, *options, experimental))
+    except (RuntimeError, AttributeError, TypeError):
+        call()
+        return None
+    try:
+        call()
+    finally:
+        records = torch.autograd._disable_profiler_legacy()
+    events = (event for record in records for event in record if event.kind() == "memory_alloc")
+    return [event.cpu_memory_usage() for event in events]

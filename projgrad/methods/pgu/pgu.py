@@ -18,7 +18,7 @@ from .batches import Forward, check_same_samples, logits_and_labels, read_input_
 from .cache import Cache
 from .fingerprints import Form, change_of, fingerprint, forms_of
 from .loss import unlearning_loss
-from .schedule import PGURecord, Run, run
+from .schedule import PGURecord, Run, expected_change, run
 from .spectra import RULES, Basis, Projected, check_gamma, exposed, project_
 
 
@@ -164,7 +164,7 @@ class PGU:
         return projected
 
     def step(self, forget: Callable[[], Tensor | tuple[Tensor, Tensor]]) -> PGURecord:
-        """Update the weights once.
+        """Update the weights once. The first step after `fit`, `forget` or `load` warns if it is `blocked`.
 
         An error before the optimizer steps leaves the model and the optimizer as they were, with every `.grad` set to
         None.
@@ -199,14 +199,19 @@ class PGU:
             if self.max_norm is not None:
                 nn.utils.clip_grad_norm_(list(reached.values()), self.max_norm)
             self.optimizer.step()
-        return PGURecord(
+        record = PGURecord(
             rank=sum(b.rank for b in self.bases.values()),
             width=sum(b.M.shape[0] * b.M.shape[1] for b in self.bases.values()),
             ranks={name: b.rank for name, b in self.bases.items()},
+            expected_change=expected_change(self.optimizer, projected.gradient_norm, self.max_norm),
             forget_loss=value,
             seconds=time.perf_counter() - start,
             **projected._asdict(),
         )
+        if self._is_first:
+            self._is_first = False
+            record.warn_if_blocked()
+        return record
 
     @property
     def exposed(self) -> dict[str, float]:
@@ -282,6 +287,7 @@ class PGU:
         params = trainable_parameters(self.model, self.optimizer)
         bases, frozen = cache.bases(params, self.gamma, self.rule, self.soft)
         self.cache, self.bases, self.frozen, self._fitted = cache, bases, frozen, forms_of(self.model)
+        self._is_first = True
         empty = [name for name, b in bases.items() if not b.rank and cache.spectra[name].values.any()]
         if empty:
             warnings.warn(

@@ -130,6 +130,7 @@ class Projected(NamedTuple):
 
     preserved_norm: float
     residual: float
+    gradient_norm: float
 
 
 @torch.no_grad()
@@ -154,8 +155,8 @@ def project_(params: Mapping[str, nn.Parameter], bases: Mapping[str, Basis], vie
     after, inside = to_host(*after), to_host(*inside)
     noise = [16 * torch.finfo(p.grad.dtype).eps * norm for p, norm in zip(params.values(), before, strict=True)]
     residuals = [b / a for a, b, small in zip(after, inside, noise, strict=True) if a > small]  # else nothing is left
-    total = math.hypot(*before)
-    return Projected(math.hypot(*after) / total if total else 1.0, max(residuals, default=0.0))
+    total, rest = math.hypot(*before), math.hypot(*after)
+    return Projected(rest / total if total else 1.0, max(residuals, default=0.0), rest)
 
 
 def _norm(t: Tensor) -> Tensor:
