@@ -75,7 +75,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         import argcomplete
 
         argcomplete.autocomplete(parser(os.environ.get("COMP_LINE", "").split()[1:]))
-    return parser(argv).parse_args(argv)
+    args, rest = parser(argv).parse_known_args(argv)
+    if rest:
+        args.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def _command_in(argv: Sequence[str]) -> str | None:
@@ -96,10 +99,11 @@ def parser(argv: Sequence[str]) -> Parser:
     _add_plan(add("plan", "memory and work of a step, before anything is allocated", _codes()))
     for name, (module, purpose) in ELSEWHERE.items():
         if _is_there(module):
-            if _command_in(argv) == name:
-                module_of(name).add(commands.add_parser(name, help=purpose))
-            else:
-                commands.add_parser(name, help=purpose, add_help=False)
+            is_given = _command_in(argv) == name
+            made = commands.add_parser(name, help=purpose, add_help=is_given)
+            made.set_defaults(error=made.error)
+            if is_given:
+                module_of(name).add(made)
     purpose = "versions, what computes each op here, and a test of all of them against float64 (seconds)"
     _json(add("doctor", purpose, _codes(done=", and every result is right", failed="a result is wrong")))
     return top

@@ -43,11 +43,10 @@ def warnings_in_one_line() -> Iterator[None]:
 def give_up_output() -> None:
     """Send what is still to be written nowhere: Python would try it again at its end, and complain."""
     try:
-        descriptor = sys.stdout.fileno()
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-    except (AttributeError, ValueError):  # there is none
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except AttributeError:  # there is none
         pass
 
 
