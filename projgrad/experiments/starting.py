@@ -7,8 +7,6 @@ know its policy, which it reads when torch is loaded.
 import os
 import signal
 import sys
-from pathlib import Path
-from types import FrameType
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it: 128 and the signal's number
 
@@ -18,7 +16,7 @@ def is_command() -> bool:
     called, line = (sys.argv or [""])[0], sys.orig_argv
     if called == "-m":  # until the module was found
         return line[line.index("-m") + 1 :][:1] == ["projgrad"] if "-m" in line else False
-    return Path(called).stem == "projgrad" and called in line
+    return os.path.splitext(os.path.basename(called))[0] == "projgrad" and called in line
 
 
 def start() -> None:
@@ -31,15 +29,19 @@ def start() -> None:
     _restart_with_passive_waiting()
 
 
-def ready() -> None:
-    """Make Ctrl-C and errors what they were, when everything is imported."""
-    if signal.getsignal(signal.SIGINT) is _stop:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def imported() -> None:
+    """Let errors look as they do elsewhere: projgrad is imported, and the command line explains what it knows."""
     sys.excepthook = sys.__excepthook__
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    """End at once: nothing was begun that needs an end, and imports make other errors of a KeyboardInterrupt."""
+def working() -> None:
+    """Make Ctrl-C an exception again, where something must be ended: a bar, a file that is half written."""
+    if signal.getsignal(signal.SIGINT) is _stop:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _stop(number: int, frame: object) -> None:
+    """End at once: nothing was begun that must be ended, and imports make other errors of a KeyboardInterrupt."""
     os.write(2, b"projgrad: interrupted\n")
     os._exit(INTERRUPTED)
 

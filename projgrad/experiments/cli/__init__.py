@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..starting import INTERRUPTED, ready
+from ..starting import INTERRUPTED, imported, working
 from .arguments import ELSEWHERE, module_of, parse
 from .problems import Unusable, missing, of_disk
 from .terminal import give_up_output, prepare, say, warnings_in_one_line
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _run(argv)
     try:
-        ready()
+        imported()
         prepare()
         code = _run(sys.argv[1:])
     except KeyboardInterrupt:
@@ -59,6 +59,7 @@ def _run(argv: Sequence[str]) -> int:
 def _command(argv: Sequence[str]) -> int:
     args = parse(argv)
     if args.command in ELSEWHERE:
+        working()
         return module_of(args.command).run(args)
     if args.command == "doctor":
         from .doctor import doctor

@@ -13,6 +13,7 @@ from types import ModuleType
 from ...version import __version__
 
 PURPOSE = "Unlearning steps that leave every retained sample alone, to first order: try them, compare them, plan them."
+MOST = 1 << 20  # samples and tokens of a plan
 MOST_SEEDS = 95  # settings were searched on seeds from 100
 DEMOS = {"digits": "digits-labels", "faces": "faces"}
 # Commands of other folders: name -> (module, what it is for). The module has add(parser) and run(args); it is imported
@@ -212,8 +213,8 @@ def _seeds(text: str) -> int:
 
 def _positive(text: str) -> int:
     value = _whole(text, "a whole number of at least 1")
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
+    if not 1 <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"must be at least 1 and at most {MOST}; got {value}")
     return value
 
 

@@ -15,6 +15,7 @@ from ...evaluate.problem import MissingData
 from ..comparison.comparison import Comparison, ComparisonPlan, make_plan
 from ..comparison.methods import METHODS, TITLES
 from ..scenarios import FAST, SCENARIOS
+from ..starting import working
 from .arguments import DEMOS, unknown
 from .problems import Unusable, check_folder, check_packages
 from .terminal import bar, console, print_json
@@ -37,6 +38,7 @@ def demo(args: argparse.Namespace) -> int:
     if args.data == "facts":
         from ..facts_demo import show
 
+        working()
         try:
             with bar() as progress:
                 return show(console(sys.stdout), progress, print_json if args.json else None)
@@ -50,6 +52,7 @@ def _work(plan: ComparisonPlan, out: Path, as_json: bool) -> int:
     """Run a plan with a progress bar; show tables, pictures and a report of whatever finished."""
     check_packages("rich", "matplotlib", "jinja2")
     check_folder(out)
+    working()
     with bar() as progress:
         task = progress.add_task("preparing")
         comparison = Comparison(plan, out, lambda cost, what: progress.update(task, advance=cost, description=what))
