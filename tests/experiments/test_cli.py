@@ -194,7 +194,8 @@ def without_torch(tmp_path):
 
     def start(code, *given):
         (tmp_path / "torch.py").write_text(code)
-        path = os.pathsep.join([str(tmp_path), str(Path(projgrad.__file__).parents[1])])
+        root, others = str(Path(projgrad.__file__).parents[1]), os.environ.get("PYTHONPATH", "")
+        path = os.pathsep.join([str(tmp_path), root, others])
         env = os.environ | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen([sys.executable, "-m", "projgrad", *given], env=env, cwd=tmp_path, **pipes)
@@ -233,6 +234,18 @@ def test_a_missing_torch_is_named(without_torch):
     process = without_torch("raise ModuleNotFoundError('No module named torch', name='torch')", "doctor")
     assert process.communicate(timeout=60)[1] == "projgrad: the package torch is missing: pip install torch\n"
     assert process.returncode == 2
+
+
+@same_without_extension
+def test_words_are_completed_without_torch(without_torch, tmp_path, monkeypatch):
+    pytest.importorskip("argcomplete")
+    line = "projgrad compare --scenario digits-c"
+    asked = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": " "}
+    for name, value in (asked | {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "words")}).items():
+        monkeypatch.setenv(name, value)
+    process = without_torch("raise AssertionError('imported')")
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == 0
+    assert (tmp_path / "words").read_text().strip() == "digits-class"
 
 
 @pytest.mark.slow

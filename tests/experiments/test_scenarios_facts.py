@@ -246,6 +246,7 @@ def test_the_demo_shows_answers_before_and_after(tiny, monkeypatch, capsys):
     assert cli.main(["demo", "--data", "facts"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "answer before" in printed and "forgotten: 0 of 10 right before" in printed and "kept:" in printed
+    monkeypatch.setattr(facts_demo, "train", lambda problem, *_: problem.build())  # once is enough
     assert cli.main(["demo", "--data", "facts", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["forgotten"]) == 10 and found["stopped"] is None

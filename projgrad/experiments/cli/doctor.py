@@ -72,10 +72,10 @@ def _print(about: dict[str, Any], ops: dict[str, Any], found: list[Found], secon
         print(f"\nComputed on {device} by")
         for name, parts in computed.items():
             print(f"  {name:18}{'; '.join(_named(kind, names, name) for kind, names in parts.items())}")
-    print(f"\n{f'Self-test against float64, {seconds:.1f} s':32}{'worst error':>11}{'limit':>9}  of")
+    print(f"\n{f'Self-test against float64, {seconds:.1f} s':32}{'worst error':>12}{'limit':>9}  of")
     for line in found:
         where = "" if len(ops) == 1 else f" on {line.device}"
-        worst = f"{_number(line.error):>11}{_number(line.limit):>9}  {line.dtype or '':9}"
+        worst = f"{_number(line.error):>12}{_number(line.limit):>9}  {line.dtype or '':9}"
         print(f"  {line.name + where:30}{worst}{_outcome(line)}")
 
 
