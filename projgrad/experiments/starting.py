@@ -23,9 +23,9 @@ def start() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background may ignore Ctrl-C
         signal.signal(signal.SIGINT, _stop)
     sys.excepthook = _explain
-    from .cli.arguments import answer
+    from .cli.arguments import parse
 
-    answer(sys.argv[1:])
+    parse(sys.argv[1:])
     _restart_with_passive_waiting()
 
 

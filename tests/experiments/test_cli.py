@@ -114,6 +114,24 @@ def test_the_self_test_ends_in_time():
 
 
 @same_without_extension
+def test_who_computes_a_part_of_an_op_is_named(monkeypatch, capsys):
+    """As on a GPU without nvcc."""
+    computed = {"gram": {"Triton": ["gram_pass"]}, "feasible": {"plain PyTorch": ["feasible_pass"]}}
+    computed["project_out"] = {"Triton": ["project_out"], "plain PyTorch": ["gram_solve"]}
+    monkeypatch.setattr(doctor, "OPS", computed)
+    monkeypatch.setattr(doctor, "_computed_by", lambda name, device: computed[name])
+    monkeypatch.setattr(self_test, "TESTS", {})
+    assert cli.main(["doctor"]) == 0
+    printed = lines(capsys.readouterr().out)
+    rows = [line.split(maxsplit=1) for line in printed[printed.index("Computed on cpu by") + 1 :][:3]]
+    assert rows == [
+        ["gram", "Triton"],
+        ["feasible", "plain PyTorch"],
+        ["project_out", "Triton; plain PyTorch: gram_solve"],
+    ]
+
+
+@same_without_extension
 @pytest.mark.parametrize(
     "changes, advice",
     [

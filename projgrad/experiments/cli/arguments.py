@@ -16,8 +16,8 @@ PURPOSE = "Unlearning steps that leave every retained sample alone, to first ord
 MOST = 1 << 20  # samples and tokens of a plan
 MOST_SEEDS = 95  # settings were searched on seeds from 100
 DEMOS = {"digits": "digits-labels", "faces": "faces"}
-# Commands of other folders: name -> (module, what it is for). The module has add(parser) and run(args); it is imported
-# when the command is given.
+# Commands of other folders: name -> (module, what it is for). The module has add(parser) and run(args). It is imported
+# when the command is given, before torch: it should import no more than the standard library.
 ELSEWHERE = {"bench": ("benchmark.command", "time and memory of every op and of a step, here, against other ways")}
 
 SETTINGS = Path(__file__).parents[1] / "comparison" / "settings"
@@ -64,14 +64,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
-def answer(argv: Sequence[str]) -> None:
-    """End the process where no command is to be run: help, the version, wrong arguments and completion of words."""
-    if _command_in(argv) not in ELSEWHERE:  # whose options may need torch
-        parse(argv)
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return what was given, and under "error" how to refuse it; ends the process as `answer` says."""
+    """Return what was given, and under "error" how to refuse it.
+
+    Ends the process where no command is to be run: help, the version, wrong arguments and completion of words.
+    """
     if "_ARGCOMPLETE" in os.environ:  # the shell asks how a word may go on
         import argcomplete
 

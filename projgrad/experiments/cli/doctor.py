@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..comparison.environment import environment
-from .dispatch import computed_by
+from .dispatch import PLAIN, computed_by
 from .problems import first_line
 from .self_test import BUDGET, OPS, Found, example, self_test
 from .terminal import print_json
@@ -71,7 +71,7 @@ def _print(about: dict[str, Any], ops: dict[str, Any], found: list[Found], secon
     for device, computed in ops.items():
         print(f"\nComputed on {device} by")
         for name, parts in computed.items():
-            print(f"  {name:18}{'; '.join(_named(kind, names, name) for kind, names in parts.items())}")
+            print(f"  {name:18}{_named(parts, name)}")
     print(f"\n{f'Self-test against float64, {seconds:.1f} s':32}{'worst error':>12}{'limit':>9}  of")
     for line in found:
         where = "" if len(ops) == 1 else f" on {line.device}"
@@ -79,10 +79,12 @@ def _print(about: dict[str, Any], ops: dict[str, Any], found: list[Found], secon
         print(f"  {line.name + where:30}{worst}{_outcome(line)}")
 
 
-def _named(kind: str, names: list[str], op: str) -> str:
+def _named(parts: dict[str, list[str]], op: str) -> str:
     """Write "C++ extension", with the ops inside where they are not simply this one."""
-    inner = [name.removesuffix("_pass") for name in names]
-    return kind if inner in ([], [op]) else f"{kind}: {', '.join(inner)}"
+    inner = {kind: [name.removesuffix("_pass") for name in names] for kind, names in parts.items()}
+    if list(inner) == [PLAIN]:
+        return PLAIN
+    return "; ".join(kind if names in ([], [op]) else f"{kind}: {', '.join(names)}" for kind, names in inner.items())
 
 
 def _number(value: float | None) -> str:
