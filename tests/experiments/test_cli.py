@@ -17,7 +17,7 @@ import torch
 from tiny import scenario, small_plan
 
 import projgrad
-from projgrad.experiments import cli
+from projgrad.experiments import cli, starting
 from projgrad.experiments.cli import arguments, doctor, problems, self_test, terminal
 from projgrad.experiments.comparison import comparison, environment
 from projgrad.experiments.comparison.comparison import Comparison
@@ -106,6 +106,19 @@ def test_a_step_that_does_not_project_is_found(monkeypatch):
     monkeypatch.setitem(self_test.STEPS, "OrthoGrad", steps)
     monkeypatch.setattr(self_test, "TESTS", {"step": self_test.TESTS["step of OrthoGrad"]})
     assert [line.ok for line in self_test.self_test("cpu")] == [False]
+
+
+@same_without_extension
+def test_the_input_nearest_to_its_limit_decides(monkeypatch):
+    def tests(*errors):
+        monkeypatch.setattr(self_test, "TESTS", {"x": lambda device: iter(errors)})
+        (line,) = self_test.self_test("cpu")
+        return line.error, line.limit, line.dtype, line.ok
+
+    small, wide = (1e-13, 1e-12, torch.float64), (1e-2, 1e-2, torch.bfloat16)
+    assert tests(small, wide) == (1e-2, 1e-2, "bfloat16", True)
+    assert tests((1.01e-12, 1e-12, torch.float64), wide) == (1.01e-12, 1e-12, "float64", False)
+    assert tests(wide, (float("nan"), 1.0, torch.float32))[3] is False
 
 
 @same_without_extension
@@ -219,6 +232,26 @@ def without_torch(tmp_path):
         return subprocess.Popen([sys.executable, "-m", "projgrad", *given], env=env, cwd=tmp_path, **pipes)
 
     return start
+
+
+@same_without_extension
+@pytest.mark.parametrize(
+    "called, line, expected",
+    [
+        ("/x/bin/projgrad", "python /x/bin/projgrad doctor", True),
+        ("projgrad.exe", "python projgrad.exe doctor", True),
+        ("-m", "python -X dev -m projgrad doctor", True),
+        ("-m", "python -m projgrad.experiments.comparison.memory", False),
+        ("-m", "python -m pytest projgrad", False),
+        ("/x/bin/projgrad", "python -c spawned by multiprocessing", False),
+        ("train.py", "python train.py projgrad", False),
+        ("", "python", False),
+    ],
+)
+def test_no_other_process_is_taken_for_the_command(called, line, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [called])
+    monkeypatch.setattr(sys, "orig_argv", line.split())
+    assert starting.is_command() is expected
 
 
 @same_without_extension
