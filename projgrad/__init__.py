@@ -1,5 +1,8 @@
 """Gradient projection for machine unlearning: exact, on any model, without holding per-sample gradients."""
 
+from .experiments import starting as starting  # of the command line: it does its work before torch is imported
+
+# isort: split
 from importlib import import_module
 
 from . import baselines, functional, projectors

@@ -159,6 +159,16 @@ def inside_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def has_kernel(op: str, device: str) -> bool:
+    """Return whether something is registered for an op, such as "projgrad::gram", on "cpu" or "cuda" itself."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, device.upper())
+
+
+def run_kernel(op: torch._ops.OpOverload, device: str, args: tuple, kwargs: dict) -> object:
+    """Run what an op does on "cpu" or "cuda"; a mode that is active sees the ops that it calls, not the op itself."""
+    return op.redispatch(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper())), *args, **kwargs)
+
+
 def name_of(op: object) -> str:
     """Return the name of a `torch.library.custom_op`."""
     return op._name

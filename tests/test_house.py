@@ -118,7 +118,7 @@ def test_no_private_attribute_of_another_file_is_used():
         own = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
         own |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
         own |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        own |= {"_replace", "_asdict", "_fields"}  # public, of named tuples
+        own |= {"_replace", "_asdict", "_fields", "_exit"}  # public, of named tuples and of os
         used += [
             f"{module}: {ast.unparse(n)}"
             for n in nodes

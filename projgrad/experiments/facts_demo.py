@@ -22,8 +22,12 @@ SHOWN = {"forgotten": 5, "kept": 4, "the world": 3}  # questions of each kind
 SECONDS = {"load": 30.0, "epoch": 8.0, "step": 5.0, "answers": 8.0}  # on two cores, for the progress bar
 
 
-def show(console: Console, progress: Progress) -> int:
-    """Teach, ask, forget and ask again; returns the exit code, 2 where a package is missing."""
+def show(console: Console, progress: Progress, emit: Callable[[dict], None] | None = None) -> int:
+    """Teach, ask, forget and ask again; returns the exit code.
+
+    emit: gets the answers as plain values, which are printed as a table otherwise.
+    Raises MissingData where a package is missing, with the command that installs all of them.
+    """
     total = SECONDS["load"] + TRAINING.epochs * SECONDS["epoch"] + SETTING.steps * SECONDS["step"]
     bar = progress.add_task("reading the model", total=total + 2 * SECONDS["answers"])
 
@@ -32,12 +36,8 @@ def show(console: Console, progress: Progress) -> int:
 
     try:
         problem = facts.Facts(5, lora=True, known=KNOWN, forgotten=FORGOTTEN, candidates=CANDIDATES)
-    except MissingData:
-        commands = "".join(f"\n    {command}" for command in SCENARIOS["facts-LoRA"].missing())
-        console.print(
-            f"The demo of a language model needs packages that are not installed. Run:{commands}", markup=False
-        )
-        return 2
+    except MissingData as missing:
+        raise MissingData(" && ".join(SCENARIOS["facts-LoRA"].missing())) from missing
     advance("load", f"teaching facts about {KNOWN} people")()
     problem.training = TRAINING
     taught = train(problem, (problem.taught,), 0, advance("epoch", f"teaching facts about {KNOWN} people"))
@@ -48,6 +48,9 @@ def show(console: Console, progress: Progress) -> int:
     done = unlearn(problem, model, METHOD, SETTING, seed=5, forget_batch=FORGET_BATCH, tick=tick)
     after = _asked(problem, model)
     progress.update(bar, completed=total + 2 * SECONDS["answers"], description="done")
+    if emit is not None:
+        emit(_plain(problem, before, after) | {"stopped": done.stopped})
+        return 0
     _print(console, problem, before, after)
     if done.stopped:
         console.print(f"Stopped early: {done.stopped}", markup=False)
@@ -65,6 +68,21 @@ def _groups(problem: facts.Facts) -> dict[str, list]:
 def _asked(problem: facts.Facts, model: nn.Module) -> dict[str, list[str]]:
     """Return the greedy answers by kind of question."""
     return {kind: problem.answers(model, [f.question for f in group]) for kind, group in _groups(problem).items()}
+
+
+def _plain(problem: facts.Facts, before: dict[str, list[str]], after: dict[str, list[str]]) -> dict[str, list[dict]]:
+    """Return by kind every question with its answer, what the model says before and after, and whether it is right."""
+
+    def said(fact: facts.Fact, text: str) -> dict:
+        return {"text": text, "right": facts.holds(text, fact.answer[1])}
+
+    return {
+        kind: [
+            {"question": f.question, "answer": f.answer[1], "before": said(f, b), "after": said(f, a)}
+            for f, b, a in zip(group, before[kind], after[kind], strict=True)
+        ]
+        for kind, group in _groups(problem).items()
+    }
 
 
 def _print(console: Console, problem: facts.Facts, before: dict[str, list[str]], after: dict[str, list[str]]) -> None:

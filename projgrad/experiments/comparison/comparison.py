@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from ... import evaluate
+from ...evaluate.metrics import PARTS
 from ...evaluate.problem import MissingData, Problem
 from ..scenarios import SCENARIOS
 from .environment import environment
 from .memory import peak_bytes
 from .methods import METHODS, TITLES, TUNED_AS, Setting
-from .run import train, unlearn
-from .store import load_model, read_json, save_model, write_json
+from .run import Unlearned, train, unlearn
+from .store import load_or_set_aside, read_json, read_or_set_aside, save_model, write_json
 
 SETTINGS = Path(__file__).with_name("settings")
 CURVE_POINTS = 12
@@ -130,7 +131,8 @@ class Comparison:
         ]
 
     def run(self) -> dict[str, Any]:
-        """Run what is not on disk; returns the results."""
+        """Run what is not on disk, and what is damaged there; returns the results."""
+        read_or_set_aside(self.path, lambda found: isinstance(found, dict) and "scenarios" in found)
         self._save()
         for name, about in self.results["scenarios"].items():
             try:
@@ -190,7 +192,7 @@ class Comparison:
     ) -> dict[str, Any]:
         """Return the run of an earlier call with the same setting, or a new one, saved."""
         path = self.out / "runs" / name / f"{seed}-{label}.json"
-        saved = read_json(path)
+        saved = read_or_set_aside(path, _is_run)
         if saved is None or saved["setting"] != setting or saved["stamp"] != stamp:
             self._new_runs += 1
             about = {"method": label, "seed": seed, "n": setting.get("n"), "setting": setting, "stamp": stamp}
@@ -215,7 +217,7 @@ class Comparison:
         seed = self.plan.seeds[0]
         problem = self._load(name, seed)
         depends_on = {"steps": wanted, "stamp": self._stamp(name, problem)}
-        saved = read_json(path) or {}
+        saved = read_or_set_aside(path, _is_memory) or {}
         if any(saved.get(key) != value for key, value in depends_on.items()):
             original = load_or_train(self.out, name, seed, "original", problem)
             steps, size = [(method, setting) for _, method, setting in runs], SCENARIOS[name].forget_batch
@@ -250,13 +252,32 @@ def load_or_train(
         seed, parts = 0, (problem.taught,)
     recipe = "-".join(f"{value:g}" for value in asdict(training).values())
     path = out / "models" / f"{name}-{seed}-{kind}-{recipe}.safetensors"
-    if path.exists():
+    if (model := load_or_set_aside(path, problem.build)) is not None:
         for _ in range(training.epochs):
             tick()
-        return load_model(path, problem.build()).to(device)
+        return model.to(device)
     model = train(problem, parts, seed, tick)
     save_model(path, model)
     return model
+
+
+def _is_run(saved: Any) -> bool:
+    """Return whether a file holds all that a run is asked for later."""
+    if not isinstance(saved, dict) or not saved.keys() >= {"method", "seed", "n", "setting", "stamp"}:
+        return False
+    scores, confidence = saved.get("scores"), saved.get("confidence")
+    if not (
+        isinstance(scores, dict)
+        and isinstance(confidence, dict)
+        and all(isinstance(scores.get(p), (int, float)) for p in PARTS)
+    ):
+        return False
+    return not saved["setting"] or saved.keys() >= {field.name for field in fields(Unlearned)}
+
+
+def _is_memory(saved: Any) -> bool:
+    lists = [saved.get(key) for key in ("steps", "bytes")] if isinstance(saved, dict) else [None]
+    return all(isinstance(x, list) for x in lists) and len({len(x) for x in lists}) == 1
 
 
 def score_model(

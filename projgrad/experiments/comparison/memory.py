@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,23 +71,37 @@ def peak_bytes(
     allocator returns at once what is freed: repeats then agree to 1 %, instead of 30 % for the smallest.
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    running: list[subprocess.Popen] = []
+    interrupted = threading.Event()
 
     def one(method: str, setting: Setting) -> int | None:
-        process = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", __name__],
-            input=pickle.dumps((problem, model, method, setting, forget_batch)),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
             start_new_session=True,  # Ctrl-C is the parent's to handle
         )
+        running.append(process)
+        if interrupted.is_set():
+            process.kill()
+        told, _ = process.communicate(pickle.dumps((problem, model, method, setting, forget_batch)))
+        if interrupted.is_set():
+            return None
         tick(method)
         if process.returncode:
             warnings.warn(f"the memory of a step of {method} could not be measured; see its error above", stacklevel=2)
             return None
-        return json.loads(process.stdout)
+        return json.loads(told)
 
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(one, *zip(*steps, strict=True)))
+        try:
+            return list(pool.map(one, *zip(*steps, strict=True)))
+        except BaseException:  # its threads are waited for: without the processes they end at once
+            interrupted.set()
+            for process in running:
+                process.kill()
+            raise
 
 
 def measure_step(problem: Problem, model: nn.Module, method: str, setting: Setting, forget_batch: int) -> int | None:

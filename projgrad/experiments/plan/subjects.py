@@ -144,8 +144,8 @@ def _from_function(config: str, lora: int) -> Subject:
     sys.path.insert(0, "")  # as `python -m` does: modules of the folder that the command runs in
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise Unknown(f"{config}: {error}") from error
+    except Exception as error:  # whatever the user's module raises
+        raise Unknown(f"{config}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove("")
     made: list[Callable[[int], Losses]] = []
