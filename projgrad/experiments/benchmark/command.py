@@ -153,7 +153,9 @@ def _work(
         if store.rows:
             print(_files(store, about))
     if old is not None:
-        print("\n" + "\n".join(_changes(old, shown, stores, args.compare)))
+        print()
+        for line in _changes(old, shown, stores, args.compare):
+            print(wrapped(line.strip(), "  " if line.startswith(" ") else ""))
     return int(failed)
 
 
@@ -230,17 +232,17 @@ def _ops(args: argparse.Namespace, store: Store, stack: contextlib.ExitStack) ->
 def _steps(args: argparse.Namespace, name: str, store: Store) -> Iterator[Item]:
     import torch
 
-    from .steps import Task, contenders, measure_steps, what
+    from . import steps
     from .subjects import is_own, source
 
-    known = contenders(args.gram)
+    known = steps.contenders(args.gram)
     wanted = {key: value for key, value in known.items() if not args.contenders or key in (*args.contenders, "plain")}
     dtypes, device = args.dtype or [None if is_own(name) else "float32"], args.device
     for n, dtype in itertools.product(args.n or [None], dtypes):
-        task = Task(name, n, dtype, device, torch.get_num_threads(), args.gram)
+        task = steps.Task(name, n, dtype, device, torch.get_num_threads(), args.gram)
 
         def done(task: Task = task) -> list[dict] | None:
-            about = {"what": what(args.gram), "case": name, "source": source(name)}
+            about = {"what": steps.what(args.gram), "case": name, "source": source(name)}
             about |= {
                 key: value
                 for key, value in {"n": task.n or _n(name), "dtype": task.dtype, "on": device}.items()
@@ -251,7 +253,7 @@ def _steps(args: argparse.Namespace, name: str, store: Store) -> Iterator[Item]:
             return rows if names == set(wanted) and not args.again else None
 
         def measure(tick: Callable[[str], None], task: Task = task) -> list[dict]:
-            return measure_steps(task, wanted, args.rounds, args.seconds, tick)
+            return steps.measure_steps(task, wanted, args.rounds, args.seconds, tick, steps.start_worker)
 
         title = " ".join(str(part) for part in (name, task.n and f"n = {task.n}", task.dtype) if part)
         yield title, "steps", done, measure

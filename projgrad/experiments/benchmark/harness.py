@@ -220,12 +220,6 @@ def ceilings(clock: Clock, tiny: bool) -> Ceilings:
     return Ceilings(copy, **rates)
 
 
-def cpu_ceilings(dtype: torch.dtype, inputs: Tensor) -> Ceilings:
-    """Measure this CPU for a case: how fast these inputs are read, and products of their dtype, 16 bits in float32."""
-    products = matrix_rate(torch.float64 if dtype == torch.float64 else torch.float32)
-    return Ceilings(read_rate(inputs), *[products] * 5)
-
-
 def read_rate(G: Tensor, rounds: int = 9) -> float:
     """Return the bytes a second at which this CPU reads G: the best of several sums over it."""
     return size_in_bytes(G) / min(timed(lambda: G.view(-1).sum()) for _ in range(rounds))

@@ -5,6 +5,7 @@ memory, with an allocator that gives everything back, the other one time.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -13,9 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .flat import feasible_rows, flat_rows, random_rows, solve_rows
-from .harness import Ceilings, Clock, ceilings, cpu_ceilings, matrix_rate, release
+from .harness import Ceilings, Clock, ceilings, matrix_rate, read_rate, release
 from .layers import layer_rows, operands
 from .subjects import DTYPES
 from .worker import Failed, Worker, serve
@@ -67,7 +69,7 @@ class OpCase(NamedTuple):
             u, G = random_rows(*self.size, dtype, self.device)
             yield from flat_rows(u, G, most or cpu_ceilings(dtype, G), clock, qr=on_cpu, **how)
         elif self.op == "gram_solve":
-            floor = SYSTEMS * self.size[0] ** 3 / 3 / matrix_rate(torch.float64) if on_cpu and how["rounds"] else None
+            floor = SYSTEMS * self.size[0] ** 3 / 3 / product_rate(torch.float64) if on_cpu and how["rounds"] else None
             yield from solve_rows(SYSTEMS, *self.size, clock, floor, **how)
         elif self.op == "feasible":
             inputs = torch.randn(self.size[0], device=self.device).to(dtype)
@@ -75,6 +77,17 @@ class OpCase(NamedTuple):
         else:
             a, *_ = operands(self.op, self.size, dtype, self.device)
             yield from layer_rows(self.op, self.size, dtype, most or cpu_ceilings(dtype, a), clock, **how)
+
+
+@functools.lru_cache
+def product_rate(dtype: torch.dtype) -> float:
+    return matrix_rate(dtype)
+
+
+def cpu_ceilings(dtype: torch.dtype, inputs: Tensor) -> Ceilings:
+    """Return how fast this CPU reads these inputs, and multiplies matrices of their dtype, 16 bits in float32."""
+    products = product_rate(torch.float64 if dtype == torch.float64 else torch.float32)
+    return Ceilings(read_rate(inputs), *[products] * 5)
 
 
 def cases(ops: Sequence[str], sizes: dict[str, Sequence[int]], dtypes: Sequence[str], device: str) -> list[OpCase]:
@@ -87,9 +100,9 @@ def cases(ops: Sequence[str], sizes: dict[str, Sequence[int]], dtypes: Sequence[
     return found
 
 
-def answers(device: str, threads: int) -> Callable[[str], dict]:
+def answers(device: str, threads: str) -> Callable[[str], dict]:
     """Return what answers a question: a case and how to measure it, as JSON."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(int(threads))
     clock = Clock(device)
     most = ceilings(clock, tiny=False) if device == "cuda" else None
 
@@ -113,7 +126,7 @@ def answers(device: str, threads: int) -> Callable[[str], dict]:
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    serve(answers(sys.argv[1], int(sys.argv[2])), out=replies)
+    serve(answers(*sys.argv[1:]), out=replies)
 
 
 class Team:
@@ -130,6 +143,7 @@ class Team:
         self.stack.close()
 
     def ask(self, memory: bool, question: str) -> dict:
+        """Return the answer to a question; memory: of the process for that."""
         if memory not in self.workers:
             variables = {"OMP_NUM_THREADS": str(self.threads)}
             if memory:
@@ -148,16 +162,16 @@ def measure_op(case: OpCase, team: Team, rounds: int, seconds: float) -> list[di
     """Return the rows of a case, with a note where the op could not be measured."""
     asked = {"op": case.op, "size": case.size, "dtype": case.dtype}
 
-    def ask(memory: bool, **how: float) -> list[dict]:
-        return team.ask(memory, json.dumps(asked | {"how": how}))["rows"]
+    def ask(for_memory: bool, **how: float) -> list[dict]:
+        return team.ask(for_memory, json.dumps(asked | {"how": how}))["rows"]
 
     try:
         if case.device == "cuda":
             rows = ask(False, rounds=rounds, seconds=seconds)
         else:
             rows = ask(False, rounds=rounds, seconds=seconds, memory=False)
-            for row, other in zip(rows, ask(True, rounds=0), strict=True):
-                row |= {name: other[name] for name in ("extra_mb", "memory_ours")}
+            for row, other in zip(rows, ask(True, rounds=0, seconds=0.0), strict=True):
+                row |= {name: other.get(name) for name in ("extra_mb", "memory_ours")}
     except Failed as error:
         about = {"size": case.shown_size(), "dtype": case.dtype, "contender": "projgrad", "note": str(error)}
         rows = [{"op": op, **about} for op in case.ops()]

@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...methods import projectors
 from ...methods.common import trainable_parameters
+from ...ops import reference
 from .contenders import ALPHA, Job, gradients, scales
 
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-4}  # of a difference, relative to the norm of the truth
 LIMITS |= {dtype: 8 * torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16)}
 CLOSE = {2: 0.1, 4: 1e-3, 8: 1e-6}  # the losses in float64 and in the dtype of the model, by its bytes
-COPIES = 5  # of G in float64 that making the truth takes
+COPIES = 2  # of G in float64 that making the truth takes
 
 
 def holds(job: Job) -> int:
@@ -39,14 +39,19 @@ def write_truth(job: Job, path: Path) -> str:
     mean, weights = G.mean(0), scales(job)
     K = G @ G.mT
     parts = zip(u.split(sizes), G.split(sizes, 1), strict=True)
-    per_tensor = torch.cat([projectors.lstsq(f, rows) for f, rows in parts])
+    per_tensor = torch.cat([project(f, rows) for f, rows in parts])
     scale = torch.cat([f.new_full(f.shape, weight) for f, weight in zip(u.split(sizes), weights, strict=True)])
-    whole = projectors.lstsq(u * scale, G * scale) / scale
+    whole = project(u * scale, G * scale) / scale
     updates = {name: ALPHA * mean - (1 - ALPHA) * f for name, f in (("plain", u), ("global", whole))}
     updates |= {"per_tensor": ALPHA * mean - (1 - ALPHA) * per_tensor}
     projected = {"u, global": whole, "u, per_tensor": per_tensor}
     torch.save({**updates, **projected, "gram": K}, path)
     return precision
+
+
+def project(u: Tensor, G: Tensor) -> Tensor:
+    """Return u [p] without the span of the rows of G [n, p], by the float64 reference of `project_out`."""
+    return reference.project_out(u[None], G, 0.0, None)[0][0]
 
 
 def _in_float64(job: Job) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TextIO
 
 from .harness import is_out_of_memory
+from .machine import ROOT
 
 
 class Failed(Exception):
@@ -24,13 +25,14 @@ class Worker:
     def __init__(
         self, arguments: Sequence[str], variables: Mapping[str, str] | None = None, quiet: bool = False
     ) -> None:
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # whatever this process found
         self.process = subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if quiet else None,
             text=True,
-            env={**os.environ, **(variables or {})},
+            env={**os.environ, "PYTHONPATH": path, **(variables or {})},
             start_new_session=True,  # Ctrl-C is the parent's to handle
         )
 
