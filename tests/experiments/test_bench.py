@@ -108,6 +108,8 @@ def test_what_is_there_is_not_measured_again(bench):
     assert InProcess.started == 2 * count
     bench(*only, "--again")
     assert InProcess.started == 3 * count
+    bench(EXAMPLE, *FEW, "--contenders", "projgrad global")  # n as the function has it, which is another one
+    assert InProcess.started == 4 * count
 
 
 def test_json_and_comparison(bench):

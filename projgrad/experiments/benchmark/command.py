@@ -242,12 +242,14 @@ def _steps(args: argparse.Namespace, name: str, store: Store) -> Iterator[Item]:
         task = steps.Task(name, n, dtype, device, torch.get_num_threads(), args.gram)
 
         def done(task: Task = task) -> list[dict] | None:
-            about = {"what": steps.what(args.gram), "case": name, "source": source(name)}
-            about |= {
-                key: value
-                for key, value in {"n": task.n or _n(name), "dtype": task.dtype, "on": device}.items()
-                if value
+            about = {
+                "what": steps.what(args.gram),
+                "case": name,
+                "source": source(name),
+                "asked_n": task.n,
+                "on": device,
             }
+            about |= {"dtype": task.dtype} if task.dtype else {}
             rows = [row for row in store.find(about) if row["contender"] in wanted]
             names = {row["contender"] for row in rows if not _could_run(row, known)}
             return rows if names == set(wanted) and not args.again else None
@@ -257,13 +259,6 @@ def _steps(args: argparse.Namespace, name: str, store: Store) -> Iterator[Item]:
 
         title = " ".join(str(part) for part in (name, task.n and f"n = {task.n}", task.dtype) if part)
         yield title, "steps", done, measure
-
-
-def _n(name: str) -> int | None:
-    """Return the number of samples of a built-in model, None of a user's."""
-    from .subjects import BUILT_IN
-
-    return BUILT_IN[name].n if name in BUILT_IN else None
 
 
 def _could_run(row: dict, known: dict) -> bool:

@@ -9,6 +9,7 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor
 
+from ..._torch_private import keep_busy
 from ..comparison.memory import peak_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,7 +83,7 @@ class Clock:
         torch.cuda.synchronize()
         self.flushed.zero_()
         if head_start:
-            torch.cuda._sleep(int(min(head_start, 20.0) * CYCLES))
+            keep_busy(int(min(head_start, 20.0) * CYCLES))
         first.record()
         start = time.perf_counter()
         result = call()

@@ -65,6 +65,7 @@ def step_table(rows: Sequence[dict]) -> str:
         f"{what}: {first['case']}, n = {first['n']}, {first['p']:,} parameters, {first['dtype']}, {first['optimizer']}"
     )
     heads = ("contender", "ms", "20 - 80 %", "x plain", "MB", "x plain", "error")
+    measured = [row for row in rows if row["ms"] or row["peak_mb"] is not None or row["error"] is not None]
     lines = [
         (
             row["contender"],
@@ -75,7 +76,7 @@ def step_table(rows: Sequence[dict]) -> str:
             number(row["memory_over_plain"]),
             error(row),
         )
-        for row in rows
+        for row in measured
     ]
     return _table(title, heads, lines, [(row["contender"], row["note"]) for row in rows])
 
@@ -106,5 +107,9 @@ def _table(
     for name, *cells in lines:
         numbers = "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
         text.append(f"  {name[: widths[0]]:<{widths[0]}}{numbers}".rstrip())
-    text += [wrapped(f"{name}: {note}", "  ") for name, note in notes if note]
+    names: dict[str, list[str]] = {}
+    for name, note in notes:
+        if note:
+            names.setdefault(note, []).append(name)
+    text += [wrapped(f"{', '.join(same)}: {note}", "  ") for note, same in names.items()]
     return "\n".join(text)

@@ -26,22 +26,9 @@ from .subjects import BUILT_IN, DTYPES, Refused, built_in, changes, dtype_of, is
 from .truth import COPIES, LIMITS, cosine_left, difference, holds, write_truth
 from .worker import Failed, Worker, complain, serve
 
-COLUMNS = (
-    "what",
-    "case",
-    "n",
-    "p",
-    "dtype",
-    "on",
-    "optimizer",
-    "contender",
-    "ms",
-    "ms_20",
-    "ms_80",
-    "rounds",
-    "over_plain",
-)
-COLUMNS += ("percent_of_floor", "peak_mb", "later_mb", "memory_over_plain", "error", "compared_with", "note", "source")
+COLUMNS = ("what", "case", "n", "p", "dtype", "on", "optimizer", "contender", "ms", "ms_20", "ms_80", "rounds")
+COLUMNS += ("over_plain", "percent_of_floor", "peak_mb", "later_mb", "memory_over_plain", "error", "compared_with")
+COLUMNS += ("note", "asked_n", "source")
 KEY = ("what", "case", "n", "dtype", "on", "contender")
 FEWEST, WARM_UP = 3, 2  # rounds
 RESIDENT = 0.8  # of the free memory that contenders which are timed in turn may fill
@@ -86,7 +73,8 @@ def contenders(gram: bool) -> dict[str, Contender]:
 
     others = {}
     for name, peer in PEERS.items():
-        if name.split()[0] in ("plain", "projgrad"):  # they are here already
+        same = name.split()[0] in ("plain", "projgrad") or name == "one by one"  # as those that are here already
+        if same or (gram and "QR" in name):  # QR is of the projection
             continue
         if gram:
             others[name] = Contender(peer.start, "gram", missing=peer.missing())
@@ -281,8 +269,11 @@ def measure_steps(
             if reason.startswith("Refused: "):
                 raise Refused(reason.removeprefix("Refused: ")) from None
             raise Refused(f"{task.case} cannot be measured: {reason}") from None
-        common = {"what": what(task.gram), "case": task.case, "source": source(task.case), "on": about["device"]}
-        common |= {key: about[key] for key in ("n", "p", "dtype", "optimizer")} | {"note": ""}
+        common = {"what": what(task.gram), "case": task.case, "asked_n": task.n, "on": about["device"]}
+        common |= {key: about[key] for key in ("n", "p", "dtype", "optimizer")} | {
+            "source": source(task.case),
+            "note": "",
+        }
         rows = {name: dict.fromkeys(COLUMNS) | common | {"contender": name} for name in wanted}
         totals = {}
         for name, contender in wanted.items():
