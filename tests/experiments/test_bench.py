@@ -216,6 +216,12 @@ def own(model=None, forget=None, retain=None, *more):
     return model, forget, retain, *more
 
 
+def test_rounding_of_parameters_is_allowed_after_the_optimizer(bench):
+    status, printed, _ = bench(f"{HERE}own", *FEW, "--contenders", "projgrad optimizer")
+    (row,) = (row for row in read_csv(bench.out / "steps.csv") if row["contender"] == "projgrad optimizer")
+    assert status == 0 and row["ms"] and 1e-4 < float(row["error"]) < 1e-2, printed  # lr = 1e-4
+
+
 def raises():
     raise ValueError("no data\nin two lines")
 

@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -199,14 +199,22 @@ def examine(job: Job, step: Step, state: State, contender: Contender, truth: Pat
     job.optimizer.zero_grad()
     if truth.is_file() and contender.truth != "none":
         state.restore()
+        allowed = LIMITS[params[0].dtype]
         if contender.truth == "orthogonal":
             name, error = "cosine left", cosine_left(job, result)
+            allowed += rounding(params, result)
         else:
             name, error = difference(result, contender.truth, truth)
         found |= {"compared_with": name, "difference": error}
-        if not error <= LIMITS[params[0].dtype]:
+        if not error <= allowed:
             found["note"] = f"wrong by {error:.1e}"
     return found
+
+
+def rounding(params: Sequence[Tensor], change: Tensor) -> float:
+    """Return how long the rounding of the parameters can be, relative to a change of them [p]."""
+    weights = torch.stack([p.detach().double().norm() for p in params]).norm()
+    return float(torch.finfo(params[0].dtype).eps / 2 * weights / change.double().norm())
 
 
 def _highest() -> int:
