@@ -1,11 +1,28 @@
 """What changed between two runs of `projgrad bench`, beyond noise."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .report import read_csv
+from .subjects import Refused
 
 RULE = "changed: the 20-80 % ranges of the times do not overlap, and the medians differ by more than 5 %"
 NOISE = 0.05
 CIRCUMSTANCES = ("device", "threads", "driver", "cuda", "triton", "torch", "python", "projgrad", "commit", "source")
 Row = Mapping[str, str]
+
+
+def read_older(path: Path) -> list[dict]:
+    """Read a CSV file to compare with. Raises Refused where it is none of ours."""
+    if not path.is_file():
+        raise Refused(f"--compare {path}: there is no such file")
+    try:
+        rows = read_csv(path)
+    except (ValueError, OSError) as error:
+        raise Refused(f"--compare {path}: {error}") from error
+    if not rows or not ({"case", "op"} & set(rows[0])) or "contender" not in rows[0]:
+        raise Refused(f"--compare {path} is no steps.csv or ops.csv of projgrad bench")
+    return rows
 
 
 def changed(old: Row, new: Row) -> float | None:

@@ -84,27 +84,27 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         return _run(args)
-    except Refused as error:
-        print(f"projgrad bench: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
+    except (Refused, OSError) as error:
         print(f"projgrad bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"Interrupted: what is finished is in {args.out}, and the same command goes on from there.")
+        print(
+            f"Interrupted: what is finished is in {args.out}, and the same command goes on from there.", file=sys.stderr
+        )
         return 130
 
 
 def _run(args: argparse.Namespace) -> int:
     import torch
 
+    from .changes import read_older
     from .machine import environment
 
     if args.threads:
         torch.set_num_threads(args.threads)
     names = args.what or list(MODELS)
     _check(args, names)
-    old = _older(args.compare)  # before it may be written anew
+    old = read_older(args.compare) if args.compare else None  # before it may be written anew
     about = environment(args.device) | {"threads": str(torch.get_num_threads())}
     with contextlib.ExitStack() as stack:
         return _work(args, names, about, old, stack)
@@ -134,7 +134,7 @@ def _work(
             rows = stores[kind].held(rows)
         progress.done += 1
         progress.clear()
-        failed |= any(str(row["contender"]).startswith("projgrad") and not row["ms"] for row in rows)
+        failed |= any(_is_missing(row) for row in rows)
         shown.setdefault(kind, []).extend(rows)
         if args.json:
             continue
@@ -159,11 +159,17 @@ def _work(
     return int(failed)
 
 
+def _is_missing(row: dict) -> bool:
+    """Return whether a result of projgrad is wrong or missing, other than where it says that it cannot be."""
+    ours = str(row["contender"]).startswith("projgrad")
+    return ours and not row["ms"] and not str(row["note"]).startswith("not run: ")
+
+
 def _check(args: argparse.Namespace, names: list[str]) -> None:
     """Refuse what no case can be made of."""
     import torch
 
-    from .steps import contenders
+    from .step_worker import contenders
     from .subjects import Refused
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -232,14 +238,14 @@ def _ops(args: argparse.Namespace, store: Store, stack: contextlib.ExitStack) ->
 def _steps(args: argparse.Namespace, name: str, store: Store) -> Iterator[Item]:
     import torch
 
-    from . import steps
+    from . import step_worker, steps
     from .subjects import is_own, source
 
-    known = steps.contenders(args.gram)
+    known = step_worker.contenders(args.gram)
     wanted = {key: value for key, value in known.items() if not args.contenders or key in (*args.contenders, "plain")}
     dtypes, device = args.dtype or [None if is_own(name) else "float32"], args.device
     for n, dtype in itertools.product(args.n or [None], dtypes):
-        task = steps.Task(name, n, dtype, device, torch.get_num_threads(), args.gram)
+        task = step_worker.Task(name, n, dtype, device, torch.get_num_threads(), args.gram)
 
         def done(task: Task = task) -> list[dict] | None:
             about = {
@@ -266,24 +272,6 @@ def _could_run(row: dict, known: dict) -> bool:
     return (
         str(row["note"]).startswith("not run: ") and "installed" in row["note"] and not known[row["contender"]].missing
     )
-
-
-def _older(path: Path | None) -> list[dict] | None:
-    """Read a CSV file to compare with."""
-    from .report import read_csv
-    from .subjects import Refused
-
-    if path is None:
-        return None
-    if not path.is_file():
-        raise Refused(f"--compare {path}: there is no such file")
-    try:
-        rows = read_csv(path)
-    except (ValueError, OSError) as error:
-        raise Refused(f"--compare {path}: {error}") from error
-    if not rows or not ({"case", "op"} & set(rows[0])) or "contender" not in rows[0]:
-        raise Refused(f"--compare {path} is no steps.csv or ops.csv of projgrad bench")
-    return rows
 
 
 def _changes(old: list[dict], shown: dict[str, list[dict]], stores: dict[str, Store], path: Path) -> list[str]:

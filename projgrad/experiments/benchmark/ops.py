@@ -72,11 +72,13 @@ class OpCase(NamedTuple):
             floor = SYSTEMS * self.size[0] ** 3 / 3 / product_rate(torch.float64) if on_cpu and how["rounds"] else None
             yield from solve_rows(SYSTEMS, *self.size, clock, floor, **how)
         elif self.op == "feasible":
-            inputs = torch.randn(self.size[0], device=self.device).to(dtype)
-            yield from feasible_rows(*self.size, dtype, most or cpu_ceilings(dtype, inputs), clock, **how)
+            if most is None:
+                most = cpu_ceilings(dtype, torch.randn(self.size[0]).to(dtype))
+            yield from feasible_rows(*self.size, dtype, most, clock, **how)
         else:
-            a, *_ = operands(self.op, self.size, dtype, self.device)
-            yield from layer_rows(self.op, self.size, dtype, most or cpu_ceilings(dtype, a), clock, **how)
+            if most is None:
+                most = cpu_ceilings(dtype, operands(self.op, self.size, dtype, self.device)[0])
+            yield from layer_rows(self.op, self.size, dtype, most, clock, **how)
 
 
 @functools.lru_cache

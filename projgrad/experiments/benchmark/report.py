@@ -124,7 +124,9 @@ def draw(path: Path, title: str = "") -> Path | None:
     import matplotlib.pyplot as plt
 
     down, across = math.ceil(len(panels) / ACROSS), min(ACROSS, len(panels))
-    figure, axes = plt.subplots(down, across, figsize=(2.3 * across, 3.2 * down), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        down, across, figsize=(max(4.6, 2.3 * across), 3.2 * down), layout="constrained", squeeze=False
+    )
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (name, rows) in zip(axes.flat, panels.items(), strict=False):
