@@ -4,9 +4,10 @@ import argparse
 import json
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from projgrad.experiments.benchmark.contenders import Contender, loop
 from projgrad.experiments.benchmark.report import read_csv
 from projgrad.experiments.benchmark.show import WIDTH, Progress
 from projgrad.experiments.benchmark.worker import Failed
+from projgrad.projectors import qr
 
 pytestmark = pytest.mark.same_without_extension
 EXAMPLE = f"{Path(__file__).parents[2] / 'examples' / 'bench_own_model.py'}:make"
@@ -220,6 +222,47 @@ def test_rounding_of_parameters_is_allowed_after_the_optimizer(bench):
     status, printed, _ = bench(f"{HERE}own", *FEW, "--contenders", "projgrad optimizer")
     (row,) = (row for row in read_csv(bench.out / "steps.csv") if row["contender"] == "projgrad optimizer")
     assert status == 0 and row["ms"] and 1e-4 < float(row["error"]) < 1e-2, printed  # lr = 1e-4
+
+
+class Peer:
+    """One of the interface that other packages have; `answer` makes what it returns of G [n, p] and u."""
+
+    scope = "global"
+
+    def __init__(self, missing, answer):
+        self.package, self.answer = "some-package", answer
+        self.missing = lambda: missing
+
+    def _rows(self, job):
+        params = list(job.model.parameters())
+        flat = lambda loss: torch.cat([g.flatten() for g in torch.autograd.grad(loss, params, retain_graph=True)])  # noqa: E731
+        return torch.stack([flat(loss) for loss in job.retain()]), flat(job.forget())
+
+    def start(self, job):
+        return lambda: (lambda G, _: G @ G.mT)(*self._rows(job))
+
+    def project(self, job):
+        return lambda: self.answer(*self._rows(job))
+
+
+def test_other_packages_join(bench, monkeypatch):
+    name = "projgrad.experiments.benchmark.peers"
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)
+    module.PEERS = {
+        "right": Peer(None, lambda G, u: qr(u, G)),
+        "off": Peer(None, lambda G, u: u),
+        "absent": Peer("pip install some-package", None),
+        "projgrad": Peer(None, None),
+    }
+    monkeypatch.setitem(sys.modules, name, module)
+    status, printed, _ = bench(EXAMPLE, *FEW, "--n", "4", "--contenders", "right", "off", "absent")
+    rows = {row["contender"]: row for row in read_csv(bench.out / "steps.csv")}
+    assert status == 0 and rows["right"]["ms"] and rows["right"]["compared_with"] == "u, global"
+    assert rows["off"]["note"].startswith("wrong by") and "absent: not run: pip install some-package" in printed
+    assert bench(EXAMPLE, *FEW, "--n", "4", "--gram", "--contenders", "off")[0] == 0
+    (row,) = (row for row in read_csv(bench.out / "steps.csv") if (row["what"], row["contender"]) == ("K", "off"))
+    assert row["ms"] and row["compared_with"] == "gram"
 
 
 def adagrad():

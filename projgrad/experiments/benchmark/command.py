@@ -25,8 +25,8 @@ LETTERS = {"t": "positions", "i": "inputs of a layer", "o": "its outputs", "p": 
 EPILOG = """\
 examples:
   projgrad bench                          the built-in models, every contender
-  projgrad bench mine:make --threads 4    your model and batch: make() returns (model, forget, retain),
-                                          or these and an optimizer; the closures are those of OrthoGrad.step
+  projgrad bench mine:make --threads 4    your model and batch: make() returns (model, forget, retain)
+                                          or these and an optimizer; closures as for OrthoGrad.step
   projgrad bench mlp --n 8 32 128         one model, by the number of retain samples
   projgrad bench ops --op linear_gram --n 8 64 --t 128
   projgrad bench mlp --compare out/before/steps.csv
@@ -47,7 +47,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda"), default="cpu", help="your own model is there [%(default)s]"
     )
     dtypes = ("float32", "bfloat16", "float16", "float64")
-    parser.add_argument("--dtype", nargs="+", choices=dtypes, help="[float32; of your own model: what it has]")
+    about = f"some of {', '.join(dtypes)} [float32; of your own model: what it has]"
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, metavar="TYPE", help=about)
     own = "retain samples [64 or 32; of your own model what it says, else it gets n]"
     parser.add_argument("--n", nargs="+", type=_positive, metavar="N", help=own)
     for letter, name in LETTERS.items():
