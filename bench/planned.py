@@ -36,7 +36,7 @@ LIMIT = 0.1  # of a prediction's error
 
 
 class Case(NamedTuple):
-    """A model, by a function of `bench.models` or a type of transformers with its options."""
+    """A model, by a function of `benchmark.models` or a type of transformers with its options."""
 
     model: Callable[[], tuple[nn.Module, Callable]] | tuple[str, dict]
     n: int
