@@ -10,6 +10,7 @@ which settings do methods get, and did      tune, compare_results
 their results change?
 what do the documents say of all this?      readme
 
-`harness` measures, `report` writes rows and pictures, `command` holds what the commands share, `machine` says what is
-installed here. `gpu.sh` runs what needs a GPU. What was measured is kept in results/.
+How they measure, with the models, is in projgrad/experiments/benchmark, which `projgrad bench` shares. `report` says
+where results are, `command` holds what the commands share, `machine` says what is installed here. `gpu.sh` runs what
+needs a GPU. What was measured is kept in results/.
 """

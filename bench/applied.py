@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import projgrad
+from projgrad.experiments.benchmark.machine import environment
+from projgrad.experiments.benchmark.report import read_csv, write_csv
 from projgrad.experiments.comparison.methods import batches
 from projgrad.experiments.comparison.run import train
 from projgrad.experiments.scenarios import SCENARIOS
 from projgrad.methods.optimizer_metric import MOMENTUM
 
-from .machine import environment
-from .report import RESULTS, read_csv, write_csv
+from .report import RESULTS
 
 METRICS = ("gradient", "optimizer")
 ALPHA, DECAY = 0.5, 0.01

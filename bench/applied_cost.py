@@ -15,14 +15,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads tha
 
 import torch
 
+from projgrad.experiments.benchmark.contenders import orthograd, plain
+from projgrad.experiments.benchmark.harness import spread, timed
+from projgrad.experiments.benchmark.machine import environment
+from projgrad.experiments.benchmark.models import LEARNING_RATE, Job
+from projgrad.experiments.benchmark.report import read_csv, write_csv
+from projgrad.experiments.benchmark.worker import Worker, complain, serve
 from projgrad.experiments.comparison.memory import peak_memory, resident
 
-from .command import Worker, complain, serve, started
-from .contenders import ADAPTED, CASES, Case, orthograd, plain
-from .harness import spread, timed
-from .machine import environment
-from .models import LEARNING_RATE, Job
-from .report import RESULTS, read_csv, write_csv
+from .command import started
+from .contenders import ADAPTED, CASES, Case
+from .report import RESULTS
 
 CONTENDERS = {
     "plain": plain,

@@ -1,20 +1,16 @@
-"""What the commands share: options, deadlines, rows that are measured until the time is up, and worker processes."""
+"""What the commands share: options, deadlines, and rows that are measured until the time is up."""
 
 import argparse
-import contextlib
-import json
-import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
+from projgrad.experiments.benchmark.harness import DEVICE, is_out_of_memory, release
+from projgrad.experiments.benchmark.report import Rows
 
-from .harness import DEVICE, is_out_of_memory, release
-from .report import RESULTS, Rows
+from .report import RESULTS
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,64 +91,5 @@ def run(plan: Iterable[tuple[dict, Callable[[], Iterable[dict]]]], rows: Rows, d
     return int(failed)
 
 
-def about_case(op: str, size: Iterable[int], dtype: torch.dtype) -> dict[str, str]:
-    """Return the columns that name a case."""
-    return {"op": op, "size": "x".join(map(str, size)), "dtype": str(dtype).removeprefix("torch.")}
-
-
 def title(about: dict) -> str:
     return " ".join(map(str, about.values()))
-
-
-class Failed(Exception):
-    """Why a contender has no number."""
-
-
-class Worker:
-    """A Python process that answers every line of its input with one line of JSON."""
-
-    def __init__(self, arguments: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **(variables or {})},
-            cwd=ROOT,
-        )
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        with contextlib.suppress(BrokenPipeError):
-            self.process.communicate()
-
-    def ask(self, question: str = "") -> dict:
-        """Return the answer to one question; raise `Failed` where there is none."""
-        with contextlib.suppress(BrokenPipeError):  # the reason can still be read
-            print(question, file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        while line and not line.startswith("{"):  # what a library has to say
-            print(line, end="", file=sys.stderr)
-            line = self.process.stdout.readline()
-        if not line:
-            status = self.process.wait()
-            raise Failed("out of memory" if status == -9 else f"ended with status {status}")
-        reply = json.loads(line)
-        if "error" in reply:
-            raise Failed(reply["error"])
-        return reply
-
-
-def serve(answer: Callable[[str], dict], lines: Iterable[str] = sys.stdin) -> None:
-    """Answer every question, on the worker's side."""
-    for line in lines:
-        print(json.dumps(answer(line.strip())), flush=True)
-
-
-def complain(error: Exception) -> None:
-    """Tell the asking process why there is no answer."""
-    text = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
-    print(json.dumps({"error": text.splitlines()[0]}), flush=True)

@@ -11,30 +11,8 @@ from torch import Tensor, nn
 
 import projgrad
 from projgrad import projectors
-
-from .models import Batch, Job, TokenJob, adapted_llama, conv_net, decoder, encoder, mlp
-
-ALPHA = 0.5
-
-
-def plain(job: Job) -> Callable[[], object]:
-    """Start the same step without projection."""
-
-    def step() -> None:
-        job.optimizer.zero_grad()
-        (-(1 - ALPHA) * job.forget()).backward()
-        (ALPHA * job.retain().mean()).backward()
-        job.optimizer.step()
-
-    return step
-
-
-def orthograd(**options: object) -> Callable[[Job], Callable[[], object]]:
-    def start(job: Job) -> Callable[[], object]:
-        unlearner = projgrad.OrthoGrad(job.model, job.optimizer, alpha=ALPHA, **options)
-        return lambda: unlearner.step(job.forget, job.retain)
-
-    return start
+from projgrad.experiments.benchmark.contenders import ALPHA, orthograd, plain, plain_backward, tape_gram
+from projgrad.experiments.benchmark.models import Batch, Job, TokenJob, adapted_llama, conv_net, decoder, encoder, mlp
 
 
 def graphed(job: TokenJob) -> Callable[[], object]:
@@ -77,23 +55,6 @@ def vmap_gram(job: Job) -> Callable[[], object]:
         return [weights @ G - (1 - ALPHA) * part for G, part in zip(gradients, u, strict=True)]
 
     return lambda: job.step_vmap(update)
-
-
-def plain_backward(job: Job) -> Callable[[], object]:
-    def step() -> None:
-        job.optimizer.zero_grad()
-        job.retain().mean().backward()
-
-    return step
-
-
-def tape_gram(job: Job) -> Callable[[], Tensor]:
-    def step() -> Tensor:
-        with projgrad.per_sample(job.model) as tape:
-            losses = job.retain()
-        return tape.gram(losses)
-
-    return step
 
 
 def vmap_gram_only(job: Job) -> Callable[[], Tensor]:

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from projgrad.evaluate import summarize, summarize_study
+from projgrad.experiments.benchmark.report import read_csv, write_csv
 from projgrad.experiments.comparison.methods import METHODS, TITLES
 from projgrad.experiments.comparison.store import read_json
 
-from .report import RESULTS, read_csv, write_csv
+from .report import RESULTS
 
 FILE = RESULTS / "facts.csv"
 ABOUT = ("scenario", "table", "method", "n", "seed", "lr", "value", "steps", "seconds", "step_seconds")

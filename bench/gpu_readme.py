@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from .report import RESULTS, read_csv
+from projgrad.experiments.benchmark.report import read_csv
+
+from .report import RESULTS
 
 NOT_MEASURED = "`bench/results` holds no table from a GPU yet; `bench/gpu.sh` measures and writes it here."
 NAMES = {"flat": "the flat ops", "layers": "the ops of one layer", "steps": "whole steps"}

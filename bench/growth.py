@@ -26,13 +26,16 @@ from typing import NamedTuple
 
 import torch
 
+from projgrad.experiments.benchmark.contenders import ALPHA
+from projgrad.experiments.benchmark.machine import environment
+from projgrad.experiments.benchmark.models import Job, encoder
+from projgrad.experiments.benchmark.report import read_csv, write_csv
+from projgrad.experiments.benchmark.worker import Failed, Worker, complain, serve
 from projgrad.experiments.comparison.memory import peak_memory
 
-from .command import Failed, Worker, complain, serve, started
-from .contenders import ALPHA, STEPS
-from .machine import environment
-from .models import Job, encoder
-from .report import RESULTS, read_csv, write_csv
+from .command import started
+from .contenders import STEPS
+from .report import RESULTS
 from .steps import RESIDUAL_LIMIT, THREADS, UPDATE_LIMIT
 
 LIMIT = 10 << 30  # bytes that a contender may take above the model

@@ -21,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from projgrad.experiments.benchmark.harness import spread, timed
+from projgrad.experiments.benchmark.machine import environment
+from projgrad.experiments.benchmark.models import LLAMA, SMALL_GPT2, SMALL_LLAMA, TokenJob
+from projgrad.experiments.benchmark.report import write_csv
+
 from .command import ROOT
 from .contenders import TOKEN_STEPS
-from .harness import spread, timed
-from .machine import environment
-from .models import LLAMA, SMALL_GPT2, SMALL_LLAMA, TokenJob
-from .report import RESULTS, write_csv
+from .report import RESULTS
 
 NAMES = ("plain", "projgrad global", "projgrad per_tensor")
 SAMPLES, TOKENS, VOCABULARY = 4, 8, 50

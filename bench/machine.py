@@ -1,15 +1,12 @@
 """What this machine has, and what the GPU benchmarks miss on it: `python -m bench.machine [--arch]`.
 
-projgrad is imported late: here its extension may not be built yet, or be broken.
+projgrad is not imported: its extension may not be built yet, or be broken.
 """
 
 import importlib.metadata
 import importlib.util
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
@@ -29,29 +26,6 @@ TOOLS = {
     "c++": "the extension",
     "compute-sanitizer": "the part `sanitize`",
 }
-
-
-def environment(device: str = "cpu") -> dict[str, str]:
-    """Return where and on what something is measured; COMMIT in the environment names a tree without .git."""
-    from projgrad.experiments.comparison import environment as machine
-
-    about = machine.environment()
-    common = {key: about[key] for key in ("torch", "python", "projgrad")}
-    common["commit"] = os.environ.get("COMMIT") or _output("git", "describe", "--always", "--dirty")
-    if device != "cuda":
-        return {"device": about["processor"], "threads": str(about["threads"]), **common}
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
-    versions = {"driver": driver, "cuda": torch.version.cuda or "none", "triton": about["triton"] or "none"}
-    return {"device": about["cuda"], **versions, **common}
-
-
-def _output(*command: str) -> str:
-    """Return what a command prints, "unknown" where it fails."""
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return ended.stdout.strip() if ended.returncode == 0 and ended.stdout.strip() else "unknown"
 
 
 def version(package: str) -> str:

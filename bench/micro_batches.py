@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 import projgrad
+from projgrad.experiments.benchmark.machine import environment
+from projgrad.experiments.benchmark.models import Decoder, Job, text
+from projgrad.experiments.benchmark.report import read_csv, write_csv
+from projgrad.experiments.benchmark.worker import Failed, Worker, complain, serve
 from projgrad.experiments.comparison.memory import peak_memory
 
-from .command import Failed, Worker, complain, serve, started
-from .machine import environment
-from .models import Decoder, Job, text
-from .report import RESULTS, read_csv, write_csv
+from .command import started
+from .report import RESULTS
 
 THREADS, N = 2, 16
 CASES = {  # width, layers, tokens, vocabulary; steps of training on the retain set

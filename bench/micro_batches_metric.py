@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 import projgrad
+from projgrad.experiments.benchmark.machine import environment
+from projgrad.experiments.benchmark.report import read_csv, write_csv
+from projgrad.experiments.benchmark.worker import Failed, Worker, complain, serve
 from projgrad.experiments.comparison.memory import peak_memory
 
-from .command import Failed, Worker, complain, serve, started
-from .machine import environment
+from .command import started
 from .micro_batches import CASES, THREADS, N, Problem
-from .report import RESULTS, read_csv, write_csv
+from .report import RESULTS
 
 NAME, STEPS = "micro_batches_metric_cpu.csv", 20
 COLUMNS = ("case", "model", "micro_batches", "contender", "passes", "iterations", "distance", "cosine", "residual")

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 import projgrad
+from projgrad.experiments.benchmark.machine import environment
+from projgrad.experiments.benchmark.models import Job as Batches
+from projgrad.experiments.benchmark.models import conv_net, decoder, mlp
+from projgrad.experiments.benchmark.report import read_csv, write_csv
+from projgrad.experiments.benchmark.worker import Worker, complain, serve
 from projgrad.experiments.comparison.memory import peak_memory
 from projgrad.experiments.plan.plan import DTYPES
 from projgrad.experiments.plan.steps import Job, costs
 from projgrad.experiments.plan.subjects import Subject, subject_of
 
-from .command import Worker, complain, serve, started
-from .machine import environment
-from .models import Job as Batches
-from .models import conv_net, decoder, mlp
-from .report import RESULTS, read_csv, write_csv
+from .command import started
+from .report import RESULTS
 
 COLUMNS = ("case", "step", "n", "dtype", "optimizer", "planned_mb", "measured_mb", "ratio")
 COLUMNS += ("planned_first_mb", "measured_first_mb", "first_ratio")
@@ -34,7 +36,7 @@ LIMIT = 0.1  # of a prediction's error
 
 
 class Case(NamedTuple):
-    """A model, by a function of `bench.models` or a type of transformers with its options."""
+    """A model, by a function of `benchmark.models` or a type of transformers with its options."""
 
     model: Callable[[], tuple[nn.Module, Callable]] | tuple[str, dict]
     n: int

@@ -13,11 +13,12 @@ from statistics import mean
 import torch
 
 import projgrad
+from projgrad.experiments.benchmark.machine import environment
+from projgrad.experiments.benchmark.report import read_csv, write_csv
 from projgrad.experiments.comparison.run import train
 from projgrad.experiments.scenarios import SCENARIOS
 
-from .machine import environment
-from .report import RESULTS, read_csv, write_csv
+from .report import RESULTS
 
 SIZES = (4, 16, 64, 128, 256)
 ABOUT = ("scenario", "seed", "plain_change", "verdict")

@@ -26,10 +26,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import projgrad
+from projgrad.experiments.benchmark.models import LEARNING_RATE, Job, conv_net, decoder, mlp
+from projgrad.experiments.benchmark.report import Rows
 from projgrad.experiments.comparison.memory import peak_memory
 
-from .models import LEARNING_RATE, Job, conv_net, decoder, mlp
-from .report import RESULTS, Rows
+from .report import RESULTS
 
 CASES: Mapping[str, tuple[str, int, Callable[[], tuple]]] = {  # samples of every process
     "mlp": ("MLP 784-1024-1024-10", 32, lambda: mlp(784, 1024, 1024, 10)),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from projgrad.evaluate import verdict
 from projgrad.evaluate.tables import caption, columns
+from projgrad.experiments.benchmark.report import read_csv
 from projgrad.experiments.comparison.methods import TITLES
 from projgrad.experiments.scenarios import FAST, SCENARIOS
 
@@ -18,7 +19,7 @@ from .gpu_readme import gpu, step_rows
 from .micro_batches import by_hand_table, union_table
 from .micro_batches_metric import metric_table
 from .probe import probe_table
-from .report import RESULTS, read_csv
+from .report import RESULTS
 from .steps import SUMMARY, summary
 
 HIDDEN = ("steps", "usable")  # columns of the comparison's tables that there is no room for

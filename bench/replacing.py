@@ -18,11 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from .contenders import ALPHA, orthograd, plain, vmap_qr, vmap_qr_per_tensor
-from .harness import spread, timed
-from .machine import environment
-from .models import Job, conv_net
-from .report import RESULTS, write_csv
+from projgrad.experiments.benchmark.contenders import ALPHA, orthograd, plain
+from projgrad.experiments.benchmark.harness import spread, timed
+from projgrad.experiments.benchmark.machine import environment
+from projgrad.experiments.benchmark.models import Job, conv_net
+from projgrad.experiments.benchmark.report import write_csv
+
+from .contenders import vmap_qr, vmap_qr_per_tensor
+from .report import RESULTS
 
 LIMIT = 2e-5  # of ‖update - reference‖ / ‖reference‖ in float32
 SIZES = {"cnn-16": (16, (3, 16, 32)), "cnn-64": (64, (3, 16, 32))}  # samples, channels of 3 x 3 convolutions

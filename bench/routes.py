@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from projgrad.ops import linear_impl
-from projgrad.ops.cost import CPU, TOKENS, GramRoute, Rates, linear_route
+from projgrad.experiments.benchmark.harness import timed
+from projgrad.experiments.benchmark.layers import gram_by
+from projgrad.experiments.benchmark.machine import environment
+from projgrad.experiments.benchmark.report import read_csv, write_csv
+from projgrad.ops.cost import CPU, TOKENS, Rates, linear_route
 
-from .harness import timed
-from .machine import environment
-from .report import RESULTS, read_csv, write_csv
+from .report import RESULTS
 
 ROUTES = ("factors", "chunks")
 SAMPLES, POSITIONS, WIDTHS = (1, 4, 16, 64, 128), (1, 4, 16, 64, 256), (16, 64, 256, 1024)
@@ -29,13 +30,6 @@ CLOSE = 1.15  # times the faster route: a choice as good as that
 CONSTANTS = tuple(name for name in Rates._fields if name != "chunk")
 BUDGETS = [megabytes << 20 for megabytes in (1, 2, 4, 8, 16, 32, 64)]  # bytes of one chunk
 LARGE = [(64, 16, 256, 1024), (16, 256, 1024, 256), (64, 64, 256, 256)]  # layers of many chunks
-
-
-def gram_by(route: GramRoute, a: Tensor, b: Tensor) -> Tensor:
-    """Return K [n, n] of a [n, t, i] and b [n, t, o] by this route, whatever the cost model says."""
-    if route.name == "factors":
-        return linear_impl.token_gram(a, b, False, route.rows)
-    return linear_impl.gram_of_chunks(a, b, b.new_empty(0, b.shape[2], a.shape[2]), False, route)[0]
 
 
 def time_routes(n: int, t: int, i: int, o: int) -> dict | None:

@@ -22,14 +22,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from projgrad.experiments.benchmark.harness import spread, timed
+from projgrad.experiments.benchmark.machine import environment
+from projgrad.experiments.benchmark.models import Job
+from projgrad.experiments.benchmark.report import read_csv, write_csv
+from projgrad.experiments.benchmark.worker import Failed, Worker, complain, serve
 from projgrad.experiments.comparison.memory import peak_memory
 
-from .command import Failed, Worker, add_device, chosen_device, complain, serve, started
+from .command import add_device, chosen_device, started
 from .contenders import CASES, Case, Contender
-from .harness import spread, timed
-from .machine import environment
-from .models import Job
-from .report import RESULTS, read_csv, write_csv
+from .report import RESULTS
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from projgrad import StepRecord
+from projgrad.experiments.benchmark.harness import DEVICE, release, spread, synchronize, wall_clock
+from projgrad.experiments.benchmark.models import TokenJob, build
+from projgrad.experiments.benchmark.report import meets
+from projgrad.experiments.benchmark.worker import Failed, Worker, complain, serve
 
-from .command import Deadline, Failed, Worker, arguments, complain, rows_of, serve, started
+from .command import Deadline, arguments, rows_of, started
 from .contenders import TOKEN_STEPS as CONTENDERS
-from .harness import DEVICE, release, spread, synchronize, wall_clock
-from .models import TokenJob, build
-from .report import meets
 
 COLUMNS = ("case", "model", "contender", "ms", "ms_20", "ms_80", "host_ms", "device_ms", "rounds", "first_ms")
 COLUMNS += ("time_over_plain", "times_ours", "target", "met", "peak_mb", "later_mb", "model_mb", "total_mb")

@@ -17,10 +17,9 @@ from torch import Tensor
 
 import projgrad
 from projgrad import projectors
-from projgrad.experiments.comparison.memory import peak_memory
-
-from .flat import (
+from projgrad.experiments.benchmark.flat import (
     Truth,
+    lstsq_project_out,
     plain_gram,
     plain_project_out,
     projection_limits,
@@ -28,14 +27,11 @@ from .flat import (
     random_systems,
     solve_check,
 )
-from .harness import matrix_rate, read_rate, size_in_bytes, spread
+from projgrad.experiments.benchmark.harness import matrix_rate, read_rate, size_in_bytes, spread
+from projgrad.experiments.comparison.memory import peak_memory
 
 ROUNDS = 11
 SLOW_ROUNDS = {"QR": 5, "lstsq": 5}
-
-
-def lstsq_project_out(u: Tensor, G: Tensor) -> Tensor:
-    return u - torch.linalg.lstsq(G.mT, u[:, None]).solution[:, 0] @ G
 
 
 @dataclass(frozen=True)

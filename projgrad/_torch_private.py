@@ -57,6 +57,11 @@ def foreach_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor
     return torch._foreach_norm(tensors, 2, dtype=dtype)
 
 
+def keep_busy(cycles: int) -> None:
+    """Make the current stream of the GPU wait for some clock cycles."""
+    torch.cuda._sleep(cycles)
+
+
 def saved_tensors_hooks() -> tuple[Callable, Callable] | None:
     """Return the functions that pack and unpack what autograd saves now, None where it saves the tensors themselves."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)

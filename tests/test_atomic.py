@@ -12,9 +12,9 @@ import torch
 from made_up import made_up_results
 from torch import nn
 
-from bench.report import Rows
 from projgrad._atomic import replacing
 from projgrad.evaluate import write_report
+from projgrad.experiments.benchmark.report import Rows
 from projgrad.experiments.comparison.store import load_model, read_json, save_model, write_json
 from projgrad.experiments.scenarios import cifar, speech
 from projgrad.methods.pgu.pgu import PGU
@@ -88,7 +88,7 @@ import os
 import sys
 from pathlib import Path
 import torch
-from bench.report import Rows
+from projgrad.experiments.benchmark.report import Rows
 from projgrad.experiments.comparison.store import save_model, write_json
 from projgrad.methods.pgu.pgu import PGU
 

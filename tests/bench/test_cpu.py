@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 
 from bench import contenders, report, steps, steps_cuda, test_flat
-from bench.harness import timed
+from projgrad.experiments.benchmark.harness import timed
+from projgrad.experiments.benchmark.report import read_csv
 
 
 @pytest.mark.parametrize("case", test_flat.CASES, ids=lambda case: case.name)
@@ -71,5 +72,5 @@ def test_report_writes_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
     row |= {"times_ours": 1.0, "target": None, "percent_of_floor": 50.0, "extra_mb": 1.0, "extra_mb_target": 2}
     report.report([row, row | {"contender": "plain", "target": 1.5}], "flat_cpu", "Flat")
     assert "MISSED" in capsys.readouterr().out
-    assert [row["target"] for row in report.read_csv(tmp_path / "flat_cpu.csv")] == ["", "1.5"]
+    assert [row["target"] for row in read_csv(tmp_path / "flat_cpu.csv")] == ["", "1.5"]
     assert (tmp_path / "flat_cpu.svg").read_text().startswith("<?xml")

@@ -11,11 +11,14 @@ import torch
 from cases import TRITON
 
 import projgrad
-from bench import flat, gpu_readme, harness, layers, models, sanitize, steps, steps_cuda
-from bench.command import Failed
+from bench import flat, gpu_readme, layers, sanitize, steps, steps_cuda
 from bench.contenders import TOKEN_STEPS
-from bench.layers import ALTERNATIVES
-from bench.report import Rows, meets
+from projgrad.experiments.benchmark import flat as benchmark_flat
+from projgrad.experiments.benchmark import harness, models
+from projgrad.experiments.benchmark import layers as benchmark_layers
+from projgrad.experiments.benchmark.layers import ALTERNATIVES
+from projgrad.experiments.benchmark.report import Rows, meets
+from projgrad.experiments.benchmark.worker import Failed
 
 ROOT = Path(__file__).parents[2]
 CEILINGS = harness.Ceilings(1e12, 6e14, 6e14, 3e14, 5e13)
@@ -87,7 +90,7 @@ def clock():
 
 def test_rows_of_flat_ops_are_right_and_complete(clock):
     for case in flat.gpu_cases(tiny=True):
-        rows = list(flat.flat_rows(case, CEILINGS, clock))
+        rows = list(case.rows(CEILINGS, clock))
         assert [row["op"] for row in rows] == ["project_out"] * 2 + ["gram"] * 2 + ["subtract"] * 2
         assert not any(row["note"] for row in rows)
         assert bool(rows[0]["target"]) == case.contract
@@ -103,8 +106,8 @@ def test_qr_has_a_process_of_its_own():
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, clock):
-    monkeypatch.setattr(projgrad, "project_out", lambda u, G: u)
-    row = next(flat.flat_rows(flat.gpu_cases(tiny=True)[0], CEILINGS, clock))
+    monkeypatch.setattr(benchmark_flat, "project_out", lambda u, G: u)
+    row = next(flat.gpu_cases(tiny=True)[0].rows(CEILINGS, clock))
     assert row["contender"] == "projgrad" and row["note"].startswith("wrong: ") and row["ms"] is None
 
 
@@ -125,10 +128,10 @@ def test_what_cannot_run_is_a_row(error, clock):
 @pytest.mark.parametrize("op", [op for op in ALTERNATIVES if hasattr(projgrad, op)])
 def test_every_alternative_of_a_layer(op, dtype, monkeypatch, clock):
     """Right on tiny sizes; kernels in the interpreter where there is no GPU."""
-    monkeypatch.setattr(layers, "measure", lambda *_, **__: None)
+    monkeypatch.setattr(benchmark_layers, "measure", lambda *_, **__: None)
     sizes = layers.TINY_BASES if op == "basis_project" else layers.TINY
     for size in sizes:
-        rows = list(layers.layer_rows(op, size, dtype, CEILINGS, clock))
+        rows = list(benchmark_layers.layer_rows(op, size, dtype, CEILINGS, clock))
         assert [row["contender"] for row in rows] == list(ALTERNATIVES[op])
         assert not any(row["note"] for row in rows), [row["note"] for row in rows]
 

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from bench import growth, report
+from bench import growth
+from projgrad.experiments.benchmark.report import read_csv
 
 
 def test_parameters_are_counted_as_the_model_has_them():
@@ -92,6 +93,6 @@ def test_command(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         growth.main()
     assert not ended.value.code
-    rows = report.read_csv(tmp_path / "growth_cpu_tiny.csv")
+    rows = read_csv(tmp_path / "growth_cpu_tiny.csv")
     assert len(rows) == 8 and all(row["ms"] and row["ms_cpu"] and not row["note"] for row in rows)
     assert (tmp_path / "growth_cpu_tiny_n.svg").stat().st_size > 1000

@@ -133,7 +133,7 @@ class Job:
     """A model with its optimizer, and two batches of n samples."""
 
     def __init__(self, model: nn.Module, batch: Batch, n: int) -> None:
-        self.model, self.samples = model, (batch(n), batch(n))
+        self.model, self.n, self.samples = model, n, (batch(n), batch(n))
         self.optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
 
     @staticmethod
@@ -146,8 +146,8 @@ class Job:
         x, y = self.samples[0]
         return self.losses(self.model(x), y).mean()
 
-    def retain(self) -> Tensor:
-        x, y = self.samples[1]
+    def retain(self, part: slice = slice(None)) -> Tensor:
+        x, y = (z[part] for z in self.samples[1])
         return self.losses(self.model(x), y)
 
     def per_sample_gradients(self) -> list[Tensor]:

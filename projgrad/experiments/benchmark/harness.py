@@ -1,7 +1,4 @@
-"""How the benchmarks measure: in turn, with device events, the allocator's peak and this device's own ceilings.
-
-What is measured on a GPU runs on the CPU where there is none, for tests: those numbers mean nothing.
-"""
+"""How the benchmarks measure: in turn, with device events, the allocator's peak and this device's own ceilings."""
 
 import gc
 import time
@@ -12,7 +9,8 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor
 
-from projgrad.experiments.comparison.memory import peak_memory
+from ..._torch_private import keep_busy
+from ..comparison.memory import peak_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP = 3
@@ -71,20 +69,21 @@ class Clock:
     everything, so that its time holds no gaps, except where the call itself waits for the device.
     """
 
-    def __init__(self) -> None:
-        if DEVICE == "cuda":
+    def __init__(self, device: str = DEVICE) -> None:
+        self.device = device
+        if device == "cuda":
             size = max(256 << 20, 4 * torch.cuda.get_device_properties(0).L2_cache_size)
-            self.flushed = torch.empty(size, dtype=torch.int8, device=DEVICE)
+            self.flushed = torch.empty(size, dtype=torch.int8, device=device)
 
     def __call__(self, call: Callable[[], object], head_start: float = 0.0) -> tuple[float, float]:
-        if DEVICE != "cuda":
+        if self.device != "cuda":
             elapsed = wall_clock(call)
             return elapsed, elapsed
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         self.flushed.zero_()
         if head_start:
-            torch.cuda._sleep(int(min(head_start, 20.0) * CYCLES))
+            keep_busy(int(min(head_start, 20.0) * CYCLES))
         first.record()
         start = time.perf_counter()
         result = call()
@@ -132,21 +131,24 @@ class Contender:
         return {**times, "rounds": len(self.device_ms), "extra_mb": extra, "note": self.note}
 
 
-def measure(contenders: Mapping[str, Contender], clock: Clock, seconds: float = 0.5, rounds: int = 25) -> None:
+def measure(
+    contenders: Mapping[str, Contender], clock: Clock, seconds: float = 0.5, rounds: int = 25, memory: bool = True
+) -> None:
     """Warm all contenders up, measure their memory, then call one after the other, round by round.
 
-    seconds: about what each may take.
+    seconds: about what each may take. rounds: at most; 0: the memory alone.
     """
     plans: dict[str, tuple[int, float]] = {}  # rounds, and how long the device waits for the host
     for name, contender in contenders.items():
         took = contender.attempt(lambda c=contender: clock(c.call))
         for _ in range(WARM_UP - 1):
-            if took is not None and took[0] < LONGEST:
+            if rounds and took is not None and took[0] < LONGEST:
                 took = contender.attempt(lambda c=contender: clock(c.call))
         if took is None:
             continue
-        contender.attempt(lambda c=contender: _measure_memory(c))
-        count = 2 if took[0] >= LONGEST else min(rounds, max(5, int(1e3 * seconds / max(took[0], 1e-3))))
+        if memory:
+            contender.attempt(lambda c=contender: _measure_memory(c, clock.device))
+        count = min(rounds, 2 if took[0] >= LONGEST else max(5, int(1e3 * seconds / max(took[0], 1e-3))))
         plans[name] = (count, 1.5 * took[1] if took[1] < 0.7 * took[0] or took[1] < 10 else 0.0)
     for i in range(max((count for count, _ in plans.values()), default=0)):
         for name, (count, head_start) in plans.items():
@@ -156,8 +158,8 @@ def measure(contenders: Mapping[str, Contender], clock: Clock, seconds: float = 
                 contender.host_ms.append(times[1])
 
 
-def _measure_memory(contender: Contender) -> None:
-    with peak_memory(DEVICE) as peak:
+def _measure_memory(contender: Contender, device: str) -> None:
+    with peak_memory(device) as peak:
         contender.call()
     contender.extra_bytes = peak.bytes
 
@@ -171,6 +173,7 @@ class Ceilings:
     fp16: float
     tf32: float
     fp32: float
+    fp64: float = 0.0
 
     @property
     def exact(self) -> float:
@@ -178,7 +181,8 @@ class Ceilings:
         return max(self.fp32, self.bf16 / 6)
 
     def rate(self, dtype: torch.dtype) -> float:
-        return {torch.bfloat16: self.bf16, torch.float16: self.fp16}.get(dtype, self.exact)
+        rates = {torch.bfloat16: self.bf16, torch.float16: self.fp16, torch.float64: self.fp64}
+        return rates.get(dtype) or self.exact
 
     def rows(self) -> Iterator[dict]:
         """Yield a row for every ceiling, in TB/s and TFLOP/s."""
@@ -195,7 +199,7 @@ def ceilings(clock: Clock, tiny: bool) -> Ceilings:
     def best(call: Callable[[], object]) -> float:
         return 1e-3 * min([clock(call)[0] for _ in range(3 + 9)][3:])
 
-    source = torch.randn(count, device=DEVICE)
+    source = torch.randn(count, device=clock.device)
     target = torch.empty_like(source)
     copy = 2 * size_in_bytes(source) / best(lambda: target.copy_(source))
     source = target = None
@@ -207,7 +211,7 @@ def ceilings(clock: Clock, tiny: bool) -> Ceilings:
         ("tf32", torch.float32, "high"),
         ("fp32", torch.float32, "highest"),
     ):
-        a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
+        a, b = (torch.randn(size, size, device=clock.device).to(dtype) for _ in range(2))
         torch.set_float32_matmul_precision(precision)
         try:
             rates[name] = 2 * size**3 / best(lambda a=a, b=b: a @ b)
