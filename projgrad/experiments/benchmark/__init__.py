@@ -1,0 +1,1 @@
+"""The benchmarks that users run too: `projgrad bench`."""
