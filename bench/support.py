@@ -40,6 +40,7 @@ CONTENDERS = {  # of the ways that differ in the per-sample gradients, with thei
     "nngeometry": "NNGeometry",
 }
 COLUMNS = ("feature", "title", "contender", "package", "verdict", "gram_error", "projection_error", "limit", "note")
+LOOPED = "one backward pass per sample"  # in a warning: of parameters that there is no rule for
 VERDICTS = ("right", "K only", "wrong", "no")
 SECONDS = 60.0
 FLOAT32_LIMIT = 1e-4
@@ -79,8 +80,11 @@ def cell(feature: Feature, peer: Peer) -> dict:
 
     Where it is not right in float64 it is tried in float32, which some packages are made for.
     """
-    warnings.simplefilter("ignore")
-    row = _cell(feature, peer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        row = _cell(feature, peer)
+    if any(LOOPED in str(warning.message) for warning in caught):
+        row["note"] = row["note"] or LOOPED
     if row["verdict"] != "right" and feature.dtype == torch.float64:
         narrow = _cell(dataclasses.replace(feature, dtype=torch.float32, limit=FLOAT32_LIMIT), peer)
         if VERDICTS.index(narrow["verdict"]) < VERDICTS.index(row["verdict"]):
@@ -177,8 +181,8 @@ def shown(row: dict | None) -> str:
         return f"no: {row['note'].partition(':')[0]}"
     error = f"{float(row['gram_error']):.0e}"
     if row["verdict"] == "right":
-        narrow = " ²" if row["note"].startswith("float32 alone") else ""
-        return f"{max(float(row['gram_error']), float(row['projection_error'] or 0)):.0e}{narrow}"
+        mark = " ²" if row["note"].startswith("float32 alone") else " ³" if row["note"] == LOOPED else ""
+        return f"{max(float(row['gram_error']), float(row['projection_error'] or 0)):.0e}{mark}"
     return f"K only, {error}" if row["verdict"] == "K only" else f"**wrong, {error}**"
 
 
