@@ -82,3 +82,13 @@ def test_closures_are_enough_where_a_peer_says_so():
                 peer.start(Closures())
         else:
             assert peer.project(Closures())().isfinite().all()
+
+
+def test_torchjd_takes_K_of_the_model_with_two_weights_where_two_modules_share_one():
+    """As docs/support.md says; where this fails, TorchJD has learnt it, and the matrix is out of date."""
+    pytest.importorskip("torchjd")
+    K = PEERS["torchjd"].start(FEATURES["tied embedding"].job())()
+    job = FEATURES["tied embedding"].job()
+    head = job.model[-1]
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    torch.testing.assert_close(K, truth(job)[0])
