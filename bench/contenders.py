@@ -13,6 +13,7 @@ import projgrad
 from projgrad import projectors
 from projgrad.experiments.benchmark.contenders import ALPHA, orthograd, plain, plain_backward, tape_gram
 from projgrad.experiments.benchmark.models import Batch, Job, TokenJob, adapted_llama, conv_net, decoder, encoder, mlp
+from projgrad.experiments.benchmark.peers import PEERS
 
 
 def graphed(job: TokenJob) -> Callable[[], object]:
@@ -61,38 +62,6 @@ def vmap_gram_only(job: Job) -> Callable[[], Tensor]:
     return lambda: sum(G @ G.mT for G in job.per_sample_gradients())
 
 
-def torchjd_gram(job: Job) -> Callable[[], Tensor]:
-    from torchjd.autogram import Engine
-
-    engine = Engine(job.model, batch_dim=0)
-    return lambda: engine.compute_gramian(job.retain())
-
-
-def opacus_gram(job: Job) -> Callable[[], Tensor]:
-    from opacus import GradSampleModule
-
-    job.model = GradSampleModule(job.model, loss_reduction="sum")
-
-    def step() -> Tensor:
-        job.model.zero_grad()
-        job.retain().sum().backward()
-        return sum(G @ G.mT for G in (p.grad_sample.flatten(1) for p in job.model.parameters()))
-
-    return step
-
-
-def nngeometry_gram(job: Job) -> Callable[[], Tensor]:
-    from nngeometry.gram import GramMatrix
-
-    batch = torch.utils.data.TensorDataset(*job.samples[1])
-    loader = torch.utils.data.DataLoader(batch, batch_size=len(batch))
-
-    def losses(x: Tensor, y: Tensor) -> Tensor:
-        return job.losses(job.model(x), y)[:, None]
-
-    return lambda: GramMatrix(job.model, loader, losses).data[0, :, 0]
-
-
 @dataclass(frozen=True)
 class Contender:
     """One way to take a step.
@@ -122,9 +91,9 @@ GRAMS = {
     "plain": Contender(plain_backward),
     "projgrad gram": Contender(tape_gram, "vmap + Gram"),
     "vmap + Gram": Contender(vmap_gram_only, slow=True),
-    "torchjd": Contender(torchjd_gram, "vmap + Gram", "torchjd"),
-    "opacus": Contender(opacus_gram, "vmap + Gram", "opacus", slow=True),
-    "nngeometry": Contender(nngeometry_gram, "vmap + Gram", "nngeometry", slow=True),
+    "torchjd": Contender(PEERS["torchjd"].start, "vmap + Gram", "torchjd"),
+    "opacus": Contender(PEERS["opacus"].start, "vmap + Gram", "opacus", slow=True),
+    "nngeometry": Contender(PEERS["nngeometry"].start, "vmap + Gram", "nngeometry", slow=True),
 }
 
 
@@ -136,6 +105,7 @@ class Case:
     rounds: how often the fast contenders are timed.
     time, memory: what a contender may need at most, in units of plain.
     more_time, more_memory: what `explicit` needs at least, in units of `ours`.
+    command: the module whose `--worker` measures it.
     """
 
     name: str
@@ -152,6 +122,7 @@ class Case:
     contenders: dict[str, Contender] = field(default_factory=lambda: STEPS)
     ours: str = "projgrad global"
     explicit: str = "vmap + QR"
+    command: str = "bench.steps"
 
     def job(self, small: bool = False) -> Job:
         torch.manual_seed(0)

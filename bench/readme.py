@@ -18,9 +18,11 @@ from .facts import facts
 from .gpu_readme import gpu, step_rows
 from .micro_batches import by_hand_table, union_table
 from .micro_batches_metric import metric_table
+from .peers import table as peers
 from .probe import probe_table
 from .report import RESULTS
 from .steps import SUMMARY, summary
+from .support import table as support
 
 HIDDEN = ("steps", "usable")  # columns of the comparison's tables that there is no room for
 ROOT = Path(__file__).parent.parent
@@ -297,6 +299,7 @@ SECTIONS = {
     "docs/probe.md": {"probe": probe_table},
     "docs/processes.md": {"processes": processes},
     "docs/scenarios.md": {"scenarios": scenarios},
+    "docs/support.md": {"support": support, "peers": peers},
     "docs/transformers.md": {"adapters": functools.partial(applied_cost.table, "adapters")},
 }
 

@@ -16,7 +16,7 @@ import contextlib
 import importlib.util
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +48,7 @@ COLUMNS += ("difference", "residual", "note")
 
 def worker(case: Case, contender: str, result: Path | None = None) -> Worker:
     """Start a process that measures one contender: the time of a step, or with `result` the memory of three."""
-    arguments, variables = ["-m", "bench.steps", "--worker", case.name, contender], {}
+    arguments, variables = ["-m", case.command, "--worker", case.name, contender], {}
     if result:
         arguments += ["--result", str(result)]
         variables["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory leaves at once: the peak is what was needed
@@ -219,11 +219,11 @@ def details(rows: list[dict]) -> "Table":
     return table
 
 
-def write(rows: list[dict], path: Path) -> list[dict]:
-    """Write rows beside those of other cases in the file, and return all of its rows."""
+def write(rows: list[dict], path: Path, cases: Iterable[Case] = CASES) -> list[dict]:
+    """Write rows beside those of other cases in the file, in the order of `cases`, and return all of its rows."""
     about, measured = environment(), {row["case"] for row in rows}
     others = [row for row in read_csv(path) if row["case"] not in measured] if path.exists() else []
-    order = [case.name for case in CASES]
+    order = [case.name for case in cases]
     merged = sorted([*(row | about for row in rows), *others], key=lambda row: order.index(row["case"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(path, merged, [*COLUMNS, *about])
