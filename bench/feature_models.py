@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from projgrad.experiments.benchmark.models import Logits
+
 CLASSES = 5
 VOCABULARY = 11
 Batch = Callable[[int], tuple[Tensor, Tensor]]
@@ -181,17 +183,6 @@ class Distances(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x.unsqueeze(-2) - self.centres).square().sum(-1)
-
-
-class Logits(nn.Module):
-    """A language model of transformers, without all else that it returns."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.model(ids, use_cache=False).logits
 
 
 def gpt2() -> Built:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+
+from projgrad.experiments.benchmark import models
 
 from .feature_models import (
     CLASSES,
@@ -45,27 +47,12 @@ from .feature_models import (
 )
 
 
-class Job:
+class Job(models.Job):
     """A model with its optimizer, and two batches of n samples."""
 
     def __init__(self, model: nn.Module, batch: Batch, n: int = 4) -> None:
-        self.model, self.n, self.samples = model, n, (batch(n), batch(n))
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(trained, 1e-4)
-
-    @staticmethod
-    def losses(logits: Tensor, y: Tensor) -> Tensor:
-        """Return the cross-entropy of every sample [n], over a sequence its mean."""
-        losses = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none")
-        return losses.view(len(y), -1).mean(1)
-
-    def forget(self) -> Tensor:
-        x, y = self.samples[0]
-        return self.losses(self.model(x), y).mean()
-
-    def retain(self) -> Tensor:
-        x, y = self.samples[1]
-        return self.losses(self.model(x), y)
+        super().__init__(model, batch, n)
+        self.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-4)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...methods.orthograd import OrthoGrad
-from ...tape.per_sample import per_sample
+from .contenders import tape_gram
 from .explicit import (
     backpack_batch_grad,
     by_qr,
@@ -41,15 +41,6 @@ def _plain_step(job: Job) -> Call:
         job.forget().backward()
         job.retain().mean().backward()
         return torch.cat(flat(p.grad for p in trained(job) if p.grad is not None))
-
-    return call
-
-
-def _tape_gram(job: Job) -> Call:
-    def call() -> Tensor:
-        with per_sample(job.model) as tape:
-            losses = job.retain()
-        return tape.gram(losses)
 
     return call
 
@@ -142,8 +133,8 @@ BACKPACK = {"package": "backpack-for-pytorch>=1.7,<1.8", "module": "backpack"}
 NNGEOMETRY = {"package": "nngeometry>=0.4,<0.5", "module": "nngeometry"}
 PEERS = {
     "plain": Peer(_plain_backward, _plain_step, scope="", needs_samples=False),
-    "projgrad": Peer(_tape_gram, _orthograd("global"), needs_samples=False),
-    "projgrad per_tensor": Peer(_tape_gram, _orthograd("per_tensor"), scope="per_tensor", needs_samples=False),
+    "projgrad": Peer(tape_gram, _orthograd("global"), needs_samples=False),
+    "projgrad per_tensor": Peer(tape_gram, _orthograd("per_tensor"), scope="per_tensor", needs_samples=False),
     "vmap + QR": explicit(vectorised, by_qr),
     "vmap + QR per_tensor": explicit(vectorised, by_qr_per_tensor, scope="per_tensor"),
     "vmap + Gram": explicit(vectorised),
