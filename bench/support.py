@@ -205,12 +205,12 @@ def table(path: Path = RESULTS / "support.csv") -> str:
         title = FEATURES[name].title + (" ¹" if FEATURES[name].whole else "")
         lines.append(f"| {title} | " + " | ".join(shown(rows.get((name, contender))) for contender in names) + " |")
     for title, of in (("right", ("right",)), ("only K right", ("K only",)), ("wrong without a word", ("wrong",))):
-        counts = [sum(_counted(rows.get((name, contender)), of) for name in features) for contender in names]
-        lines.append(f"| **{title}**, of {len(features)} | " + " | ".join(map(str, counts)) + " |")
+        found = [sum(counts(rows.get((name, contender)), of) for name in features) for contender in names]
+        lines.append(f"| **{title}**, of {len(features)} | " + " | ".join(map(str, found)) + " |")
     return "\n".join(lines)
 
 
-def _counted(row: dict | None, verdicts: tuple[str, ...]) -> bool:
+def counts(row: dict | None, verdicts: tuple[str, ...]) -> bool:
     """Return whether a cell counts; to refuse what depends on the whole batch counts as right."""
     if row is None:
         return False
