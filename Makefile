@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY := passive# spinning worker threads make small steps up t
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: build test quick demo bench lint format
+.PHONY: build test quick demo bench lint types dist-check format
 build: .venv/built
 
 .venv/ready: pyproject.toml
@@ -35,6 +35,12 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+types: build # the public names, as a type checker sees them
+	$(BIN)/mypy
+
+dist-check: build # sdist and wheels, with and without a compiler, installed and tried where only torch is
+	$(BIN)/python .ci/dist_check.py
 
 format: build
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
 """Gradient projection for machine unlearning: exact, on any model, without holding per-sample gradients."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from . import baselines, functional, projectors
 from . import kernels as kernels  # importing them registers them
@@ -19,6 +20,9 @@ from .ops.project_out import ProjectionInfo, project_out
 from .tape.per_sample import per_sample
 from .tape.tape import Tape
 from .version import __version__
+
+if TYPE_CHECKING:
+    from . import evaluate as evaluate
 
 __all__ = [
     "PGU",
@@ -49,7 +53,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     """`projgrad.evaluate` is imported at its first use: it brings numpy, which nothing else needs."""
     if name == "evaluate":
         return import_module(".evaluate", __name__)
