@@ -77,8 +77,6 @@ def environment(folder: Path, names: tuple[str, ...]) -> Path:
 def run(*command: object, cwd: Path | None = None, **env: str) -> str:
     """Run a command with nothing of this environment in its way, and return what it printed."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    if Path(str(command[0])).parent.name == "bin":
-        kept["PATH"] = f"{Path(str(command[0])).parent}{os.pathsep}{kept['PATH']}"
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
@@ -93,6 +91,8 @@ def run(*command: object, cwd: Path | None = None, **env: str) -> str:
 
 
 def pip(python: Path, *words: object, **env: str) -> str:
+    """Run this environment's pip on another one, with that one's ninja in PATH."""
+    env["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     return run(sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", *words, **env)
 
 
@@ -145,12 +145,13 @@ def try_out(wheel: Path, folder: Path) -> None:
     pip(python, "check")
     away = folder / "away"
     away.mkdir()
-    built = "extension" if "none-any" not in wheel.name else "plain"
-    print(run(python, TRIED, built, ROOT / "README.md", cwd=away, OMP_WAIT_POLICY="passive"), end="")
+    built = "plain" if "none-any" in wheel.name else "extension"
+    if built == "plain":  # what can be imported is the same with the extension
+        print(run(python, TRIED, "imports", cwd=away, PYTHONWARNINGS="ignore"), end="")
     doctor = run(python.with_name("projgrad"), "doctor", cwd=away, OMP_WAIT_POLICY="passive")
     check(("absent: everything works, slower" in doctor) == (built == "plain"), doctor)
     link(python, EVALUATE)
-    run(python, TRIED, built, ROOT / "README.md", "examples", cwd=away, OMP_WAIT_POLICY="passive")
+    run(python, TRIED, built, ROOT / "README.md", cwd=away, OMP_WAIT_POLICY="passive")
 
 
 def check(is_right: bool, message: str) -> None:

@@ -35,7 +35,7 @@ def ops(G: Tensor, u: Tensor) -> None:
     assert_type(projgrad.projectors.lstsq(u, G), Tensor)
     assert_type(projgrad.projectors.qr_per_tensor(u, G, [20, 10]), Tensor)
     projgrad.gram(G, "u")  # type: ignore[call-overload]
-    projgrad.gram_solve(G, u, "0.1")  # type: ignore[misc]
+    projgrad.gram_solve(G, u, damping="0.1")  # type: ignore[arg-type]
 
 
 def tape(model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -72,8 +72,8 @@ def methods(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], x: Tenso
     assert_type(unlearner.step([forget, forget], [retain]), projgrad.StepRecord)
     micro = projgrad.micro_batches(lambda x, y: cross_entropy(model(x), y, reduction="none"), batches)
     assert_type(unlearner.backward(forget, micro), projgrad.StepRecord)
-    unlearner.step(forget, x)  # type: ignore[arg-type]
-    projgrad.OrthoGrad(model, optimizer, 0.5, "global")  # type: ignore[misc]
+    unlearner.step(forget, 0.5)  # type: ignore[arg-type]
+    projgrad.OrthoGrad(model, optimizer, 0.5, "global")  # type: ignore[call-arg]
 
     pgu = projgrad.PGU(model, optimizer, gamma={"default": 0.9}, rule="energy").fit([x]).forget([(x, y)])
     assert_type(pgu.step(lambda: (model(x), y)), projgrad.PGURecord)
