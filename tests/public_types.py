@@ -51,7 +51,9 @@ def tape(model: nn.Module, x: Tensor, y: Tensor) -> None:
     assert_type(tape.project_(losses, scope="per_tensor").preserved_norm, float)
     for line in tape.explain(losses):
         assert_type(line.bytes, int)
-    assert_type(projgrad.functional.linear(x, y, tape=projgrad.Tape({"w": y})), Tensor)
+    assert_type(projgrad.functional.linear(x, y, tape=tape), Tensor)
+    assert_type(projgrad.functional.conv2d(x, y, padding="same", tape=tape), Tensor)
+    assert_type(projgrad.functional.layer_norm(x, (8,), y, tape=tape), Tensor)
     projgrad.per_sample(x)  # type: ignore[arg-type]
 
 

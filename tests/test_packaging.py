@@ -1,10 +1,12 @@
 """What is declared is what is needed: requirements and extras, the build's messages, the citation."""
 
 import ast
+import inspect
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -160,6 +162,34 @@ def test_torch_alone_is_enough_and_the_rest_says_what_brings_it(tmp_path):
         "projgrad.evaluate needs numpy: pip install 'projgrad[evaluate]'",
     ):
         assert message in done.stdout
+
+
+def public_functions() -> dict[str, Callable]:
+    """Return the public functions and methods, by the names under which users find them."""
+    found, waiting = {}, {name: getattr(projgrad, name) for name in projgrad.__all__}
+    while waiting:
+        name, value = waiting.popitem()
+        value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        if inspect.isfunction(value):
+            found[name] = value
+        elif inspect.ismodule(value):
+            waiting |= {f"{name}.{inner}": getattr(value, inner) for inner in value.__all__}
+        elif inspect.isclass(value):
+            special = ("__init__", "__enter__", "__exit__")
+            waiting |= {f"{name}.{n}": v for n, v in vars(value).items() if not n.startswith("_") or n in special}
+    return found
+
+
+def test_public_signatures_have_types():
+    """A type checker takes what has none for anything: mistakes there are not seen."""
+    lacking, functions = [], public_functions()
+    assert {"gram", "Tape.project_", "PGU.load", "functional.conv2d", "evaluate.scores"} <= set(functions)
+    for name, function in functions.items():
+        signature = inspect.signature(function)
+        given = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
+        lacking += [f"{name}: {p.name}" for p in given if p.annotation is p.empty]
+        lacking += [name] if signature.return_annotation is signature.empty else []
+    assert lacking == []
 
 
 SETUP = """
