@@ -28,6 +28,7 @@ PLACES = {
     "projgrad/evaluate/style.py": "demo",
     "projgrad/evaluate/tables.py": "demo",
     "projgrad/experiments": "demo",
+    "projgrad/experiments/cli": "demo completion",
     "projgrad/experiments/facts_demo.py": "scenarios",
     "projgrad/experiments/plan": "hf",
     "projgrad/experiments/scenarios": "scenarios",
@@ -38,7 +39,7 @@ PLACES = {
 SAID = {"projgrad/methods/union.py": {"rich"}}
 # By extra: what is declared and not imported by projgrad, and why.
 NOT_IMPORTED = {"scenarios": {"gguf": "transformers imports it to read SmolLM2"}}
-CHECKED = ("cache", "evaluate", "demo", "scenarios", "hf")
+TOOLS = ("dev", "docs", "peers")  # extras that projgrad itself does not import
 
 
 def pip_name(requirement: str) -> str:
@@ -91,7 +92,7 @@ def test_every_import_is_declared_where_it_is_needed():
 def test_what_is_declared_is_imported():
     everything = set().union(*IMPORTS.values())
     assert declared(None) == {"torch", "triton"}
-    for extra in CHECKED:
+    for extra in PROJECT["optional-dependencies"].keys() - TOOLS:
         assert declared(extra) - everything == set(NOT_IMPORTED.get(extra, ())), extra
 
 
