@@ -90,6 +90,10 @@ def project_out(
 def project_out(
     u: Tensor, G: Tensor, *, damping: float = ..., rtol: float | None = ..., return_info: Literal[True]
 ) -> tuple[Tensor, ProjectionInfo]: ...
+@overload
+def project_out(
+    u: Tensor, G: Tensor, *, damping: float = ..., rtol: float | None = ..., return_info: bool
+) -> Tensor | tuple[Tensor, ProjectionInfo]: ...
 def project_out(
     u: Tensor, G: Tensor, *, damping: float = 0.0, rtol: float | None = None, return_info: bool = False
 ) -> Tensor | tuple[Tensor, ProjectionInfo]:
