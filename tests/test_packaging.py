@@ -19,7 +19,11 @@ pytestmark = pytest.mark.same_without_extension
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PIP_NAMES = {"PIL": "pillow", "sklearn": "scikit-learn"}  # the others are called as they are imported
+PIP_NAMES = {
+    "backpack": "backpack-for-pytorch",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+}  # the others are called as they are imported
 # Which extras bring what a file, or all files of a folder, may import beside torch and triton; the longest path counts.
 PLACES = {
     "projgrad/evaluate": "evaluate",
@@ -28,6 +32,7 @@ PLACES = {
     "projgrad/evaluate/style.py": "demo",
     "projgrad/evaluate/tables.py": "demo",
     "projgrad/experiments": "demo",
+    "projgrad/experiments/benchmark": "demo hf peers",
     "projgrad/experiments/cli": "demo completion",
     "projgrad/experiments/facts_demo.py": "scenarios",
     "projgrad/experiments/plan": "hf",
@@ -39,7 +44,7 @@ PLACES = {
 SAID = {"projgrad/methods/union.py": {"rich"}}
 # By extra: what is declared and not imported by projgrad, and why.
 NOT_IMPORTED = {"scenarios": {"gguf": "transformers imports it to read SmolLM2"}}
-TOOLS = ("dev", "docs", "peers")  # extras that projgrad itself does not import
+TOOLS = ("dev", "docs")  # extras that projgrad itself does not import
 
 
 def pip_name(requirement: str) -> str:
