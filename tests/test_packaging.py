@@ -198,6 +198,11 @@ def test_public_signatures_have_types():
     assert lacking == []
 
 
+def test_every_public_name_is_shown_to_the_type_checker():
+    text = (ROOT / "tests" / "public_types.py").read_text()
+    assert [name for name in projgrad.__all__ if not re.search(rf"\b{name}\b", text)] == []
+
+
 SETUP = """
 import runpy, sys, types
 {before}
