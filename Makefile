@@ -32,7 +32,7 @@ bench: build
 	$(BIN)/python -m pytest bench --benchmark-only
 
 docs: build # the site, in out/site; nothing is fetched
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: build
 	$(BIN)/ruff check .
