@@ -19,11 +19,8 @@ pytestmark = pytest.mark.same_without_extension
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PIP_NAMES = {
-    "backpack": "backpack-for-pytorch",
-    "PIL": "pillow",
-    "sklearn": "scikit-learn",
-}  # the others are called as they are imported
+# The others are called as they are imported.
+PIP_NAMES = {"backpack": "backpack-for-pytorch", "PIL": "pillow", "sklearn": "scikit-learn"}
 # Which extras bring what a file, or all files of a folder, may import beside torch and triton; the longest path counts.
 PLACES = {
     "projgrad/evaluate": "evaluate",
