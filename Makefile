@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY := passive# spinning worker threads make small steps up t
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: build test quick demo bench lint format
+.PHONY: build test quick demo bench docs lint types dist-check format
 build: .venv/built
 
 .venv/ready: pyproject.toml
@@ -16,7 +16,7 @@ build: .venv/built
 	touch $@
 
 .venv/built: .venv/ready $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation --config-settings editable_mode=compat -e ".[demo,dev]"
+	$(BIN)/pip install -q --no-build-isolation --config-settings editable_mode=compat -e ".[demo,dev,docs]"
 	touch $@
 
 test: build
@@ -31,10 +31,19 @@ demo: build
 bench: build
 	$(BIN)/python -m pytest bench --benchmark-only
 
+docs: build # the site, in out/site; nothing is fetched
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+types: build # the public names, as a type checker sees them
+	$(BIN)/mypy
+
+dist-check: build # sdist and wheels, with and without a compiler, installed and tried where only torch is
+	$(BIN)/python .ci/dist_check.py
 
 format: build
 	$(BIN)/ruff check --fix .

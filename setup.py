@@ -9,13 +9,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
-import torch
 from setuptools import setup
-from torch.utils import cpp_extension
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 Version = tuple[int, int]
+TORCH = 2, 11  # where its stable ABI, as used here, begins
+
+try:
+    import pybind11
+    import torch
+    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"projgrad: building it needs {missing.name}, which is not installed. Run `pip install 'torch>=2.11' ninja "
+        "'pybind11>=2.13'` first, or leave out --no-build-isolation"
+    )
+if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH:
+    sys.exit(f"projgrad: building it needs torch 2.11 or later, and this is {torch.__version__}")
 
 
 def nvcc_version(home: Path) -> Version | None:

@@ -4,6 +4,7 @@ from .experiments import starting as starting  # of the command line: it does it
 
 # isort: split
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from . import baselines, functional, projectors
 from . import kernels as kernels  # importing them registers them
@@ -24,6 +25,9 @@ from .ops.project_out import ProjectionInfo, project_out
 from .tape.per_sample import per_sample
 from .tape.tape import Tape
 from .version import __version__
+
+if TYPE_CHECKING:
+    from . import evaluate as evaluate
 
 __all__ = [
     "PGU",
@@ -57,7 +61,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     """`projgrad.evaluate` is imported at its first use: it brings numpy, which nothing else needs."""
     if name == "evaluate":
         return import_module(".evaluate", __name__)

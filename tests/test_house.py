@@ -18,7 +18,7 @@ ORDER = [
     ("recording",),
     ("rules", "kernels"),
     ("ops",),
-    ("_atomic", "_options", "_torch_private", "version"),
+    ("_atomic", "_extras", "_options", "_torch_private", "version"),
 ]
 
 

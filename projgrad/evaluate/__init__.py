@@ -1,7 +1,7 @@
 """What unlearning did to a model: metrics, means over seeds, tables, pictures and a report.
 
-Metrics and summaries need nothing beyond what projgrad requires; tables need rich, pictures matplotlib, and the report
-matplotlib and Jinja2: pip install "projgrad[demo]".
+Metrics and summaries need numpy, and `language.forget_quality` scipy: pip install "projgrad[evaluate]". Tables need
+rich, pictures matplotlib, and the report matplotlib and Jinja2: pip install "projgrad[demo]".
 """
 
 from .classification import Classification

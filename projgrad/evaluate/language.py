@@ -8,6 +8,8 @@ from statistics import harmonic_mean
 
 from torch import Tensor
 
+from .._extras import check_installed
+
 
 def rouge_l(answer: str, truth: str) -> float:
     """Compute ROUGE-L: the F-measure of the longest common subsequence of words, in lower case.
@@ -75,10 +77,11 @@ def forget_quality(ratios: Sequence[float], reference: Sequence[float]) -> float
         ratios: truth ratios of the forget set under the unlearned model.
         reference: the same under a model that was trained without the forget set.
 
-    Raises ModuleNotFoundError where scipy is not installed; scikit-learn brings it.
+    Raises ModuleNotFoundError where scipy is not installed.
 
     Source: TOFU, section 3.2.
     """
+    check_installed("forget_quality", "evaluate", "scipy")
     from scipy.stats import ks_2samp
 
     return float(ks_2samp(ratios, reference).pvalue)

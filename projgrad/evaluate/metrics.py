@@ -6,9 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+try:
+    import numpy as np
+except ModuleNotFoundError as error:
+    message = "projgrad.evaluate needs numpy: pip install 'projgrad[evaluate]'"
+    raise ModuleNotFoundError(message, name="numpy") from error
 
 from .._options import check_integer, number
 from ..recording.fixed import evaluating

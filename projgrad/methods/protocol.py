@@ -11,7 +11,8 @@ Closure = Callable[[], Tensor]
 class SteppingOptimizer(Protocol):
     """An optimizer of torch, or a wrapper of one that shows its parameter groups."""
 
-    param_groups: list[dict[str, Any]]
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
 
     def step(self) -> object: ...
 
@@ -19,6 +20,12 @@ class SteppingOptimizer(Protocol):
 class UnlearningMethod(Protocol):
     """A method such as `projgrad.OrthoGrad`: `step(forget, retain)` or `step(forget)` changes the model's weights."""
 
-    model: nn.Module
-    optimizer: SteppingOptimizer
-    step: Callable[..., object]
+    # Properties: a method may hold a narrower type than asked for here, such as torch's own Optimizer.
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def optimizer(self) -> SteppingOptimizer: ...
+
+    @property
+    def step(self) -> Callable[..., object]: ...

@@ -1,6 +1,6 @@
 """gram: the Gram matrix of an explicit gradient matrix G [n, p], and its products with directions in the same pass."""
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -65,6 +65,10 @@ def _backward(ctx: Any, dK: Tensor | None, dv: Tensor | None) -> tuple:
 gram_op = define_op("gram", _default, shapes=_shapes, setup=_setup, backward=_backward)
 
 
+@overload
+def gram(G: Tensor, u: None = None) -> Tensor: ...
+@overload
+def gram(G: Tensor, u: Tensor) -> tuple[Tensor, Tensor]: ...
 def gram(G: Tensor, u: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the Gram matrix of the rows of G and, in the same pass over G, their products with u.
 

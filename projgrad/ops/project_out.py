@@ -1,6 +1,6 @@
 """project_out: removes from u [m, p] its components in the span of the rows of G [n, p]; subtract: one pass of it."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -82,6 +82,18 @@ class ProjectionInfo(NamedTuple):
     preserved_norm: Tensor
 
 
+@overload
+def project_out(
+    u: Tensor, G: Tensor, *, damping: float = ..., rtol: float | None = ..., return_info: Literal[False] = ...
+) -> Tensor: ...
+@overload
+def project_out(
+    u: Tensor, G: Tensor, *, damping: float = ..., rtol: float | None = ..., return_info: Literal[True]
+) -> tuple[Tensor, ProjectionInfo]: ...
+@overload
+def project_out(
+    u: Tensor, G: Tensor, *, damping: float = ..., rtol: float | None = ..., return_info: bool
+) -> Tensor | tuple[Tensor, ProjectionInfo]: ...
 def project_out(
     u: Tensor, G: Tensor, *, damping: float = 0.0, rtol: float | None = None, return_info: bool = False
 ) -> Tensor | tuple[Tensor, ProjectionInfo]:

@@ -49,7 +49,7 @@ class Tape:
         self._interception.__enter__()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._interception.__exit__(*error)
 
     def call(self, name: str, *tensors: object) -> Call:

@@ -186,7 +186,7 @@ sys.exit(main(["doctor"]))
 OPTIONAL = ("sklearn", "rich", "matplotlib", "scipy", "pandas", "PIL", "jinja2", "markupsafe", "transformers", "peft")
 
 
-def test_scores_and_doctor_need_only_what_projgrad_requires():
+def test_scores_and_doctor_need_only_numpy():
     code = PLAIN.format(blocked=OPTIONAL)
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..._atomic import replacing
+from ..._extras import check_installed
 
 FORMAT = 2  # 1 had neither a checksum nor the arithmetic of the fit
 EMPTY = "0" * 64  # stands where the checksum will be, and is what its place counts as
@@ -20,6 +21,7 @@ AGAIN = "Take a copy of the file, or call fit() with the training data and save(
 
 def write(path: str | os.PathLike, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write a file that is complete or not there at all, and safe from the machine's end when this returns."""
+    check_installed("PGU.save", "cache", "safetensors", "numpy")  # safetensors.torch imports numpy where it writes
     from safetensors.torch import save_file
 
     hosts = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
@@ -35,8 +37,10 @@ def write(path: str | os.PathLike, about: dict[str, Any], tensors: dict[str, Ten
 def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the description and the tensors.
 
-    Raises FileNotFoundError, and ValueError for another file, another format, or one that is not as it was written.
+    Raises FileNotFoundError, ValueError for another file, another format, or one that is not as it was written, and
+    ModuleNotFoundError where safetensors is not installed.
     """
+    check_installed("PGU.load", "cache", "safetensors")
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)

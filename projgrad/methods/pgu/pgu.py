@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -217,7 +218,7 @@ class PGU:
     def exposed(self) -> dict[str, float]:
         return {name: exposed(self.cache.spectra[name], b) for name, b in self.bases.items()}
 
-    def run(self, batches: Iterable, validate: Callable[[], tuple[float, float]], **options) -> Run:
+    def run(self, batches: Iterable, validate: Callable[[], tuple[float, float]], **options: Any) -> Run:
         """Follow the published schedule until a stop rule holds; options: see `projgrad.methods.pgu.schedule.run`."""
         self._current_cache("run")
         self._weights()  # refuses a model that is spread over processes, before anything is measured
@@ -242,9 +243,9 @@ class PGU:
         path: str | os.PathLike,
         model: nn.Module,
         optimizer: SteppingOptimizer,
-        *args,
+        *args: Any,
         data: Iterable | None = None,
-        **options,
+        **options: Any,
     ) -> PGU:
         """Go on from a file of `save`.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,8 +48,18 @@ def _note(call, y: Tensor, input: Tensor, weight: Tensor, bias, where: tuple, gr
     return call.note(y, make, [weight, bias] if y.ndim == weight.ndim else [], (0,), saved, bool(saved))
 
 
-def _convolve(function):
-    def conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, tape: Recorder) -> Tensor:
+def _convolve(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def conv(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        *,
+        tape: Recorder,
+    ) -> Tensor:
         call = tape.call(function.__name__, input, weight, bias)
         y = function(input, weight, bias, stride, padding, dilation, groups)
         where = geometry(weight, stride, padding, dilation)
@@ -60,9 +70,18 @@ def _convolve(function):
     return conv
 
 
-def _convolve_transposed(function):
+def _convolve_transposed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def conv_transpose(
-        input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, *, tape: Recorder
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        dilation: int | Sequence[int] = 1,
+        *,
+        tape: Recorder,
     ) -> Tensor:
         call = tape.call(function.__name__, input, weight, bias)
         y = function(input, weight, bias, stride, padding, output_padding, groups, dilation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ def lookup(call, y: Tensor, ids: Tensor, weight: Tensor, padding: int | None = N
     return call.note(y, make, [weight], range(ids.ndim), [ids], True)
 
 
-def embedding_bag(weight: Tensor, input: Tensor, offsets: Tensor, *args, tape: Recorder) -> tuple[Tensor, ...]:
+def embedding_bag(weight: Tensor, input: Tensor, offsets: Tensor, *args: Any, tape: Recorder) -> tuple[Tensor, ...]:
     """`torch.embedding_bag` with mode sum or mean.
 
     Raises:

@@ -40,30 +40,61 @@ def _normalise(tape: Recorder, name: str, function, x: Tensor, weight, bias, axe
     return call.note(y, make, [weight, bias], axes, [x] if call.follows(weight) else [])
 
 
-def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, tape: Recorder) -> Tensor:
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    tape: Recorder,
+) -> Tensor:
     """`torch.nn.functional.layer_norm`."""
     function = lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps)  # noqa: E731
     last = input.ndim - len(normalized_shape)
     return _normalise(tape, "layer_norm", function, input, weight, bias, range(last), range(last, input.ndim))
 
 
-def rms_norm(input, normalized_shape, weight=None, eps=None, *, tape: Recorder) -> Tensor:
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    tape: Recorder,
+) -> Tensor:
     """`torch.nn.functional.rms_norm`."""
     function = lambda x, w, _: F.rms_norm(x, normalized_shape, w, eps)  # noqa: E731
     last = input.ndim - len(normalized_shape)
     return _normalise(tape, "rms_norm", function, input, weight, None, range(last), range(last, input.ndim))
 
 
-def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, *, tape: Recorder) -> Tensor:
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    tape: Recorder,
+) -> Tensor:
     """`torch.nn.functional.group_norm`."""
     function = lambda x, w, b: F.group_norm(x, num_groups, w, b, eps)  # noqa: E731
     return _normalise(tape, "group_norm", function, input, weight, bias, (0,), (1,))
 
 
 def instance_norm(
-    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5,
-    *, tape: Recorder,
-) -> Tensor:  # fmt: skip
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    tape: Recorder,
+) -> Tensor:
     """`torch.nn.functional.instance_norm`."""
     running = running_mean, running_var
     kept = (None, None) if use_input_stats else running  # they are updated once
@@ -73,7 +104,16 @@ def instance_norm(
 
 
 def batch_norm(
-    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *, tape: Recorder
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    tape: Recorder,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` with running statistics.
 

@@ -122,7 +122,7 @@ def _not_along(added: Tensor | None, y: Tensor) -> list[int]:
     return [a for a in range(y.ndim - 1) if a < lead or added is None or added.shape[a - lead] == 1]
 
 
-def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1, tape: Recorder) -> Tensor:
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, tape: Recorder) -> Tensor:
     """`torch.addmm` and `torch.baddbmm`."""
     call = tape.call("addmm", input, mat1, mat2)
     y = (torch.addmm if mat1.ndim == 2 else torch.baddbmm)(input, mat1, mat2, beta=beta, alpha=alpha)
