@@ -5,7 +5,9 @@ namespace projgrad {
 
 // Bytes of the widest vectors that the kernels may use here.
 inline int simd_bytes() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef PROJGRAD_SIMD_BYTES  // the kernels of another processor, for tests
+  return PROJGRAD_SIMD_BYTES;
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
