@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from unlearners import flat_parameters
 from torch.nn.functional import cross_entropy
+from unlearners import flat_parameters
 
 import projgrad
 

@@ -105,7 +105,12 @@ def changed(t):
         t[..., :-1],
         t[..., :0],
     )
-    yield from (torch.zeros(()), torch.zeros(0), t.new_tensor(torch.nan if t.is_floating_point() else 0).expand_as(t), -10 - t)
+    yield from (
+        torch.zeros(()),
+        torch.zeros(0),
+        t.new_tensor(torch.nan if t.is_floating_point() else 0).expand_as(t),
+        -10 - t,
+    )
 
 
 def test_tensors_of_another_form(saved):

@@ -63,7 +63,9 @@ LAYOUTS = ("contiguous", "transposed", "every_other", "offset", "rows_alike", "c
 def examples(count):
     """The settings of a test: the same examples in every run, unless more are wanted."""
     phases = Phase.generate, Phase.shrink
-    return settings(max_examples=max(1, int(count * MORE)), derandomize=MORE <= 1, database=None, deadline=None, phases=phases)
+    return settings(
+        max_examples=max(1, int(count * MORE)), derandomize=MORE <= 1, database=None, deadline=None, phases=phases
+    )
 
 
 def seeds():
