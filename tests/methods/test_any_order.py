@@ -54,6 +54,7 @@ class Twins(RuleBasedStateMachine):
 
     @rule()
     def step(self):
+        getattr(self.one.unlearner, "_stop", lambda: None)()  # waiting for a step on what backward wrote
         before = Snapshot(self.one.model, self.one.optimizer)
         records = [subject.step() for subject in (self.one, self.twin)]
         if hasattr(records[0], "residual"):

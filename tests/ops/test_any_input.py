@@ -383,3 +383,32 @@ def test_feasible_with_a_number_that_is_none(data):
     tensors[data.draw(st.integers(0, 3))][k] = data.draw(BAD)
     clean[k] = torch.nan
     assert same_bits(projgrad.feasible(*tensors, 5), clean)
+
+
+# Tensors that are not dense
+
+
+CALLS = {
+    "gram G": lambda x, v: projgrad.gram(x),
+    "gram u": lambda x, v: projgrad.gram(v, x),
+    "project_out u": lambda x, v: projgrad.project_out(x, v),
+    "project_out G": lambda x, v: projgrad.project_out(v, x),
+    "gram_solve b": lambda x, v: projgrad.gram_solve(torch.eye(3), x),
+    "linear_gram a": lambda x, v: projgrad.linear_gram(x, v),
+    "linear_dot b": lambda x, v: projgrad.linear_dot(v, x, torch.ones(4, 4)),
+    "linear_dot u": lambda x, v: projgrad.linear_dot(v, v, x),
+    "linear_combine c": lambda x, v: projgrad.linear_combine(v, v, x),
+    "linear_moments b": lambda x, v: projgrad.linear_moments(v, x),
+    "basis_project D": lambda x, v: projgrad.basis_project(x, torch.ones(4, 2)),
+    "feasible total": lambda x, v: projgrad.feasible(v, v, x, v, 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("call", CALLS)
+def test_tensors_that_are_not_dense_are_named(call):
+    x, (op, name) = torch.randn(3, 4), call.split()
+    nested = torch.nested.nested_tensor([x[0], x[1]])
+    for other in (x.to_sparse(), x.to_sparse_csr(), x.to_mkldnn(), nested):
+        with pytest.raises(TypeError, match=rf"{op}: {name} must be a dense tensor; got "):
+            CALLS[call](other, x)
