@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 from unlearners import flat_parameters
 
 import projgrad
+from projgrad.methods import closures
 
 
 def problem(make, **options):
@@ -119,6 +120,15 @@ def test_factors_of_a_forget_gradient_do_not_outlive_a_failed_step():
 
 
 def unlearner_closures(unlearner, forget, retain):
-    from projgrad.methods.closures import Closures
+    return closures.Closures(unlearner.model, unlearner.optimizer, a=forget, b=forget, retain=retain)
 
-    return Closures(unlearner.model, unlearner.optimizer, a=forget, b=forget, retain=retain)
+
+def test_an_interrupt_where_a_closure_begins_does_not_lock_the_parameters(monkeypatch):
+    """All later steps were refused as if they were made inside that closure."""
+    model, _, unlearner, given = problem(sgd)
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(closures, "_last_operation", refuse)
+        unlearner.step(*given)
+    before = flat_parameters(model)
+    unlearner.step(*given)
+    assert not closures._running and not torch.equal(flat_parameters(model), before)
