@@ -28,7 +28,7 @@ TESTS = (
     "test_large",
 )
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
-NATIVE = "not triton and not emulated and not kernel"  # what is left does not meet the extension
+MARKED, NAMED = "not same_without_extension", "not triton and not emulated and not kernel and not level"
 COMPILER = os.environ.get("CXX", "g++")
 
 
@@ -70,7 +70,7 @@ def run(folder: Path, bits: int | None, sanitized: bool, short: bool, rest: list
     check = "import projgrad.kernels as kernels; assert kernels.extension(); print(kernels.extension(), flush=True)"
     subprocess.run([sys.executable, "-c", check], cwd=folder, env=environment, check=True)
     tests = [f"tests/ops/{name}.py" for name in TESTS]
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", NATIVE, *(["--quick"] if short else [])]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", MARKED, "-k", NAMED, *(["--quick"] if short else [])]
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options, *tests, *rest], cwd=folder, env=environment
     ).returncode

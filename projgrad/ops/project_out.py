@@ -74,6 +74,8 @@ class ProjectionInfo(NamedTuple):
     residual: max over j of |cos(g_j, result)|, measured on G with the result before its last rounding; float64 scalar.
         A result that is nothing but the rounding of its sum has no direction: it is measured relative to ‖u‖.
     preserved_norm: ‖result‖ / ‖u‖, float64, () or (m,).
+
+    The last two are NaN for a float64 direction whose square leaves float64; the result is right.
     """
 
     coefficients: Tensor
