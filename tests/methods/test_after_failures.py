@@ -8,6 +8,8 @@ from unlearners import flat_parameters
 import projgrad
 from projgrad.methods import closures
 
+pytestmark = pytest.mark.same_without_extension
+
 
 def problem(make, **options):
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from modes import Snapshot, state_of
 from subjects import SETUPS, Hooked, Subject
 
 pytestmark = [
+    pytest.mark.same_without_extension,
     pytest.mark.filterwarnings("ignore:PGU protects nothing"),
     pytest.mark.filterwarnings("ignore:the union of"),
 ]

@@ -8,6 +8,7 @@ from modes import Interrupt, Snapshot
 from subjects import SETUPS, Subject
 
 pytestmark = [
+    pytest.mark.same_without_extension,
     pytest.mark.filterwarnings("ignore:PGU protects nothing"),
     pytest.mark.filterwarnings("ignore:the union of"),
 ]

@@ -9,6 +9,7 @@ from modes import modes
 from subjects import SETUPS, Subject
 
 pytestmark = [
+    pytest.mark.same_without_extension,
     pytest.mark.filterwarnings("ignore:PGU protects nothing"),
     pytest.mark.filterwarnings("ignore:the union of"),
 ]
@@ -28,7 +29,6 @@ def counted():
 
 
 @pytest.mark.slow
-@pytest.mark.same_without_extension
 @pytest.mark.parametrize("name", ["global", "metric", "parts", "feasible", "pgu"])
 def test_memory_is_flat_over_many_steps(name):
     subject = Subject(name)
