@@ -4,7 +4,7 @@ question                                    files
 how fast are the flat ops?                  flat (GPU), test_flat and conftest (CPU, pytest-benchmark)
 and the ops on the factors of a layer?      layers (GPU), routes (CPU, and the constants of the cost model)
 what does a whole step cost?                steps (CPU), steps_cuda (GPU); models and contenders: of what, and of whom
-do all kernels compile, and touch only      aot, specialisations; sanitize (GPU), sanitize_cpu
+do all kernels compile, and touch only      aot, specialisations; sanitize
 what is theirs?
 which settings do methods get, and did      tune, compare_results
 their results change?
