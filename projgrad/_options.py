@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -76,6 +77,9 @@ def check_tensors(op: str, **given: Any) -> None:
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor; got {type(value).__name__}")
+        if value.is_nested or value.layout != torch.strided:
+            kind_of = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+            raise TypeError(f"{op}: {name} must be a dense tensor; got {kind_of}")
 
 
 def shown(value: Any) -> str:

@@ -100,8 +100,8 @@ class Closures:
         versions = [version(p) for p in self.params.values()]
         _running.append((self, closure))
         self._inside = True
-        self._start = _last_operation()
         try:
+            self._start = _last_operation()
             alone = distributed() and not self._spread
             with torch.enable_grad(), self._refuse_replicas(closure) if alone else nullcontext():
                 yield

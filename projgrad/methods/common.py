@@ -3,7 +3,8 @@
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -64,6 +65,26 @@ def clip_(params: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all p.grad so that their norm is at most `max_norm`; return by what they were multiplied."""
     norm = nn.utils.clip_grad_norm_(params, max_norm)
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
+@contextmanager
+def stepping(scaler: torch.amp.GradScaler | None, optimizer: SteppingOptimizer) -> Iterator[Callable[[], None]]:
+    """Give what takes the optimizer's step, by way of a scaler where there is one.
+
+    After an error in here the scaler is what it was, and ready for the next step.
+    """
+    if scaler is None:
+        yield optimizer.step
+        return
+    try:
+        yield lambda: scaler.step(optimizer)
+    except BaseException:
+        before = scaler.state_dict()
+        with suppress(AssertionError):  # nothing was unscaled yet
+            scaler.update()
+        scaler.load_state_dict(before)
+        raise
+    scaler.update()
 
 
 def learning_rates(optimizer: SteppingOptimizer, params: dict[str, nn.Parameter]) -> dict[str, float]:

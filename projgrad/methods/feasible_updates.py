@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _options
-from .._torch_private import keeping_versions
+from .._torch_private import foreach_add_, keeping_versions
 from ..recording.losses import check_losses
 from ..tape.per_sample import per_sample
 from .closures import Closures
@@ -164,8 +164,7 @@ class FeasibleUpdates:
             retain_loss = float(losses.detach().double().mean())
             record, change = self._propose(params, u, forget, retain)
             masked, sums = test.choose(change)
-            for name, p in params.items():
-                p.detach().add_(masked[name])
+            foreach_add_([p.detach() for p in params.values()], [masked[name] for name in params])  # all or none
         return FeasibleRecord(
             kept=sums.kept / sums.moved if sums.moved else 1.0,
             level=self.delta,
@@ -205,7 +204,8 @@ class FeasibleUpdates:
                 change = {}
                 for name, p in params.items():
                     change[name] = p - before[name]
-                    p.copy_(before.pop(name))  # one copy less at a time
+                    p.copy_(before[name])
+                    del before[name]  # one copy less at a time, and only what is done with
                 check_finite_tensors(change, "the change that the optimizer proposes")
             finally:
                 clear_grads(self.optimizer)

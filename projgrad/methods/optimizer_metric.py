@@ -24,7 +24,7 @@ from ..recording.host_reads import lengths, to_host
 from ..tape.project import check_gradients
 from ..tape.weighted import RetainSide
 from .before import Before
-from .common import clip_, lay_out_grads, whole
+from .common import clip_, lay_out_grads, stepping, whole
 from .protocol import SteppingOptimizer
 from .responses import KNOWN, Custom, Diagonal, State, response_of
 
@@ -82,13 +82,11 @@ class MetricStep:
         self.clip = clip or functools.partial(clip_, list(params.values()))
         self.norms = norms or (lambda names: lengths([params[name].grad for name in names]))
         self.same, self.mask = same, mask or {}
-        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        self.groups = {name: group_of[id(p)] for name, p in params.items()}
-        for group in optimizer.param_groups:
-            _check_group(group)
+        self._look_at_groups()
         follow(optimizer)
         self.probe: tuple[str, int | None] | None = None
         self.floors: dict[str, Tensor] = {}  # what is added to 1 / D of a parameter
+        self.before: Before | None = None
         if self.mask:
             check_gradients(params)  # which refuses sparse ones
         for name, m in self.mask.items():
@@ -96,25 +94,33 @@ class MetricStep:
                 params[name].grad.mul_(m)  # NaN stays NaN, and is refused
         self.held = hold()
 
+    def _look_at_groups(self) -> None:
+        """Find the group of every parameter: loading a state_dict puts others in their place."""
+        group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        self.groups = {name: group_of[id(p)] for name, p in self.params.items()}
+        for group in self.optimizer.param_groups:
+            _check_group(group)
+
     def finish(
         self, scaler: torch.amp.GradScaler | None, max_norm: float | None, damping: float, rtol: float | None
     ) -> dict[str, Any]:
         """Clip, step and correct; return the fields of the record. `.grad` holds F afterwards."""
-        scale, fields = self._clip(scaler, max_norm), {}
-        lay_out_grads(self.params)
-        with_hooks = hasattr(self.optimizer, "register_step_pre_hook")
-        if with_hooks:  # other hooks may change `.grad`
-            stop = self.follow_(damping, rtol, nullcontext, fields.update, scale, scaler)
-        else:
-            self._before_step(scaler)
-            stop = functools.partial(_stepping.discard, self.optimizer)
-        try:
-            if scaler is None:
-                self.optimizer.step()
+        with stepping(scaler, self.optimizer) as step:
+            scale, fields = self._clip(scaler, max_norm), {}
+            lay_out_grads(self.params)
+            with_hooks = hasattr(self.optimizer, "register_step_pre_hook")
+            if with_hooks:  # other hooks may change `.grad`
+                stop = self.follow_(damping, rtol, nullcontext, fields.update, scale, scaler)
             else:
-                _step_scaled(scaler, self.optimizer)
-        finally:
-            stop()
+                self._before_step(scaler)
+                stop = functools.partial(_stepping.discard, self.optimizer)
+            try:
+                step()
+            except BaseException:  # an interrupt in the optimizer's own code, too
+                self._put_back()
+                raise
+            finally:
+                stop()
         return fields if with_hooks else self._after_step(scale, damping, rtol)
 
     def follow_(
@@ -173,7 +179,7 @@ class MetricStep:
             if not scales:
                 raise RuntimeError("backward was called inside optimizer.step(closure): that step is not corrected")
             with around():
-                done(self._after_step(scales[0], damping, rtol))
+                done(self._after_step(scales[-1], damping, rtol))  # of a step that failed before it, too
 
         hooks = self.optimizer.register_step_pre_hook(before), self.optimizer.register_step_post_hook(after)
 
@@ -229,6 +235,7 @@ class MetricStep:
 
     def _before_step(self, scaler: torch.amp.GradScaler | None) -> None:
         """Look at what has to be known from before the optimizer steps."""
+        self._look_at_groups()
         may_fail = self.held.reruns or isinstance(self.response, Custom)  # whether D can be used shows after the step
         self.before = Before(self.optimizer, self.params, scaler) if may_fail else None
         if self.before is not None:
@@ -243,9 +250,13 @@ class MetricStep:
             with torch.no_grad():
                 return self._correct(self.moving, self.first, scale, damping, rtol)
         except BaseException:
-            if self.before is not None:
-                self.before.put_back()
+            self._put_back()
             raise
+
+    def _put_back(self) -> None:
+        """Make everything what it was before the optimizer stepped, if that was kept."""
+        if self.before is not None:
+            self.before.put_back()
 
     def _clip(self, scaler: torch.amp.GradScaler | None, max_norm: float | None) -> Tensor | float:
         """Unscale and clip p.grad; return by what it was multiplied, and with it both of its parts."""
@@ -348,15 +359,3 @@ def _check_group(group: State) -> None:
         raise ValueError(
             f'metric="optimizer" needs eps > 0: with {eps} the diagonal is infinite where no gradient ever was'
         )
-
-
-def _step_scaled(scaler: torch.amp.GradScaler, optimizer: SteppingOptimizer) -> None:
-    """Step through a scaler, which after an error is what it was, and ready for the next step."""
-    try:
-        scaler.step(optimizer)
-    except BaseException:
-        before = scaler.state_dict()
-        scaler.update()
-        scaler.load_state_dict(before)
-        raise
-    scaler.update()

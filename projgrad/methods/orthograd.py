@@ -30,12 +30,13 @@ from .common import (
     loss_value,
     restore_shards,
     scalar_loss,
+    stepping,
     trainable_parameters,
 )
 from .forget_mask import check_mask
 from .graphed import GraphedStep
 from .micro_batches import Closed, MicroBatchOptions, accumulate_forget, closures_of
-from .optimizer_metric import MetricStep
+from .optimizer_metric import MetricStep, follow
 from .protocol import Closure
 from .replicas import ReplicatedModel
 from .responses import response_of
@@ -157,6 +158,7 @@ class OrthoGrad:
         self.metric = metric
         if metric == "optimizer":
             response_of(optimizer)
+            follow(optimizer)  # steps before the first of ours, with a state that was loaded
             if projector is not None or not keep_output_gradients:
                 raise ValueError('metric="optimizer" cannot be used with projector or keep_output_gradients=False')
         elif mask is not None:
@@ -374,6 +376,7 @@ class OrthoGrad:
 
     def _forget(self, forgets: dict[str, Closure], closures: Closures) -> Tensor:
         """Set p.grad to ± (1 - α) u; return the loss, not looked at yet: the device may still be busy with it."""
+        self._factors = ForgetFactors()  # not those of a step that failed
         if len(forgets) > 1:
             scale, weight = self.scaler.scale if self.scaler else lambda loss: loss, self.sign * (1 - self.alpha)
             return accumulate_forget(closures, forgets, weight, self.micro.forget_reduction, scale)
@@ -469,15 +472,12 @@ class OrthoGrad:
         return record_fields(projection, values)
 
     def _apply(self, params: dict[str, nn.Parameter]) -> None:
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        if self.max_norm is not None and self._spread is not None:
-            self._spread.clip(self.max_norm)
-        elif self.max_norm is not None:
-            nn.utils.clip_grad_norm_(list(params.values()), self.max_norm)
-        lay_out_grads(params)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        with stepping(self.scaler, self.optimizer) as step:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            if self.max_norm is not None and self._spread is not None:
+                self._spread.clip(self.max_norm)
+            elif self.max_norm is not None:
+                nn.utils.clip_grad_norm_(list(params.values()), self.max_norm)
+            lay_out_grads(params)
+            step()

@@ -74,6 +74,8 @@ class ProjectionInfo(NamedTuple):
     residual: max over j of |cos(g_j, result)|, measured on G with the result before its last rounding; float64 scalar.
         A result that is nothing but the rounding of its sum has no direction: it is measured relative to ‖u‖.
     preserved_norm: ‖result‖ / ‖u‖, float64, () or (m,).
+
+    The last two are NaN for a float64 direction whose square leaves float64; the result is right.
     """
 
     coefficients: Tensor
@@ -134,6 +136,8 @@ def project_out(
     out, c, rank, worst, squares = call(project_out_op, u if u.ndim == 2 else u[None], G, damping, rtol)
     norms = squares.detach().sqrt()
     preserved = torch.where(norms[0] > 0, norms[1] / norms[0], 1)
+    vanished = (squares.detach()[0] < 1e-290) & (c.detach() != 0).any(0)  # the square of a float64 direction
+    preserved, worst = preserved.masked_fill(vanished, torch.nan), worst.detach().masked_fill(vanished.any(), torch.nan)
     if u.ndim == 1:
         out, c, preserved = out[0], c[:, 0], preserved[0]
-    return (out, ProjectionInfo(c, rank, worst.detach(), preserved)) if return_info else out
+    return (out, ProjectionInfo(c, rank, worst, preserved)) if return_info else out

@@ -111,10 +111,12 @@ class Correction:
                 name, before = block.name, first[block.name]
                 if not math.isfinite(cosine + after):
                     raise FloatingPointError("NaN or Inf in the state of the optimizer, or in the change it made")
-                # A change as short as the rounding of the parameters has no direction.
-                norm = after if after > noise * before + 4 * rounded else before
-                residual = cosine / norm if norm else 0.0
                 ranks[name] = max(ranks[name], int(one))
+                # A change as short as the rounding of the parameters has no direction, nor what is left of one where
+                # the samples span everything.
+                short = after <= noise * before + 4 * rounded or ranks[name] >= block.numel()
+                norm = before if short else after
+                residual = cosine / norm if norm else 0.0
                 done[name] = Projection(
                     ranks[name],
                     after / before if before else 1.0,

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from subjects import Subject
 from torch import nn
 from torch.nn import functional as F
 from unlearners import classifier, flat_parameters
@@ -367,3 +368,11 @@ def test_a_step_without_a_forget_part_changes_what_the_optimizer_alone_would(mak
         plain_closures(models[1])[1]().mean().backward()
         optimizers[1].step()
     torch.testing.assert_close(flat_parameters(models[0]), flat_parameters(models[1]))
+
+
+def test_a_tensor_whose_samples_span_everything_is_no_alarm():
+    """What is left of its change is rounding, which has no direction: it is measured beside the change."""
+    subject = Subject("metric_nesterov")
+    record = subject.step()
+    spanned = [t for name, t in record.tensors.items() if t.rank == subject.model.get_parameter(name).numel()]
+    assert spanned and all(t.preserved_norm < 1e-12 for t in spanned) and record.residual < 1e-12

@@ -164,6 +164,16 @@ def test_same_input_same_bits(device):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("scale", [1e-170, 1e-300, 1e170])
+def test_no_numbers_are_given_of_a_direction_whose_square_leaves_float64(scale, device):
+    """It is projected as any other; 1 would say that nothing was taken out of it."""
+    u, G = make("random", torch.float64, device)
+    directions = torch.stack([u, scale * u, 0 * u])
+    out, info = projgrad.project_out(directions, G, return_info=True)
+    torch.testing.assert_close(out[1] / scale, out[0], rtol=1e-12, atol=1e-12)
+    assert info.preserved_norm.isnan().tolist() == [False, True, False] and info.residual.isnan()
+
+
 def test_inputs_are_not_changed(device):
     u, G = make("tiny_and_huge", torch.float32, device)
     before = u.clone(), G.clone()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..common import copies, write_
 from . import file as pgu_file
+from .contents import check_contents, check_models
 from .fingerprints import fingerprint
 from .input_moments import InputMoments, View
 from .spectra import Basis, Spectrum, basis, decompose
@@ -83,11 +84,15 @@ class Cache:
     def load(path: str | os.PathLike, model: nn.Module) -> Cache:
         """Read a file of `save`. Tensors go where the model's parameters are. Raises as `PGU.load`."""
         about, tensors = pgu_file.read(path)
+        with _of_file(path):
+            check_models(about)
         if fingerprint(model) not in about["models"]:
             raise ValueError(
                 f"{path} belongs to another model: names, shapes, dtypes or numbers differ from the model as it was "
                 "fitted and as it was when the cache was saved. Load those weights, or call fit() for these"
             )
+        with _of_file(path):
+            check_contents(about, tensors, dict(model.named_parameters()))
         samples = tensors.pop("samples", None)
         parts: dict[str, dict[str, Tensor]] = {"fitted": {}, "vectors": {}, "values": {}}
         for key, t in tensors.items():
@@ -196,3 +201,12 @@ class Cache:
                 "is not what was added. Call forget() under the same autocast and precision settings as fit(), or "
                 "fit() again under these"
             )
+
+
+@contextmanager
+def _of_file(path: str | os.PathLike) -> Iterator[None]:
+    """Name the file in what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or forged: {error}. {pgu_file.AGAIN}") from None

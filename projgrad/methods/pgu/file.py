@@ -16,6 +16,7 @@ FORMAT = 2  # 1 had neither a checksum nor the arithmetic of the fit
 EMPTY = "0" * 64  # stands where the checksum will be, and is what its place counts as
 CHECKSUM = re.compile(rb'"blake2b":"([0-9a-f]{64})"')
 PIECE = 1 << 20  # bytes read at once
+HEADER = 100_000_000  # bytes that safetensors takes at most
 AGAIN = "Take a copy of the file, or call fit() with the training data and save() again"
 
 
@@ -51,7 +52,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} is not as it was written: its checksum does not match. {AGAIN}")
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("pgu", "{}"))
+            about = _description((file.metadata() or {}).get("pgu", "{}"))
             if about.get("format") == 1:
                 raise ValueError(
                     f"{path} was saved by an earlier version, without a checksum: damage to it could not be told. Call "
@@ -60,15 +61,24 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if checksum is None or about.get("format") != FORMAT:
                 raise ValueError(f"{path} is not a cache of PGU in format {FORMAT}, or is damaged. {AGAIN}")
             return about, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path} is not a complete cache of PGU: {error}. {AGAIN}") from None
+
+
+def _description(text: str) -> dict[str, Any]:
+    """Return a description; an empty one for what is none, also for brackets without end and endless numbers."""
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _checksum(path: Path) -> tuple[int, bytes] | None:
     """Return where the checksum is, and what it is; None where the header has none, or more than one."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if size > path.stat().st_size - 8:
+        if size > min(HEADER, path.stat().st_size - 8):
             return None
         matches = list(CHECKSUM.finditer(file.read(size)))
     return (8 + matches[0].start(1), matches[0][1]) if len(matches) == 1 else None
