@@ -99,6 +99,10 @@ def methods(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], x: Tenso
     assert_type(npo_loss(x, y), Tensor)
     assert_type(simnpo_loss(x, y, beta=2.5), Tensor)
 
+    probed = assert_type(projgrad.probe(model, forget, lambda n: retain()[:n], sizes=(4, 8)), projgrad.Probe)
+    assert_type(probed.rows[0], projgrad.ProbeRow)
+    assert_type(probed.advice, str)
+
 
 def scores(model: nn.Module, x: Tensor, y: Tensor) -> None:
     problem = evaluate.Classification(retain=(x, y), forget=(x, x, y), test=(x, y))
