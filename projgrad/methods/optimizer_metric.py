@@ -242,7 +242,16 @@ class MetricStep:
             self.held.weights = self.before.params
         self.moving = [name for name, p in self.params.items() if p.grad is not None]
         self.first = {name: self.response.starts_with_gradient(self._state(name)) for name in self.moving}
+        self._mask_momentum()
         _stepping.add(self.optimizer)
+
+    @torch.no_grad()
+    def _mask_momentum(self) -> None:
+        """Take out of the momentum what steps without this mask forgot outside of it."""
+        for name in self.mask.keys() & set(self.moving):
+            M = self._state(name).get(MOMENTUM)
+            if M is not None and self.response.has_momentum(self.groups[name]):
+                self.response.take_out(M - M * self.mask[name], M, self._state(name))
 
     def _after_step(self, scale: Tensor | float, damping: float, rtol: float | None) -> dict[str, Any]:
         """Correct what the optimizer did; scale: by what both parts of the gradient were multiplied."""

@@ -163,7 +163,7 @@ class OrthoGrad:
                 raise ValueError('metric="optimizer" cannot be used with projector or keep_output_gradients=False')
         elif mask is not None:
             raise ValueError('mask needs metric="optimizer", which weighs every coordinate by itself, for SGD too')
-        self.mask = None if mask is None else check_mask(model, params, mask)
+        self._given_mask, self.mask = mask, None if mask is None else check_mask(model, params, mask)
         self._factors_help = False  # whether the factors of the forget gradient saved work in the step before
         self._factors = ForgetFactors()
         self._script: Script | None = None
@@ -286,8 +286,8 @@ class OrthoGrad:
         """Set every p.grad; return the fields of the record, and with metric="optimizer" the step to finish."""
         _options.within("alpha weighs the mean retain gradient and", self.alpha, "[0, 1]")  # it may have been changed
         check_batch_norm(self.model)
-        if self.mask is not None:  # the parameters may have been changed
-            self.mask = check_mask(self.model, closures.params, self.mask)
+        if self._given_mask is not None:  # it and the parameters may have been changed
+            self.mask = check_mask(self.model, closures.params, self._given_mask)
         try:
             if self._spread is not None:
                 numbers = spread_step(self, self._spread, closures, forgets, retains)

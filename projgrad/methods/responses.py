@@ -24,6 +24,8 @@ class Response:
     `state` and `group` are those of one parameter after the step, unless said otherwise. Here: without momentum.
     """
 
+    buffer = "momentum_buffer"  # the name of the optimizer's own momentum in its state
+
     def diagonal(self, p: Tensor, state: State, group: State) -> Diagonal:
         """Return D, a number or like p."""
         return group["lr"]
@@ -52,6 +54,11 @@ class Response:
     def carry(self, M: Tensor, share: Tensor, state: State, group: State) -> None:
         """Make M and the optimizer's own momentum what led to F + D share instead of F."""
 
+    def take_out(self, part: Tensor, M: Tensor, state: State) -> None:
+        """Take a part of M out of it and of the optimizer's own momentum."""
+        for momentum in (M, state[self.buffer]):
+            momentum.sub_(part)
+
 
 class SGD(Response):
     """D = lr; F = -lr M, or -lr (u + μ M) with Nesterov's momentum."""
@@ -76,11 +83,13 @@ class SGD(Response):
 
     def carry(self, M: Tensor, share: Tensor, state: State, group: State) -> None:
         share = share / (1 + group["momentum"]) if group["nesterov"] else share
-        _take_out(share, M, state["momentum_buffer"])
+        self.take_out(share, M, state)
 
 
 class Adam(Response):
     """D = lr / (√v̂ + eps); F = -D M̂ - (D - E) R̂; v̂ is the largest so far with amsgrad, M̂ = M / (1 - β₁ᵗ)."""
+
+    buffer = "exp_avg"
 
     def diagonal(self, p: Tensor, state: State, group: State) -> Diagonal:
         return self._root(state, group).add_(group["eps"]).reciprocal_().mul_(group["lr"])
@@ -108,7 +117,7 @@ class Adam(Response):
         return moment.mul_(D).add_(rest.mul_(E.neg_().add_(D))).neg_()
 
     def carry(self, M: Tensor, share: Tensor, state: State, group: State) -> None:
-        _take_out(share * self._bias(state, group), M, state["exp_avg"])
+        self.take_out(share * self._bias(state, group), M, state)
 
     def _bias(self, state: State, group: State) -> Diagonal:
         return 1 - group["betas"][0] ** _steps(state)
@@ -158,7 +167,7 @@ class RMSprop(Response):
         return -group["lr"] * scaled.to(product_dtype(u.dtype))
 
     def carry(self, M: Tensor, share: Tensor, state: State, group: State) -> None:
-        _take_out(share / self._root(state, group), M, state["momentum_buffer"])
+        self.take_out(share / self._root(state, group), M, state)
 
 
 class Custom(Response):
@@ -195,8 +204,3 @@ def _steps(state: State) -> Diagonal:
     """Return the number of steps: on a GPU it stays there."""
     step = state["step"]
     return step if isinstance(step, Tensor) and step.is_cuda else float(step)
-
-
-def _take_out(share: Tensor, *momenta: Tensor) -> None:
-    for M in momenta:
-        M.sub_(share)

@@ -134,6 +134,42 @@ def test_what_is_outside_keeps_its_bits_and_every_retain_loss_its_value(kind, sc
         assert record.residual < 1e-9
 
 
+@pytest.mark.parametrize("how", ["entries", "in place", "another unlearner", "after steps without"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_mask_may_be_changed_between_steps(kind, how):
+    """What was forgotten outside of the new mask moves on in no momentum."""
+    problem = Problem(kind)
+    mask = random_mask(problem.params)
+    unlearner = problem.unlearner(None if how == "after steps without" else mask, alpha=0.0)
+    for _ in range(2):
+        unlearner.step(problem.forget, problem.retain)
+    if how == "in place":
+        for m in mask.values():
+            m.logical_not_()
+    else:
+        opposite = {name: ~m for name, m in mask.items()}
+        mask.update(opposite)
+    if how in ("another unlearner", "after steps without"):
+        unlearner = problem.unlearner(mask, alpha=0.0)
+    for _ in range(2):
+        before, (_, G) = problem.state(), problem.explicit()
+        unlearner.step(problem.forget, problem.retain)
+        change = {name: p.detach() - before[name] for name, p in problem.params.items()}
+        assert not any(p.grad[~mask[name]].any() for name, p in problem.params.items())
+        assert max(float(d[~mask[name]].abs().max()) for name, d in change.items() if not mask[name].all()) < 1e-12
+        moved, G = torch.cat([d.flatten() for d in change.values()]), torch.cat(G, 1)
+        assert ((G @ moved).abs() <= 1e-9 * G.norm(dim=1) * moved.norm()).all() and moved.any()
+
+
+def test_a_parameter_that_was_frozen_for_a_while_keeps_its_mask():
+    problem = Problem()
+    unlearner = problem.unlearner(random_mask(problem.params))
+    problem.model.scale.requires_grad_(False)
+    unlearner.step(problem.forget, problem.retain)
+    problem.model.scale.requires_grad_(True)
+    unlearner.step(problem.forget, problem.retain)
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 @pytest.mark.parametrize("scope", ["global", "per_tensor"])
 def test_micro_batches_make_the_same_step(kind, scope):
