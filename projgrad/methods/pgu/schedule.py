@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ..._options import check_callable, check_choice, check_integer, number, outside, within
@@ -26,7 +27,7 @@ class PGURecord:
     residual: largest ‖D M‖ / ‖D‖ over layers, D the projected gradient; with soft, what is left on purpose.
     gradient_norm: ‖D‖ over all projected layers, before it is clipped.
     expected_change: by how much the step changes the forget loss, to first order: η ‖D‖², clipping taken in, for SGD
-        at the largest learning rate η of the optimizer; NaN where it has none.
+        at the largest learning rate η of the optimizer, over 1 - its momentum; NaN for other optimizers.
     forget_loss: what was minimised or, with a scalar and ascend=True, maximised; before the step.
     seconds: wall time of the whole step.
     """
@@ -176,10 +177,15 @@ def run(
 
 
 def expected_change(optimizer: SteppingOptimizer, norm: float, max_norm: float | None) -> float:
-    """Return how much a step of SGD along a gradient of this norm, clipped, changes the loss, to first order."""
-    rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+    """Return how much a step of SGD along a gradient of this norm, clipped, changes the loss, to first order.
+
+    With momentum, as much as the steps after it bring of it, too. NaN for other optimizers: their steps are longer.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return math.nan
+    rates = [float(group["lr"]) / max(1 - group["momentum"], 1e-9) for group in optimizer.param_groups]
     clip = min(1.0, max_norm / norm) if max_norm is not None and norm else 1.0
-    return max(rates) * clip * norm * norm if rates else math.nan
+    return max(rates) * clip * norm * norm
 
 
 def _accuracies(returned: object) -> list[float]:
