@@ -8,42 +8,38 @@ from .support import counts
 SHOWN = {
     "plain": "training without projection",
     "projgrad": "**projgrad**",
-    "vmap + Gram": "vmap(grad), Gram matrix",
-    "vmap + QR": "vmap(grad), QR",
+    "vmap + Gram": "vmap(grad)",
     "one by one": "batches of one",
     "torchjd": "TorchJD",
     "opacus": "Opacus",
     "backpack": "BackPACK",
     "nngeometry": "NNGeometry",
 }
-COLUMNS = {  # case of `bench.peers`: what its two columns show
-    "gram-mlp": "K of an MLP, n = 64",
-    "projection-encoder": "projection, encoder, n = 32",
-}
-ALIKE = {"vmap + QR": "vmap + Gram"}  # the same K, and the same features of models
+COLUMNS = {"mlp": "MLP, n = 64", "conv": "conv net, n = 64", "encoder": "encoder, n = 32"}  # models of `bench.peers`
 
 
 def field() -> str:
-    """Return time and memory of K and of the projection, and on how many features of models each way is right."""
+    """Return time and memory of K on three models, and on how many features of models each way is right."""
     peers, support = read_csv(RESULTS / "peers_cpu.csv"), read_csv(RESULTS / "support.csv")
     measured = {(row["case"], row["contender"]): row for row in peers}
     count = len({row["feature"] for row in support})
-    heads = [f"{title}: {unit}" for title in COLUMNS.values() for unit in ("time", "memory")]
-    heads += [f"right, of {count} kinds of models", "wrong without an error"]
-    lines = ["|  | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    heads = [*COLUMNS.values(), f"right, of {count} features of models", "wrong without an error"]
+    lines = ["| K = G Gᵀ by | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, title in SHOWN.items():
-        cells = [cell for case in COLUMNS for cell in _cost(measured.get((case, name)))]
-        tried = [row for row in support if row["contender"] == ALIKE.get(name, name)]
+        cells = [_cost(measured.get((f"gram-{model}", name))) for model in COLUMNS]
+        tried = [row for row in support if row["contender"] == name]
         cells += [str(sum(counts(row, (of,)) for row in tried)) if tried else "" for of in ("right", "wrong")]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     about = peers[0]
-    lines += ["", f"Medians, float32, {about['threads']} threads, {about['device']}; memory above the loaded model."]
+    lines += [
+        "",
+        f"Median time and memory above the loaded model, float32, {about['threads']} threads, {about['device']}. Every "
+        "projection needs K. What each package is for, feature by feature: [other packages](docs/support.md).",
+    ]
     return "\n".join(lines)
 
 
-def _cost(row: dict | None) -> tuple[str, str]:
-    if row is None:
-        return "", ""
-    if row["note"]:
-        return row["note"].partition(":")[0], ""
-    return f"{float(row['ms']):.3g} ms", f"{float(row['peak_mb']):.3g} MB" if row["peak_mb"] else ""
+def _cost(row: dict | None) -> str:
+    if row is None or row["note"]:
+        return "fails" if row else ""
+    return f"{float(row['ms']):,.0f} ms" + (f", {float(row['peak_mb']):,.0f} MB" if row["peak_mb"] else "")

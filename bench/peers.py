@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from projgrad.experiments.benchmark.models import Job
+from projgrad.experiments.benchmark.peer import Call
 from projgrad.experiments.benchmark.peers import PEERS
 from projgrad.experiments.benchmark.report import read_csv
 
@@ -21,7 +23,8 @@ from .contenders import CONV, ENCODER, MLP, Case, Contender
 from .report import RESULTS
 
 FAST = ("plain", "projgrad", "projgrad per_tensor", "torchjd")  # the others get fewer rounds
-REFERENCES = {"global": "vmap + QR", "per_tensor": "vmap + QR per_tensor"}
+REFERENCES = {"gram": "vmap + Gram", "global": "vmap + QR", "per_tensor": "vmap + QR per_tensor"}
+TRUTH = "{} in float64"  # of each of these; in float32 the QR of nearly dependent gradients is off by 1e-4 itself
 MODELS = {
     "mlp": ("MLP 784-1024-1024-10", 64, MLP),
     "conv": ("4 conv + group norm + fc, 32 x 32", 64, CONV),
@@ -32,17 +35,32 @@ MODELS = {
 def _grams() -> dict[str, Contender]:
     """Return one contender for every K: what differs in the projection alone is left out."""
     same = ("projgrad per_tensor", "vmap + QR", "vmap + QR per_tensor")
-    return {name: _contender(name, "gram") for name in PEERS if name not in same}
+    truth = {TRUTH.format("vmap + Gram"): _truth("vmap + Gram", "gram")}
+    return {name: _contender(name, "gram") for name in PEERS if name not in same} | truth
 
 
 def _contender(name: str, question: str) -> Contender:
     peer = PEERS[name]
-    reference = "vmap + Gram" if question == "gram" else REFERENCES.get(peer.scope)
     start = peer.start if question == "gram" else peer.project
-    return Contender(start, reference if peer.scope and reference != name else None, peer.module, name not in FAST)
+    truth = TRUTH.format(REFERENCES["gram" if question == "gram" else peer.scope]) if peer.scope else None
+    return Contender(start, truth, peer.module, name not in FAST)
 
 
-CONTENDERS = {"gram": _grams(), "projection": {name: _contender(name, "projection") for name in PEERS}}
+def _truth(name: str, question: str) -> Contender:
+    def start(job: Job) -> Call:
+        job.model.double()
+        job.samples = tuple(tuple(x.double() if x.is_floating_point() else x for x in some) for some in job.samples)
+        return PEERS[name].start(job) if question == "gram" else PEERS[name].project(job)
+
+    return Contender(start, slow=True)
+
+
+def _projections() -> dict[str, Contender]:
+    truths = {TRUTH.format(name): _truth(name, "projection") for name in ("vmap + QR", "vmap + QR per_tensor")}
+    return {name: _contender(name, "projection") for name in PEERS} | truths
+
+
+CONTENDERS = {"gram": _grams(), "projection": _projections()}
 CASES = [
     Case(
         f"{question}-{name}",

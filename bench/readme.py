@@ -15,6 +15,7 @@ from projgrad.experiments.scenarios import FAST, SCENARIOS
 from . import applied_cost
 from . import growth as growing
 from .facts import facts
+from .field import field
 from .gpu_readme import gpu, step_rows
 from .micro_batches import by_hand_table, union_table
 from .micro_batches_metric import metric_table
@@ -288,7 +289,7 @@ def _where(row: dict) -> str:
 
 
 SECTIONS = {
-    "README.md": {"numbers": numbers},
+    "README.md": {"field": field, "numbers": numbers},
     "docs/plan.md": {"planned": planned},
     "docs/benchmarks.md": {"steps": steps, "host": host, "growth": growth, "flat": flat},
     "docs/comparison.md": {"compare": compare},
