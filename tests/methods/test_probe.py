@@ -17,7 +17,7 @@ import projgrad
 from projgrad import projectors
 from projgrad.methods.probe.cost import peak_bytes
 from projgrad.methods.probe.report import ProbeRow
-from projgrad.methods.probe.step_length import NOTHING, ROUNDING, UNBOUNDED, Limit, largest_rate
+from projgrad.methods.probe.step_length import FORGETTING, NOTHING, ROUNDING, UNBOUNDED, Limit, largest_rate
 from projgrad.methods.probe.unchanged import Unchanged
 
 F64 = torch.float64
@@ -140,7 +140,10 @@ def test_rates_are_found_in_two_trials_of_a_quadratic_and_some_more_otherwise():
         tried.append(rate)
         return 3.0 * rate**power + noise
 
-    search = functools.partial(largest_rate, slope=2.0, tolerance=0.1, smallest=1e-12, largest=1e9)
+    def search(change, start):
+        """Where a change is a tenth of a gain of 2 per rate."""
+        return largest_rate(lambda rate: change(rate) / (0.2 * rate), start, smallest=1e-12, largest=1e9)
+
     assert search(change, start=50.0).rate == pytest.approx(0.2 / 3) and len(tried) <= 3
     assert search(lambda r: change(r, 3), start=1.0).rate == pytest.approx((0.2 / 3) ** 0.5, rel=0.05)
     assert search(lambda r: change(r, 1.5), start=1e-6).rate == pytest.approx((0.2 / 3) ** 2, rel=0.11)
@@ -196,14 +199,62 @@ def test_samples_that_do_not_protect_others_are_too_few():
     forget[0, 0] = 1
     look = functools.partial(quick, model, lambda: model(forget).sum(), sizes=(4, 20), scopes=["global"])
     probed = look(retain=lambda k: model(x[:k])[:, 0])
-    assert probed.verdict == "too few samples" and "with n = 4, retain samples that are not" in probed.advice
+    assert probed.verdict == "not known" and "Add a larger one to sizes" in probed.advice
+    probed = look(retain=lambda k: model(x[:k])[:, 0], sizes=(4, 16, 20))
+    assert probed.verdict == "too few samples" and "with n = 16, retain samples that are not" in probed.advice
+    assert "Take more of them" in probed.advice
+    probed = look(retain=lambda k: model(x[:k])[:, 0], sizes=(16, 64))
+    assert probed.verdict == "too few samples" and "There are only 32" in probed.advice
+    assert "Take more" not in probed.advice
     assert probed.rows[0].spill == pytest.approx(1)  # g_j = (1, 5 e_j): what u_perp does to it is ‖u_perp‖², as u does
     forget[0, :32] = 1
     alike = torch.ones(n, 65, dtype=F64) + 0.1 * torch.randn(n, 65, dtype=F64)
     probed = look(retain=lambda k: model(alike[:k])[:, 0])
     assert probed.verdict == "worth it" and "and n = 20" in probed.advice and probed.rows[0].spill < 0.5
     probed = look(retain=lambda k: model(alike[:k])[:, 0], sizes=(2, 8))
-    assert probed.verdict == "too few samples" and "fewer than 16" in probed.advice
+    assert probed.verdict == "too few samples" and "from digits: with fewer than 16" in probed.advice
+
+
+@pytest.mark.parametrize("sizes, said", [([20], "a larger one"), ([64], "a smaller one")])
+def test_one_size_cannot_show_whether_others_are_protected(sizes, said):
+    x = torch.ones(32, 65, dtype=F64) + 0.1 * torch.randn(32, 65, dtype=F64)
+    model, target = nn.Linear(65, 1, bias=False).double(), torch.eye(65, dtype=F64)[:1]
+    probed = quick(model, lambda: model(target).sum(), lambda n: model(x[:n])[:, 0], sizes=sizes, scopes="global")
+    assert probed.verdict == "not known" and f"Add {said}" in probed.advice
+
+
+def test_forget_samples_among_more_retain_samples_are_said_to_be_there():
+    model, x, y = nn.Linear(60, 4).double(), torch.randn(80, 60, dtype=F64), torch.arange(80) % 4
+    losses = lambda i: F.cross_entropy(model(x[i]), y[i], reduction="none")  # noqa: E731
+    probed = quick(model, lambda: losses(slice(8)).mean(), lambda n: losses(slice(n)), scopes="global")
+    assert probed.rows[0].preserved_norm > 0.3 and probed.rows[2].preserved_norm < 1e-6
+    assert probed.verdict == "forget among retain" and "with n = 8 " in probed.advice
+
+
+def test_retain_losses_at_their_minimum_need_no_protection_yet():
+    model, x = nn.Linear(60, 4).double(), torch.randn(40, 60, dtype=F64)
+    teacher = model(x).softmax(1).detach() + 1e-9 * torch.randn(40, 4, dtype=F64)
+    retain = lambda n: F.kl_div(model(x[8:][:n]).log_softmax(1), teacher[8:][:n], reduction="none").sum(1)  # noqa: E731
+    probed = quick(model, lambda: F.cross_entropy(model(x[:8]), torch.arange(8) % 4), retain, scopes="global")
+    assert probed.plain_change < 1e-6 and probed.verdict == "nothing to protect"
+    assert "distillation" in probed.advice
+
+
+def test_a_rate_at_which_the_objective_gets_worse_is_not_advised():
+    """Losses linear in the weights have no limit of their own; the objective ½ w² of a descent is half gained at 1."""
+    model = nn.Linear(40, 1, bias=False).double()
+    x = torch.cat([torch.ones(20, 1), 0.1 * torch.randn(20, 19), torch.zeros(20, 20)], 1).double()
+    retain = lambda n: model(x[:n])[:, 0]  # noqa: E731
+    probed = quick(
+        model, lambda: model.weight.square().sum() / 2, retain, sizes=(4, 18, 20), scopes="global", ascend=False
+    )
+    for row in probed.rows:
+        assert row.why == FORGETTING and row.learning_rate == pytest.approx(2, rel=0.06)  # η = 1 by half, as α = 0.5
+        assert row.forget_change == pytest.approx(0.5 * row.step_length**2, rel=0.06)  # η = 1: the length is ‖u_perp‖
+    assert probed.verdict == "worth it" and "gains less than half" in probed.advice
+    assert "multiplies the retain part too (alpha=0.5)" in probed.advice
+    probed = quick(model, lambda: model.weight.sum(), retain, sizes=(4, 18, 20), scopes="global", alpha=0)
+    assert probed.verdict == "worth it" and "No learning rate was found to be too large" in probed.advice
 
 
 def test_the_table_is_narrow_and_the_dictionary_is_json():
@@ -322,11 +373,12 @@ def test_an_interrupted_restoration_is_finished():
     assert state_of(model, optimizer) == before and len(times) == 3
 
 
-def test_a_frozen_parameter_that_a_closure_changes_is_named():
+@pytest.mark.parametrize("by_data", [False, True])
+def test_a_frozen_parameter_that_a_closure_changes_is_named(by_data):
     model, _, x, y = restless()
 
     def forget():
-        model.frozen.bias.add_(1e-3)
+        (model.frozen.bias.data if by_data else model.frozen.bias).add_(1e-3)
         return F.cross_entropy(model(-x), y)
 
     retain = lambda n: F.cross_entropy(model(x[:n]), y[:n], reduction="none")  # noqa: E731
@@ -411,6 +463,9 @@ def test_other_samples_for_every_n_are_noticed():
         ({"retain": lambda n: torch.zeros(n)}, ValueError, "do not depend on any parameter"),
         ({"forget": [lambda: None]}, TypeError, "forget must be a function without arguments .* got a list"),
         ({"sizes": []}, ValueError, "at least one entry"),
+        ({"sizes": 4}, TypeError, r"sizes must be several numbers .* such as \(4, 16\); got a int"),
+        ({"retain": lambda n: next(iter([]))}, RuntimeError, "retain raised StopIteration"),
+        ({"forget": lambda: next(iter([]))}, RuntimeError, "forget raised StopIteration"),
         ({"sizes": [0]}, ValueError, "must be an integer of at least 1; got 0"),
         ({"sizes": ["8"]}, TypeError, "must be an integer"),
         ({"scopes": ["all"]}, ValueError, "must be 'global' or 'per_tensor'; got 'all'"),

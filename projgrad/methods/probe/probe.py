@@ -37,12 +37,14 @@ def probe(
     by η² uᵀ H_j u / 2 (here u = u_perp, H_j the Hessian), while the forget loss gains η ‖u_perp‖². `learning_rate` is
     where the one reaches a share of the other,
 
-        mean_j |ℓ_j(θ ± η u_perp) - ℓ_j(θ)| = tolerance · η ‖u_perp‖²,    learning_rate = η / (1 - alpha)
+        mean_j |ℓ_j(θ + s η u_perp) - ℓ_j(θ)| = tolerance · η ‖u_perp‖²,    learning_rate = η / (1 - alpha)
 
-    so that below it retain losses change by less than `tolerance` of what is forgotten, on average and in one step. A
-    rate half as large halves that share. It is measured, with all higher orders, by forward passes at moved weights,
-    about three to ten of them. α's part of the update lowers retain losses on purpose and is left out. Rates
-    are those of SGD without momentum; with clipping, and for other optimizers, look at `step_length`.
+    with s = 1, or -1 for ascend=False. Below it retain losses change by less than `tolerance` of that first-order gain,
+    on average and in one step; a rate half as large halves that share. Where the forget loss itself gains only half of
+    η ‖u_perp‖² at a smaller η, that η is taken, and `why` says "forgetting fades". Both are measured, with all higher
+    orders, by forward passes at moved weights, about three to ten of each. α's part of the update lowers retain losses
+    on purpose and is left out, but the same rate multiplies it. Rates are those of SGD without momentum; with clipping,
+    and for other optimizers, look at `step_length`.
 
     Args:
         model: as for `OrthoGrad`.
@@ -63,7 +65,8 @@ def probe(
     The closures are called often, each time from the same random state (torch, `random`, numpy's global one).
     Afterwards, also after an error or Ctrl-C, the model is what it was, bit for bit: parameters, buffers, `.grad`,
     modes, random states. The optimizer was not touched. Copies of the trained parameters and of all buffers lie in host
-    memory meanwhile. What closures change elsewhere stays changed. A row takes about as long as ten of its steps.
+    memory meanwhile. What closures change elsewhere stays changed; of frozen parameters a warning says so, where it is
+    noticed. A row takes about as long as ten of its steps.
 
     Raises as `OrthoGrad` and its `step`; TypeError for a retain that does not take n; ValueError for one that returns
     more than n losses.
@@ -80,6 +83,8 @@ def probe(
         >>> [(row.samples, row.rank) for row in probed.rows if row.scope == "global"]
         [(4, 4), (16, 16)]
     """
+    if not isinstance(sizes, Iterable) or isinstance(sizes, str):
+        raise TypeError(f"sizes must be several numbers of retain samples, such as (4, 16); got {_options.kind(sizes)}")
     sizes = sorted({_options.check_integer("sizes, numbers of retain samples, each", n, 1) for n in sizes})
     scopes = list(dict.fromkeys([scopes] if isinstance(scopes, str) else scopes))
     for scope in scopes:

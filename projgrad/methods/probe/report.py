@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .step_length import ROUNDING, UNBOUNDED
+from .step_length import FORGETTING, NOTHING, ROUNDING, UNBOUNDED
 
 # Rules of thumb between what was measured; docs/probe.md says what.
 NO_OVERLAP = 0.98  # preserved norm: the projected gradient is within 11 degrees of the forget gradient
+LITTLE = 0.01  # change of a retain loss by plain ascent for a gain of 1; on digits 0.15 to 0.43
 NOTHING_LEFT = 0.1  # preserved norm: to gain as much for the forget loss, a step has to be ten times as long
 SPILLS = 0.75  # on digits 0.99 and 0.68 with n = 4, where test accuracy falls by 25 points, 0.71 and 0.32 with n = 64
 FEW = 16  # retain samples a step; with 8, test accuracy falls by 10 and 15 points on digits
@@ -28,7 +29,7 @@ class ProbeRow:
         loss, over what a step without projection does to them: 0 leaves them alone too, 1 is no better than plain
         ascent. mean_j |⟨g_j, u_perp⟩| / ‖u_perp‖² over the same with u. None where there are no such samples.
     learning_rate: up to which first-order effects hold; see `probe`. None where there is no such rate: `why` says
-        "no limit found", "rounding" or "nothing left".
+        "no limit found", "rounding" or "nothing left". With a rate, "forgetting fades" where the forget loss limits it.
     step_length: ‖Δθ‖ of the forgetting part there: the rate to use with max_norm=1, which keeps it at most this long.
     forget_change: by how much one step at that rate raises the forget loss (lowers it with ascend=False).
     seconds, plain_seconds: the gradients of a step, and of the same step without projection: medians of this run.
@@ -61,7 +62,8 @@ class Probe:
     plain_change: mean_j |⟨g_j, u⟩| / ‖u‖²: by how much ascent without projection changes a retain loss while it raises
         the forget loss by 1, to first order.
     parameters: numbers that are updated. alpha, tolerance: as given.
-    verdict: "nothing to forget", "nothing to protect", "forget among retain", "too few samples" or "worth it".
+    verdict: "nothing to forget", "nothing to protect", "forget among retain", "too few samples", "not known" or
+        "worth it".
     advice: the same as a sentence. notes: what could not be looked at.
     """
 
@@ -97,7 +99,7 @@ class Probe:
         notes = {
             "kept": "length of the projected over that of the forget gradient",
             "spill": "change of retain samples that are not protected, over that by plain ascent",
-            "lr": f"rate where retain losses change by {share} of what the forget loss gains; alpha={self.alpha:g}",
+            "lr": f"rate where retain losses change by {share} of the first-order gain, or half of that is lost",
             "length": "of the forgetting part of that step: the rate for max_norm=1; forgets: what it gains",
             "time": "of the gradients of a step, and over those without projection; memory: at the peak",
         }
@@ -136,9 +138,12 @@ def _size(value: float) -> str:
     return f"{value / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"
 
 
-def advise(rows: Sequence[ProbeRow], alpha: float, has_gradient: bool) -> tuple[str, str]:
-    """Return the verdict and the sentence that says what to do; it looks at scope="global" where that was probed."""
-    if not has_gradient:
+def advise(rows: Sequence[ProbeRow], alpha: float, plain_change: float | None, count: int | None) -> tuple[str, str]:
+    """Return the verdict and the sentence that says what to do; it looks at scope="global" where that was probed.
+
+    plain_change: None where the forget loss has no gradient. count: of the retain samples that there are, if known.
+    """
+    if plain_change is None:
         return "nothing to forget", (
             "Nothing to forget: the gradient of the forget loss is zero. The samples may be forgotten already, or "
             "their loss does not depend on what is trained."
@@ -151,32 +156,61 @@ def advise(rows: Sequence[ProbeRow], alpha: float, has_gradient: bool) -> tuple[
             f"Nothing to protect: with n = {last.samples} the projection leaves {last.preserved_norm:.3f} of the "
             "forget gradient's length, which is nearly the step without it. Ascent or NegGrad+ do the same for less."
         )
-    usable = [row for row in rows if row.preserved_norm > NOTHING_LEFT and row.why != "nothing left"]
-    if not usable:
+    if plain_change < LITTLE:
+        return "nothing to protect", (
+            f"Nothing to protect at these weights: plain ascent changes a retain loss by {plain_change:.2g} for 1 of "
+            "forgetting, to first order. Retain losses at their minimum have no gradient yet, as a distillation loss "
+            "at its first step: probe again after some steps."
+        )
+    usable = [row for row in rows if row.preserved_norm > NOTHING_LEFT and row.why != NOTHING]
+    lost = next((row for row in rows if row not in usable), None)
+    spills = {row.samples: row.spill for row in usable if row.spill is not None}
+    for row in usable:
+        known = [spill for n, spill in spills.items() if n <= row.samples]  # it falls with n
+        if row.samples >= FEW and known and known[-1] <= SPILLS:
+            return "worth it", f"Worth it: {_setting(row, alpha)}{_lost(lost)}"
+    if lost:
         return "forget among retain", (
-            f"The forget samples lie among the protected ones: at most {max(r.preserved_norm for r in rows):.2g} of "
-            "the forget gradient's length is left. Take fewer retain samples, or others that are less like them."
+            f"The forget samples lie among the protected ones: with n = {lost.samples} {lost.preserved_norm:.2g} of "
+            "the forget gradient's length is left. Take retain samples without them, or others that are less like "
+            "them."
         )
     more = "Take more of them, or a larger alpha."
+    if count is not None:
+        more = f"There are only {count}: take a larger alpha, and test on samples that you hold back."
     if last.samples < FEW:
         return "too few samples", (
-            f"Too few samples: with fewer than {FEW} in a step, unlearning with alpha=0.5 cost 10 points of test "
-            f"accuracy and more where that was measured. {more}"
+            f"Too few samples, by a rule of thumb from digits: with fewer than {FEW} in a step and alpha=0.5, "
+            f"unlearning there cost 10 points of test accuracy and more. {more}"
         )
-    spilled = [row for row in usable if row.spill is not None]
-    if spilled and spilled[-1].spill > SPILLS:
+    n = max(spills, default=0)
+    if n >= FEW:
         return "too few samples", (
-            f"Too few samples: with n = {spilled[-1].samples}, retain samples that are not protected still change "
-            f"{spilled[-1].spill:.2f} times as much as by plain ascent. {more}"
+            f"Too few samples: with n = {n}, retain samples that are not protected still change {spills[n]:.2f} times "
+            f"as much as by plain ascent. {more}"
         )
-    good = (row for row in usable if row.samples >= FEW and (row.spill is None or row.spill <= SPILLS))
-    return "worth it", f"Worth it: {_setting(next(good, usable[-1]), alpha)}."
+    other = "a larger one" if count is None else "a smaller one, from 16 on"
+    return "not known", (
+        f"Not known: no retain samples behind the first {last.samples} were looked at, which would show whether they "
+        f"are protected too. Add {other} to sizes."
+    )
+
+
+def _lost(row: ProbeRow | None) -> str:
+    if row is None:
+        return ""
+    return f" With n = {row.samples} nothing is left to forget with: forget samples may lie among the retain samples."
 
 
 def _setting(row: ProbeRow, alpha: float) -> str:
     setting = f'start with OrthoGrad(alpha={alpha:g}, scope="{row.scope}") and n = {row.samples}'
+    if row.why == ROUNDING:
+        return f"{setting}. No learning rate keeps the promise: rounding alone changes retain losses by more."
     if row.learning_rate is None:
-        return setting
-    return (
-        f"{setting}, at a learning rate up to {row.learning_rate:.2g}, or up to {row.step_length:.2g} with max_norm=1"
-    )
+        return f"{setting}. No learning rate was found to be too large: choose it by what is forgotten."
+    setting += f", at a learning rate up to {row.learning_rate:.2g}, or up to {row.step_length:.2g} with max_norm=1."
+    if row.why == FORGETTING:
+        setting += " Beyond it the forget loss gains less than half of what it gains to first order."
+    if alpha:
+        setting += f" The rate multiplies the retain part too (alpha={alpha:g}), which was left out here: begin lower."
+    return setting

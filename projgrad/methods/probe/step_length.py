@@ -13,6 +13,7 @@ TRIALS = 30
 UNBOUNDED = "no limit found"
 ROUNDING = "rounding"
 NOTHING = "nothing left"
+FORGETTING = "forgetting fades"  # there is a rate, and the forget loss limits it, not the retain losses
 
 
 class Limit(NamedTuple):
@@ -22,28 +23,26 @@ class Limit(NamedTuple):
     why: str = ""
 
 
-def largest_rate(
-    change: Callable[[float], float], slope: float, start: float, tolerance: float, smallest: float, largest: float
-) -> Limit:
-    """Find the rate η at which a change of second order reaches a share of one of first order.
+def largest_rate(used: Callable[[float], float], start: float, smallest: float, largest: float) -> Limit:
+    """Find the rate η at which effects of second order use up what they may be beside those of first order.
 
-    change(η) = tolerance · slope · η
+    used(η) = 1
 
-    A change of exactly second order, ½ η² m, gives η = 2 tolerance · slope / m, in two trials: the ratio of both sides
-    is proportional to η, and every trial is the last one times tolerance / ratio. Further terms take more, with
-    bisection of log η where a trial leaves the bracket. Of several solutions one is found.
+    A quotient of the second order by the first is proportional to η: every trial is the last one over what it used,
+    and the second is right. Further terms take more trials, with bisection of log η where one leaves the bracket. Of
+    several solutions one is found.
 
     Args:
-        change: of a rate, at least 0; NaN and infinity count as too much.
+        used: of a rate; NaN and infinity count as too much.
         start: the first trial. smallest, largest: rates beyond which rounding, or nothing at all, is measured.
     """
     low = high = None
     rate = start
     for _ in range(TRIALS):
-        ratio = change(rate) / (rate * slope)
-        if abs(ratio / tolerance - 1) <= CLOSE:
+        ratio = used(rate)
+        if abs(ratio - 1) <= CLOSE:
             return Limit(rate)
-        if ratio < tolerance:
+        if ratio < 1:
             low = rate
         else:
             high = rate
@@ -53,7 +52,7 @@ def largest_rate(
             return Limit(None, UNBOUNDED)
         if high == rate and rate <= smallest:
             return Limit(None, ROUNDING)
-        factor = tolerance / ratio if ratio else math.inf
+        factor = 1 / ratio if ratio > 0 else math.inf
         if not math.isfinite(ratio):
             factor = 0.1
         following = rate * min(max(factor, 1 / LARGEST_FACTOR), LARGEST_FACTOR)

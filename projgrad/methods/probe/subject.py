@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,10 +25,11 @@ from ..orthograd import OrthoGrad
 from ..protocol import Closure, SteppingOptimizer
 from .cost import peak_bytes, seconds
 from .report import Probe, ProbeRow, advise
-from .step_length import NOTHING, largest_rate
+from .step_length import FORGETTING, NOTHING, largest_rate
 from .unchanged import Unchanged
 
 FIRST_GAIN = 0.1  # the first trial of a learning rate raises the forget loss by this share of the losses
+LEAST_GAIN = 0.5  # of the first-order one, that a step must really gain
 LONGEST = 10.0  # steps more than so many times as long as the weights are not looked at
 
 Tensors = dict[str, Tensor]
@@ -82,7 +84,7 @@ class Subject:
             notes.append(f"the memory is too small for n = {sizes.pop()}")
         self.plain = self.plain._replace(grads={})  # as large as the parameters
         count = len(self.all)
-        if count < sizes[-1]:
+        if few := count < sizes[-1]:
             notes.append(f"retain({sizes[-1]}) returned {count} losses: there are no more")
         sizes = sorted({min(n, count) for n in sizes})
         rows: list[ProbeRow] = []
@@ -95,8 +97,8 @@ class Subject:
                     raise
                 notes.append(f"the memory is too small for n = {n}")
                 break
-        verdict, advice = advise(rows, self.alpha, self.plain.slope > 0)
         change = float(self.plain_products.abs().mean()) / self.plain.slope if self.plain.slope else 0.0
+        verdict, advice = advise(rows, self.alpha, change if self.plain.slope else None, count if few else None)
         numbers = sum(p.numel() for p in self.params.values())
         retain_loss = float(self.all.mean())
         about = (forget_loss, retain_loss, change, numbers, self.alpha, tolerance, verdict, advice)
@@ -193,25 +195,32 @@ class Subject:
         """Return how far a step along a direction may go; see `largest_rate`."""
         forget_before, slope = self._forget_loss(), direction.slope
         size = float(before.abs().mean())
-        noise = 4 * max(self.eps, self.loss_eps) * size
+        noise = 4 * max(self.eps, self.loss_eps) * max(size / tolerance, abs(forget_before) / LEAST_GAIN)
         weights = _squared_norm({name: self.params[name].detach() for name in direction.grads}, {}) ** 0.5
         largest = LONGEST * (weights or 1.0) / direction.length
-        smallest = min(noise / (tolerance * slope), largest)
+        smallest = min(noise / slope, largest)
         first = FIRST_GAIN * (max(abs(forget_before), size) or 1.0) / slope
 
-        def change(rate: float) -> float:
+        def look(rate: float) -> tuple[float, float, float]:
+            """Return what the forget loss gains, and what retain losses and forget loss use of what they may."""
             self._move(direction, rate)
-            return float((self._losses(n) - before).abs().mean())
+            gain = (self._forget_loss() - forget_before) * (1 if self.ascend else -1)
+            changed = float((self._losses(n) - before).abs().mean())
+            return gain, changed / (tolerance * slope * rate), (1 - gain / (slope * rate)) / (1 - LEAST_GAIN)
 
-        limit = largest_rate(change, slope, min(max(first, smallest), largest), tolerance, smallest, largest)
+        def used(rate: float) -> float:
+            found = look(rate)
+            return max(found[1:]) if all(map(math.isfinite, found)) else math.inf
+
+        limit = largest_rate(used, min(max(first, smallest), largest), smallest, largest)
         found = {"why": limit.why}
         if limit.rate is not None:
-            self._move(direction, limit.rate)
-            gain = self._forget_loss() - forget_before
-            found |= {
+            gain, of_retain, of_forget = look(limit.rate)
+            found = {
                 "learning_rate": limit.rate / (1 - self.alpha),
                 "step_length": limit.rate * direction.length,
-                "forget_change": gain if self.ascend else -gain,
+                "forget_change": gain,
+                "why": FORGETTING if of_forget > of_retain else "",
             }
         self._move()
         return found
@@ -231,15 +240,23 @@ class Subject:
     # The closures, always from the same random state.
 
     def forget(self) -> Tensor:
-        self.unchanged.states.put_back()
-        return self._forget()
+        return self._call("forget", self._forget)
 
     def retain(self, n: int) -> Tensor:
-        self.unchanged.states.put_back()
-        losses = self._retain(n)
+        losses = self._call("retain", self._retain, n)
         if isinstance(losses, Tensor) and losses.ndim == 1:
             _check_number(losses, n, n)
         return losses
+
+    def _call(self, name: str, closure: Callable[..., Tensor], *args: int) -> Tensor:
+        self.unchanged.states.put_back()
+        try:
+            return closure(*args)
+        except StopIteration as error:
+            raise RuntimeError(
+                f"{name} raised StopIteration: it is called often, and must look at the same samples each time; "
+                "take one batch out of the loader before, x, y = next(iter(loader))"
+            ) from error
 
     def _forget_loss(self) -> float:
         with torch.enable_grad():
@@ -252,9 +269,8 @@ class Subject:
 
     def _all_losses(self, n: int) -> Tensor:
         """Return the losses of as many retain samples as there are, up to n."""
-        self.unchanged.states.put_back()
         with torch.enable_grad():
-            losses = self._retain(n)
+            losses = self._call("retain", self._retain, n)
         check_losses(losses)
         _check_number(losses, n, 1)
         self.loss_eps = torch.finfo(losses.dtype).eps
