@@ -1,4 +1,4 @@
-"""The options of `projgrad bench`, and its help, with the standard library alone: it answers before torch is imported."""
+"""The options of `projgrad bench` and its help, made with the standard library alone, before torch is imported."""
 
 import argparse
 import os
