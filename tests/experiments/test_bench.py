@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from projgrad.experiments.benchmark import changes, command, ops, report, step_worker, steps, store
+from projgrad.experiments.benchmark import changes, command, ops, options, report, step_worker, steps, store
 from projgrad.experiments.benchmark.contenders import Contender, loop
 from projgrad.experiments.benchmark.report import read_csv
 from projgrad.experiments.benchmark.show import WIDTH, Progress
@@ -23,7 +23,7 @@ from projgrad.projectors import qr
 
 pytestmark = pytest.mark.same_without_extension
 EXAMPLE = f"{Path(__file__).parents[2] / 'examples' / 'bench_own_model.py'}:make"
-HERE = f"{__file__}:"
+HERE, ROOT = f"{__file__}:", Path(__file__).parents[2]
 DRAW = report.draw
 FEW = ("--rounds", "2", "--seconds", "0.001")
 
@@ -105,7 +105,8 @@ def test_what_is_there_is_not_measured_again(bench):
     bench(*only)
     count = InProcess.started
     status, printed, _ = bench(*only)
-    assert status == 0 and InProcess.started == count and "(kept)" in printed
+    assert status == 0 and InProcess.started == count
+    assert 0 < printed.find("(kept)") < printed.index("contender ")
     bench(*only, "--threads", str(torch.get_num_threads() + 1))  # other circumstances
     assert InProcess.started == 2 * count
     bench(*only, "--again")
@@ -169,7 +170,7 @@ def test_a_wrong_result_is_printed_and_not_timed(bench, monkeypatch):
     status, printed, _ = bench(f"{HERE}duplicates", *FEW, *chosen)
     rows = {row["contender"]: row for row in read_csv(bench.out / "steps.csv")}
     assert rows["off"]["note"].startswith("wrong by ") and not rows["off"]["ms"]
-    assert rows["off"]["note"].split(";")[0] in printed
+    assert f"off: {rows['off']['note'].split(';')[0]}" in printed
     assert rows["projgrad global"]["ms"] and float(rows["projgrad global"]["error"]) < 1e-5
     assert not rows["loop + Gram"]["ms"], "a singular system has no answer"
     assert "retain has no parameter `part`" in rows["loop + Gram"]["note"] or rows["loop + Gram"]["note"]
@@ -179,8 +180,10 @@ def test_a_wrong_result_is_printed_and_not_timed(bench, monkeypatch):
 def test_a_wrong_result_of_projgrad_is_an_error(bench, monkeypatch):
     wrong = {"projgrad global": Contender(loop(lambda u, G: u), "global")}
     monkeypatch.setattr(step_worker, "STEPS", step_worker.STEPS | wrong)
-    status, _, _ = bench(EXAMPLE, *FEW, "--contenders", "projgrad global")
-    assert status == 1
+    status, printed, errors = bench(EXAMPLE, *FEW, "--contenders", "projgrad global")
+    (row,) = (row for row in read_csv(bench.out / "steps.csv") if row["contender"] == "projgrad global")
+    assert status == 1 and row["note"].startswith("wrong by ") and not row["ms"]
+    assert f"projgrad global: {row['note']}" in printed and f"projgrad global: {row['note']}" in errors
 
 
 def dropout():
@@ -191,7 +194,7 @@ def dropout():
 
 def test_random_losses_are_not_checked_and_say_so(bench):
     status, printed, _ = bench(f"{HERE}dropout", *FEW, "--contenders", "projgrad global")
-    assert status == 0 and "unchecked: the losses change with the random numbers" in printed
+    assert status == 0 and "the losses differ from call to call" in " ".join(printed.split())
 
 
 def test_k_alone(bench):
@@ -323,6 +326,29 @@ def no_part():
     return own(model, retain=lambda part=None: model(x).sum(1))
 
 
+def nan(at=0):
+    model, x = nn.Linear(3, 4), torch.randn(4, 3)
+    x[at] = float("nan")
+    return own(model, retain=lambda part=slice(None): model(x[part]).sum(1))
+
+
+def batch_norm():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.randn(4, 3)
+    return own(model, retain=lambda part=slice(None): model(x[part]).sum(1))
+
+
+def frozen():
+    return own(nn.Linear(3, 4).requires_grad_(False))
+
+
+def needs(k, n=4):
+    return own()
+
+
+def leaves():
+    sys.exit(0)
+
+
 @pytest.mark.parametrize(
     "arguments, told",
     [
@@ -342,6 +368,11 @@ def no_part():
         ([f"{HERE}no_part"], "is not what retain()[3:] is"),
         ([f"{HERE}own", "--n", "4"], "has no parameter n"),
         ([f"{HERE}own", "--dtype", "float64"], "is in float32, but --dtype is float64"),
+        ([f"{HERE}nan"], "returns NaN or infinite losses: 1 of 4"),
+        ([f"{HERE}batch_norm"], "batch norm in training mode makes a loss depend on the other samples"),
+        ([f"{HERE}frozen"], "no parameter of the model of"),
+        ([f"{HERE}needs"], "needs cannot be called: missing a required argument: 'k'"),
+        ([f"{HERE}leaves"], "leaves ended its process: sys.exit(0)"),
         (["mlp", "--n", "1"], "at least 2"),
         (["perceptron"], "nothing named perceptron"),
         (["mlp", "--contenders", "me"], "no contender named me"),
@@ -358,7 +389,49 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments, told, bench):
 def test_out_that_is_a_file_is_named(bench):
     bench.out.write_text("")
     status, _, errors = bench("mlp")
-    assert status == 2 and "out is a file" in errors
+    assert status == 2 and "out is not a folder" in errors and InProcess.started == 0
+
+
+def test_threads_beyond_the_machine_are_refused(bench, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench("mlp", "--threads", "100000")
+    assert "must be at most" in capsys.readouterr().err and InProcess.started == 0
+
+
+def draws():
+    """Another batch at each call, without random numbers."""
+    model, x, k = nn.Linear(3, 4), torch.randn(64, 3), [0]
+
+    def retain():
+        k[0] += 1
+        return model(x[k[0] : k[0] + 4]).sum(1)
+
+    return own(model, retain=retain)
+
+
+def test_a_closure_that_draws_its_batch_is_not_called_dropout_alone(bench):
+    status, printed, errors = bench(f"{HERE}draws", *FEW, "--contenders", "plain")
+    printed = " ".join(printed.split())
+    assert status == 0 and "or a closure that draws its batch" in printed
+    assert "error" not in printed, "no row has one"
+    lines = errors.splitlines()
+    assert len(lines) == 2 and lines[0].endswith("plain: result and memory") and lines[1].endswith("plain: 2 times")
+
+
+def test_the_help_names_the_contenders_and_exit_codes():
+    for name in {**step_worker.STEPS, **step_worker.GRAMS}:
+        assert name in options.EPILOG
+    assert "exit codes:" in options.EPILOG
+
+
+def test_a_worker_whose_parent_has_gone_ends_silently():
+    code = "import sys; from projgrad.experiments.benchmark.worker import serve; sys.stdin.readline()\n"
+    code += "serve(lambda _: {'ms': 1}, ['a', 'b'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=-1, cwd=ROOT) as process:
+        process.stdout.close()
+        process.stdin.write(b"go\n")
+        process.stdin.close()
+        assert process.stderr.read() == b"" and process.wait() == 1
 
 
 def test_a_damaged_file_is_set_aside(bench):
@@ -437,6 +510,8 @@ def test_progress_is_for_terminals():
         assert ("[##########..........] 2/4 mlp" in stream.text) == watched
         progress.clear()
     assert stream.text == ""
+    progress.show("mlp: plain", finished=True)
+    assert stream.text == "mlp: plain\n"
 
 
 def test_a_process_of_its_own_survives_what_the_function_prints(tmp_path, monkeypatch):

@@ -191,3 +191,16 @@ def test_without_transformers_the_package_is_named(monkeypatch, config, capsys):
     with pytest.raises(SystemExit):
         cli.main(["plan", str(config), "--n", "2"])
     assert "needs transformers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{}", "[]"])
+def test_a_configuration_without_a_type_is_named(content, tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(Unknown, match="it has no model_type"):
+        subject_of(str(tmp_path / "config.json"), 8)
+
+
+def test_a_function_that_needs_arguments_is_named():
+    with pytest.raises(Unknown, match="json:loads is called without arguments, but: missing a required argument: 's'"):
+        subject_of("json:loads", 8)

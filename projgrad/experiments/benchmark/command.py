@@ -11,72 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .options import LETTERS, MODELS, OPS
+from .options import add as add  # part of the command
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .ops import OpCase
     from .steps import Task
     from .store import Store
-
-MODELS = ("mlp", "conv", "decoder", "encoder")  # of `subjects`, which imports torch
-OPS = ("project_out", "gram_solve", "feasible", "linear_gram", "linear_dot", "linear_combine", "linear_moments")
-OPS += ("basis_project", "gram", "subtract")
-LETTERS = {"t": "positions", "i": "inputs of a layer", "o": "its outputs", "p": "parameters", "k": "basis vectors"}
-EPILOG = """\
-examples:
-  projgrad bench                          the built-in models, every contender
-  projgrad bench mine:make --threads 4    your model and batch: make() returns (model, forget, retain)
-                                          or these and an optimizer; closures as for OrthoGrad.step
-  projgrad bench mlp --n 8 32 128         one model, by the number of retain samples
-  projgrad bench ops --op linear_gram --n 8 64 --t 128
-  projgrad bench mlp --compare out/before/steps.csv
-
-Results go to steps.csv, steps.json and steps.svg (ops.* of ops) in the folder --out. What is there
-already, measured on the same machine and versions, is not measured again. The JSON file is one that
-`pytest-benchmark compare` reads. Exit code 1: a result of projgrad is wrong or missing.
-"""
-
-
-def add(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `projgrad bench` to a parser."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
-    listed = f"ops, {', '.join(MODELS)}, module:function or file.py:function [{' '.join(MODELS)}]"
-    parser.add_argument("what", nargs="*", metavar="WHAT", help=listed)
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="your own model is there [%(default)s]"
-    )
-    dtypes = ("float32", "bfloat16", "float16", "float64")
-    about = f"some of {', '.join(dtypes)} [float32; of your own model: what it has]"
-    parser.add_argument("--dtype", nargs="+", choices=dtypes, metavar="TYPE", help=about)
-    own = "retain samples [64 or 32; of your own model what it says, else it gets n]"
-    parser.add_argument("--n", nargs="+", type=_positive, metavar="N", help=own)
-    for letter, name in LETTERS.items():
-        parser.add_argument(f"--{letter}", nargs="+", type=_positive, metavar="N", help=f"of ops: {name}")
-    parser.add_argument("--op", nargs="+", choices=OPS, metavar="NAME", help=f"of ops: some of {', '.join(OPS)} [all]")
-    parser.add_argument("--gram", action="store_true", help="K of the retain batch alone instead of the whole step")
-    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="some of those that a first run shows [all]")
-    parser.add_argument("--threads", type=_positive, help="of the CPU [what torch would take]")
-    parser.add_argument("--rounds", type=_positive, default=15, help="times of every contender, at most [%(default)s]")
-    parser.add_argument("--seconds", type=_seconds, default=5.0, help="about, of every contender [%(default)s]")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for results [%(default)s]")
-    parser.add_argument("--again", action="store_true", help="measure what is there already once more")
-    parser.add_argument("--compare", type=Path, metavar="CSV", help="an older steps.csv or ops.csv: what has changed?")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"must be positive and finite; got {text}")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -118,19 +61,19 @@ def _work(
     old: list[dict] | None,
     stack: contextlib.ExitStack,
 ) -> int:
-    from .show import LEGEND, Progress, op_table, step_table, wrapped
+    from .show import Progress, legend, op_table, step_table, wrapped
 
     stores: dict[str, Store] = {}
     work = list(_plan(args, names, about, stores, stack))
     if not args.json:
         print(wrapped(", ".join(f"{key} {value}" if key != "device" else value for key, value in about.items())))
-    progress, failed, shown, seen = Progress(len(work)), False, {}, set()
+    progress, failed, shown, seen = Progress(len(work)), False, {}, {}
     for title, kind, is_done, measure in work:
         progress.show(title)
         rows = is_done()
         fresh = rows is None
         if rows is None:
-            rows = measure(lambda text, title=title: progress.show(f"{title}: {text}"))
+            rows = measure(lambda text, finished=False, title=title: progress.show(f"{title}: {text}", finished))
             stores[kind].add(rows)
             rows = stores[kind].held(rows)
         progress.done += 1
@@ -143,13 +86,15 @@ def _work(
         for row in rows:
             tables.setdefault((row.get("op"), row.get("size")), []).append(row)
         for table in tables.values():
-            print("\n" + (step_table(table) if kind == "steps" else op_table(table)) + ("" if fresh else "  (kept)"))
-        seen.update(row.get("what", "op") for row in rows)
+            mark = "" if fresh else "  (kept)"
+            print("\n" + (step_table if kind == "steps" else op_table)(table, mark), flush=True)
+        for row in rows:
+            seen.setdefault(row.get("what", "op"), []).append(row)
     if args.json:
         print(json.dumps([{k: v for k, v in row.items() if k != "times"} for rows in shown.values() for row in rows]))
         return int(failed)
     for name in sorted(seen):
-        print("\n" + wrapped(LEGEND[name]))
+        print("\n" + wrapped(legend(name, seen[name])))
     for store in stores.values():
         if store.rows:
             print(_files(store, about))
@@ -170,6 +115,7 @@ def _check(args: argparse.Namespace, names: list[str]) -> None:
     """Refuse what no case can be made of."""
     import torch
 
+    from ..cli.problems import Unusable, check_folder
     from .step_worker import contenders
     from .subjects import Refused
 
@@ -183,11 +129,13 @@ def _check(args: argparse.Namespace, names: list[str]) -> None:
         raise Refused(f"no contender named {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if args.n and min(args.n) < 2 and names != ["ops"]:
         raise Refused("--n must be at least 2: with one retain sample there is nothing to compare")
-    if args.out.exists() and not args.out.is_dir():
-        raise Refused(f"--out {args.out} is a file; give a folder")
     letters = [f"--{letter}" for letter in LETTERS if getattr(args, letter)] + ["--op"] * bool(args.op)
     if letters and "ops" not in names:
         raise Refused(f"{', '.join(letters)}: of ops alone; projgrad bench ops {' '.join(letters)} ...")
+    try:
+        check_folder(args.out)
+    except Unusable as error:
+        raise Refused(str(error)) from error
 
 
 Item = tuple  # title, kind, function that returns finished rows or None, function that measures
@@ -222,7 +170,12 @@ def _ops(args: argparse.Namespace, store: Store, stack: contextlib.ExitStack) ->
     sizes = {letter: getattr(args, letter) or [] for letter in ("n", *LETTERS)}
 
     def measure(case: OpCase) -> Callable:
-        return lambda _: measure_op(case, team, args.rounds, args.seconds)
+        def one(tick: Callable[..., None]) -> list[dict]:
+            rows = measure_op(case, team, args.rounds, args.seconds)
+            tick("finished", True)
+            return rows
+
+        return one
 
     for case in cases(args.op or OPS, sizes, args.dtype or ["float32"], device):
 
@@ -261,7 +214,7 @@ def _steps(args: argparse.Namespace, name: str, store: Store) -> Iterator[Item]:
             names = {row["contender"] for row in rows if not _could_run(row, known)}
             return rows if names == set(wanted) and not args.again else None
 
-        def measure(tick: Callable[[str], None], task: Task = task) -> list[dict]:
+        def measure(tick: Callable[..., None], task: Task = task) -> list[dict]:
             return steps.measure_steps(task, wanted, args.rounds, args.seconds, tick, steps.start_worker)
 
         title = " ".join(str(part) for part in (name, task.n and f"n = {task.n}", task.dtype) if part)

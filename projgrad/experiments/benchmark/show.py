@@ -18,14 +18,17 @@ LEGEND = {
 
 
 class Progress:
-    """A bar on a terminal; nothing elsewhere."""
+    """A bar on a terminal; elsewhere a line for what is finished."""
 
     def __init__(self, count: int, stream: TextIO | None = None) -> None:
         self.count, self.done, self.stream = count, 0, stream or sys.stderr
         self.watched, self.width = self.stream.isatty(), 0
 
-    def show(self, text: str) -> None:
+    def show(self, text: str, finished: bool = False) -> None:
         if not self.watched:
+            if finished:
+                self.stream.write(text + "\n")
+                self.stream.flush()
             return
         filled = BAR * self.done // max(self.count, 1)
         line = f"[{'#' * filled}{'.' * (BAR - filled)}] {self.done}/{self.count} {text}"[: WIDTH - 1]
@@ -57,8 +60,8 @@ def error(row: dict) -> str:
     return "" if value is None else f"{value:.0e}"
 
 
-def step_table(rows: Sequence[dict]) -> str:
-    """Return the table of one case of whole steps."""
+def step_table(rows: Sequence[dict], mark: str = "") -> str:
+    """Return the table of one case of whole steps; mark: behind its title."""
     first = rows[0]
     what = "Step" if first["what"] == "step" else "K alone"
     title = (
@@ -78,10 +81,10 @@ def step_table(rows: Sequence[dict]) -> str:
         )
         for row in measured
     ]
-    return _table(title, heads, lines, [(row["contender"], row["note"]) for row in rows])
+    return _table(title + mark, heads, lines, [(row["contender"], row["note"]) for row in rows])
 
 
-def op_table(rows: Sequence[dict]) -> str:
+def op_table(rows: Sequence[dict], mark: str = "") -> str:
     """Return the table of one op at one size."""
     title = f"{rows[0]['op']} {rows[0]['size']}, {rows[0]['dtype']}"
     heads = ("contender", "ms", "20 - 80 %", "x ours", "% floor", "MB", "error")
@@ -90,7 +93,13 @@ def op_table(rows: Sequence[dict]) -> str:
         (row["contender"], number(row.get("ms")), span(row), *(number(row.get(name)) for name in names), error(row))
         for row in rows
     ]
-    return _table(title, heads, lines, [(row["contender"], row.get("note")) for row in rows])
+    return _table(title + mark, heads, lines, [(row["contender"], row.get("note")) for row in rows])
+
+
+def legend(name: str, rows: Iterable[dict]) -> str:
+    """Return what the heads of a table mean; of "error" only where a row has one."""
+    text = LEGEND[name]
+    return text if any(error(row) for row in rows) else text.partition(" error:")[0]
 
 
 def wrapped(text: str, indent: str = "") -> str:
@@ -101,6 +110,9 @@ def _table(
     title: str, heads: Sequence[str], lines: Iterable[Sequence[str]], notes: Iterable[tuple[str, str | None]]
 ) -> str:
     lines = [tuple(heads), *lines]
+    if not any(line[-1] for line in lines[1:]):  # no errors
+        lines = [line[:-1] for line in lines]
+    heads = lines[0]
     widths = [max(len(line[k]) for line in lines) for k in range(len(heads))]
     widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(heads))
     text = [wrapped(title)]

@@ -25,6 +25,10 @@ from .subjects import BUILT_IN, DTYPES, built_in, changes, dtype_of, is_own, own
 from .truth import COPIES, LIMITS, cosine_left, difference, holds, write_truth
 from .worker import complain, serve
 
+DIFFER = (
+    "the losses differ from call to call: random numbers (dropout: model.eval()), or a closure that draws its batch"
+)
+
 
 class Task(NamedTuple):
     """What a process does.
@@ -152,7 +156,7 @@ def describe(task: Task) -> dict:
     except (TypeError, ValueError) as error:
         about["no_metric"] = str(error).splitlines()[0]
     if changes(job):
-        return about | {"unchecked": "the losses change with the random numbers (dropout? model.eval() prevents it)"}
+        return about | {"unchecked": DIFFER}
     if free is not None and free < COPIES * G:
         return about | {"unchecked": f"the truth takes about {COPIES * G / 2**30:.0f} GiB"}
     return about | {"precision": write_truth(job, Path(task.file)), "unchecked": ""}

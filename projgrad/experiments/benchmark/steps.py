@@ -40,13 +40,13 @@ def measure_steps(
     wanted: Mapping[str, Contender],
     rounds: int,
     seconds: float,
-    tick: Callable[[str], None],
+    tick: Callable[..., None],
     start: Callable[[Task], Worker],
 ) -> list[dict]:
     """Return a row for every contender of a case.
 
     rounds: at most, of every contender. seconds: about what each may take, but for three rounds. tick: hears what is
-    done now. start: makes the process of a task.
+    done now, and with True behind it what is finished. start: makes the process of a task.
     Raises Refused where the model cannot be measured.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -84,6 +84,7 @@ def measure_steps(
                     found = process.ask()
             except Failed as error:
                 row["note"] = str(error)
+                tick(f"{name}: {error}", True)
                 continue
             totals[name] = 1e6 * found.pop("total_mb")
             row |= found | {"error": found.pop("difference", None)}
@@ -91,6 +92,8 @@ def measure_steps(
                 row["note"] = f"unchecked: {about['unchecked']}"
             elif contender.holds and not about["slices"]:
                 row["note"] = _also(row["note"], "n backward passes of the whole batch: retain has no parameter `part`")
+            wrong = row["note"].startswith("wrong")
+            tick(f"{name}: {row['note'] if wrong else 'result and memory'}", True)
         times = {name: [] for name in totals if not rows[name]["note"].startswith("wrong")}
         for group in groups({name: totals[name] for name in times}, about["free"]):
             _interleave(task, {name: times[name] for name in group}, rows, rounds, seconds, tick, start)
@@ -120,7 +123,7 @@ def _interleave(
     rows: Mapping[str, dict],
     rounds: int,
     seconds: float,
-    tick: Callable[[str], None],
+    tick: Callable[..., None],
     start: Callable[[Task], Worker],
 ) -> None:
     """Time one step of every contender in turn, after two for warming up; the slow ones take part in fewer rounds."""
@@ -136,11 +139,14 @@ def _interleave(
                     ms = workers[name].ask()["ms"]
                 except Failed as error:
                     rows[name]["note"] = str(error)
+                    tick(f"{name}: {error}", True)
                     del workers[name]
                     continue
                 if i >= 0:
                     times[name].append(ms)
                 counts[name] = max(min(FEWEST, rounds), min(rounds, int(1e3 * seconds / max(ms, 1e-6))))
+                if i + 1 >= counts[name]:
+                    tick(f"{name}: {len(times[name])} times", True)
 
 
 def _finish(rows: Mapping[str, dict], times: Mapping[str, list[float]]) -> None:

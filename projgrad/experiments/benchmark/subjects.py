@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import itertools
 import sys
 import traceback
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..._torch_private import BatchNorm
 from ...methods.common import trainable_parameters
 from . import models
 from .contenders import has_parameter, takes_slices
@@ -102,9 +104,13 @@ def own(name: str, n: int | None, dtype: str | None, device: str | None) -> OwnJ
     takes_n = has_parameter(function, "n")
     if n is not None and not takes_n:
         raise Refused(f"--n is given, but {name} has no parameter n")
+    given = {} if n is None else {"n": n}
+    _check_arguments(name, function, given)
     torch.manual_seed(0)
     try:
-        result = function(n=n) if n is not None else function()
+        result = function(**given)
+    except SystemExit as error:
+        raise Refused(f"{name} ended its process: sys.exit({error.code!r})") from error
     except Exception as error:
         raise Refused(f"{name} raised {described(error)}") from error
     if not isinstance(result, tuple) or len(result) not in (3, 4):
@@ -117,6 +123,8 @@ def own(name: str, n: int | None, dtype: str | None, device: str | None) -> OwnJ
         if not callable(closure) or isinstance(closure, nn.Module):
             hint = ": lists of closures, micro-batches, are not measured" if isinstance(closure, (list, tuple)) else ""
             raise Refused(f"{what} of {name} must be a function without arguments; got {type(closure).__name__}{hint}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise Refused(f"no parameter of the model of {name} requires a gradient: there is nothing to train")
     if not rest:
         rest = [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], models.LEARNING_RATE)]
     try:
@@ -142,6 +150,15 @@ def own(name: str, n: int | None, dtype: str | None, device: str | None) -> OwnJ
     job = OwnJob(model, forget, retain, rest[0], len(losses))
     _check_slices(name, job, losses)
     return job
+
+
+def _check_arguments(name: str, function: Callable[..., object], given: dict[str, int]) -> None:
+    try:
+        inspect.signature(function).bind(**given)
+    except TypeError as error:
+        raise Refused(f"{name} cannot be called: {error}; it is given n alone, and that with --n") from error
+    except ValueError:  # what is written in C tells nothing
+        pass
 
 
 def _function(name: str) -> Callable[..., object]:
@@ -197,6 +214,8 @@ def _called(name: str, what: str, closure: Callable[..., Tensor]) -> Tensor:
         raise Refused(f"{what} of {name} must return a tensor; got {type(losses).__name__}")
     if not losses.requires_grad:
         raise Refused(f"what {what} of {name} returns has no gradient: it must run the model, outside torch.no_grad()")
+    if bad := int((~losses.detach().isfinite()).sum()):
+        raise Refused(f"{what} of {name} returns NaN or infinite losses: {bad} of {losses.numel()}")
     return losses.detach()
 
 
@@ -207,14 +226,22 @@ def _check_slices(name: str, job: OwnJob, losses: Tensor) -> None:
     try:
         last = job.retain(part=slice(job.n - 1, job.n)).detach()
     except Exception as error:
-        raise Refused(f"retain(part=slice({job.n - 1}, {job.n})) of {name} raised {described(error)}") from error
+        why = _others_matter(job.model) or f"raised {described(error)}"
+        raise Refused(f"retain(part=slice({job.n - 1}, {job.n})) of {name} {why}") from error
     tolerance = 16 * torch.finfo(losses.dtype).eps ** 0.5
     if last.shape != (1,) or not torch.allclose(last, losses[-1:], rtol=tolerance, atol=tolerance):
-        raise Refused(f"retain(part=slice({job.n - 1}, {job.n})) of {name} is not what retain()[{job.n - 1}:] is")
+        why = _others_matter(job.model) or f"is not what retain()[{job.n - 1}:] is"
+        raise Refused(f"retain(part=slice({job.n - 1}, {job.n})) of {name} {why}")
+
+
+def _others_matter(model: nn.Module) -> str:
+    if not any(isinstance(m, BatchNorm) and (m.training or m.running_mean is None) for m in model.modules()):
+        return ""
+    return "cannot be compared: batch norm in training mode makes a loss depend on the other samples; use model.eval()"
 
 
 def changes(job: object) -> bool:
-    """Return whether the losses differ with the random numbers, as with dropout."""
+    """Return whether the losses differ from call to call: with the random numbers, or with another batch."""
     found = []
     for seed in (0, 1):
         torch.manual_seed(seed)

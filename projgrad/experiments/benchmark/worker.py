@@ -54,7 +54,8 @@ class Worker:
             line = self.process.stdout.readline()
         if not line:
             status = self.process.wait()
-            raise Failed("out of memory" if status == -9 else f"ended with status {status}")
+            ended = f"ended by signal {-status}" if status < 0 else f"ended by itself with status {status} (sys.exit?)"
+            raise Failed("out of memory" if status == -9 else ended)
         reply = json.loads(line)
         if "error" in reply:
             raise Failed(reply["error"])
@@ -64,10 +65,17 @@ class Worker:
 def serve(answer: Callable[[str], dict], lines: Iterable[str] = sys.stdin, out: TextIO | None = None) -> None:
     """Answer every question, on the worker's side."""
     for line in lines:
-        print(json.dumps(answer(line.strip())), flush=True, file=out)
+        _tell(answer(line.strip()), out)
 
 
 def complain(error: Exception, out: TextIO | None = None) -> None:
     """Tell the asking process why there is no answer."""
     text = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
-    print(json.dumps({"error": text.splitlines()[0]}), flush=True, file=out)
+    _tell({"error": text.splitlines()[0]}, out)
+
+
+def _tell(reply: dict, out: TextIO | None) -> None:
+    try:
+        print(json.dumps(reply), flush=True, file=out)
+    except BrokenPipeError:  # whoever asked has gone; Python would complain once more at its end
+        os._exit(1)

@@ -1,4 +1,4 @@
-"""Command line: projgrad demo | compare | plan | doctor. `arguments.py` has the help of each."""
+"""Command line: projgrad demo | compare | plan | bench | doctor. `arguments.py` has the help of each."""
 
 from __future__ import annotations
 

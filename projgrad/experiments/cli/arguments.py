@@ -34,7 +34,8 @@ EXAMPLES = {
   projgrad doctor                            what is installed, what computes each op, and is it right?
   projgrad demo                              forget mislabelled digits: a table, pictures and a report
   projgrad compare --list                    real problems, and what they need
-  projgrad plan gpt2 --n 16 --device cuda    memory and work of a step, before a GPU is rented""",
+  projgrad plan gpt2 --n 16 --device cuda    memory and work of a step, before a GPU is rented
+  projgrad bench mlp --n 8 32                time and memory of a step here, against other ways""",
     "demo": """
   projgrad demo                              digits, into out/demo-digits
   projgrad demo --data faces --seeds 1       one person of 40, quickly

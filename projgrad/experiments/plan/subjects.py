@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +119,9 @@ def _configuration(config: str):
     path = Path(config)
     if path.exists():
         try:
+            content = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+            if not isinstance(content, dict) or "model_type" not in content:
+                raise ValueError("it has no model_type, such as llama")
             return transformers.AutoConfig.from_pretrained(path.parent if path.name == "config.json" else path)
         except Exception as error:  # of transformers, of huggingface_hub, of json
             lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -148,6 +153,7 @@ def _from_function(config: str, lora: int) -> Subject:
         raise Unknown(f"{config}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove("")
+    _check_arguments(config, function)
     made: list[Callable[[int], Losses]] = []
 
     def make() -> nn.Module:
@@ -158,6 +164,17 @@ def _from_function(config: str, lora: int) -> Subject:
         return _adapted(result[0], lora)
 
     return Subject(config, make, lambda model, n: made[-1](n))
+
+
+def _check_arguments(config: str, function: Callable[..., object]) -> None:
+    if not callable(function):
+        raise Unknown(f"{config} is no function; got {type(function).__name__}")
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise Unknown(f"{config} is called without arguments, but: {error}") from error
+    except ValueError:  # what is written in C tells nothing
+        pass
 
 
 def _adapted(model: nn.Module, rank: int) -> nn.Module:
