@@ -65,11 +65,11 @@ class Closures:
             raise RuntimeError("a step needs gradients: call it outside torch.inference_mode()")
         check_alone(model, self.params, optimizer, spread)
         self.changed: dict[str, dict[str, Tensor]] = {}
-        self._inside, self._modes = False, 0
+        self._inside, self._modes, self._torch_modes = False, 0, _torch_modes()
         self._collect: weakref.finalize | None = None
 
     def __enter__(self) -> Closures:
-        self._modes = len(function_modes())
+        self._modes, self._torch_modes = len(function_modes()), _torch_modes()
         if not gc.isenabled() or len(self._given) > 2:  # with micro-batches a step may last for minutes
             return self
         self._collect = weakref.finalize(self, gc.enable)  # should Ctrl-C keep `__exit__` from it
@@ -105,6 +105,12 @@ class Closures:
         _running[:] = [entry for entry in _running if entry[0] is not self]
         while len(modes := function_modes()) > self._modes and isinstance(modes[-1], Interception):
             modes[-1].__exit__(None, None, None)
+        grad, autocast, nesting = self._torch_modes
+        torch.set_grad_enabled(grad)
+        for device, enabled in autocast.items():
+            torch.set_autocast_enabled(device, enabled)
+        for _ in range(_torch_modes()[2] - nesting):
+            torch.autocast_decrement_nesting()
 
     @contextmanager
     def watch(self, closure: str) -> Iterator[None]:
@@ -221,6 +227,13 @@ class Closures:
                 f"{name}() returned losses of a forward pass that was made before it was called: that pass has to "
                 f"be made inside the {name} closure, anew in every step"
             )
+
+
+def _torch_modes() -> tuple[bool, dict[str, bool], int]:
+    """Return whether gradients are enabled, whether autocast is, by device, and how deep its contexts are nested."""
+    torch.autocast_increment_nesting()
+    nesting = torch.autocast_decrement_nesting()
+    return torch.is_grad_enabled(), {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}, nesting
 
 
 def _last_operation() -> int:

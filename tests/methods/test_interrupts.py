@@ -135,6 +135,7 @@ def test_an_interrupt_at_any_line(name):
                 pass
         assert hooks_of(subject.model, subject.optimizer)[1] == before.hooks[1], interrupt.where
         assert modes() == before.modes, interrupt.where
+        assert torch._C._is_torch_function_enabled(), interrupt.where
         if before.same_parameters() and before.same_state():
             continue
         subject.step()  # works
