@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 
@@ -50,6 +50,26 @@ def storage_id(t: Tensor) -> int:
 def has_gradient_hooks(t: Tensor) -> bool:
     """Return whether hooks see or change the gradient of a leaf."""
     return bool(t._backward_hooks or t._post_accumulate_grad_hooks)
+
+
+def drop_gradient_hooks(t: Tensor, hooks: Collection[Callable]) -> None:
+    """Remove some hooks from a leaf, also where nobody holds their handle."""
+    for held in (t._backward_hooks, t._post_accumulate_grad_hooks):
+        for key in [key for key, hook in (held or {}).items() if hook in hooks]:
+            del held[key]
+
+
+def drop_step_hooks(optimizer: torch.optim.Optimizer, hooks: Collection[Callable]) -> None:
+    """Remove some hooks of the steps of an optimizer, also where nobody holds their handle."""
+    for kind in ("pre", "post"):  # an optimizer that is not torch's may have others
+        held = getattr(optimizer, f"_optimizer_step_{kind}_hooks", {})
+        for key in [key for key, hook in held.items() if hook in hooks]:
+            del held[key]
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """Return the function modes of this thread that are active, the innermost last."""
+    return _get_current_function_mode_stack()
 
 
 def foreach_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -12,8 +13,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from .._options import kind
-from .._torch_private import sequence_number, version
+from .._torch_private import function_modes, sequence_number, version
 from ..recording.graph import nodes_of
+from ..recording.interception import Interception
 from .common import check_alone, check_replicas, clear_grads, distributed, held_parameters, trainable_parameters
 from .protocol import Closure, SteppingOptimizer
 
@@ -63,20 +65,30 @@ class Closures:
             raise RuntimeError("a step needs gradients: call it outside torch.inference_mode()")
         check_alone(model, self.params, optimizer, spread)
         self.changed: dict[str, dict[str, Tensor]] = {}
-        self._inside = self._collects = False
+        self._inside, self._modes, self._torch_modes = False, 0, _torch_modes()
+        self._collect: weakref.finalize | None = None
 
     def __enter__(self) -> Closures:
-        self._collects = gc.isenabled()
-        if len(self._given) <= 2:  # with micro-batches a step may last for minutes
+        self._modes, self._torch_modes = len(function_modes()), _torch_modes()
+        if not gc.isenabled() or len(self._given) > 2:  # with micro-batches a step may last for minutes
+            return self
+        self._collect = weakref.finalize(self, gc.enable)  # should Ctrl-C keep `__exit__` from it
+        try:
             gc.disable()
-        return self
+            return self
+        except BaseException:
+            gc.enable()
+            raise
 
     def __exit__(self, _, error: BaseException | None, __) -> None:
-        if self._collects:
+        if self._collect is not None:
             gc.enable()
+            self._collect.detach()
+            self._collect = None
         if error is None:
             return
         clear_grads(self.optimizer)
+        self._clear_up()
         if self._inside or not isinstance(error, RuntimeError):
             return
         if "backward through the graph a second time" in str(error):
@@ -88,6 +100,18 @@ class Closures:
             blamed = " or ".join(f"{closure}()" for closure, names in self.changed.items() if names)
             self._refuse(blamed, sorted({name for names in self.changed.values() for name in names}))
 
+    def _clear_up(self) -> None:
+        """Leave what Ctrl-C kept others from leaving: it may come at the first line of what was to clear up."""
+        _running[:] = [entry for entry in _running if entry[0] is not self]
+        while len(modes := function_modes()) > self._modes and isinstance(modes[-1], Interception):
+            modes[-1].__exit__(None, None, None)
+        grad, autocast, nesting = self._torch_modes
+        torch.set_grad_enabled(grad)
+        for device, enabled in autocast.items():
+            torch.set_autocast_enabled(device, enabled)
+        for _ in range(_torch_modes()[2] - nesting):
+            torch.autocast_decrement_nesting()
+
     @contextmanager
     def watch(self, closure: str) -> Iterator[None]:
         """Make the context in which a closure is called, with gradients enabled; put the step's `.grad` back after it.
@@ -98,15 +122,17 @@ class Closures:
         for p, _ in held:
             p.grad = None
         versions = [version(p) for p in self.params.values()]
-        _running.append((self, closure))
+        entry = self, closure
         self._inside = True
         try:
+            _running.append(entry)
             self._start = _last_operation()
             alone = distributed() and not self._spread
             with torch.enable_grad(), self._refuse_replicas(closure) if alone else nullcontext():
                 yield
         finally:
-            _running.remove((self, closure))
+            if entry in _running:
+                _running.remove(entry)
         self._check_left_behind(closure)
         for p, grad in held:
             p.grad = grad
@@ -139,6 +165,8 @@ class Closures:
         """Refuse a forward pass through a wrapper that shares gradients of these parameters with other processes."""
 
         def check(module: nn.Module, _) -> None:
+            if not any(step is self for step, _ in _running):  # a hook that Ctrl-C left behind
+                return
             if isinstance(module, DistributedDataParallel) and any(id(p) in self._names for p in module.parameters()):
                 check_replicas(module, f"what {closure}() runs")
 
@@ -199,6 +227,13 @@ class Closures:
                 f"{name}() returned losses of a forward pass that was made before it was called: that pass has to "
                 f"be made inside the {name} closure, anew in every step"
             )
+
+
+def _torch_modes() -> tuple[bool, dict[str, bool], int]:
+    """Return whether gradients are enabled, whether autocast is, by device, and how deep its contexts are nested."""
+    torch.autocast_increment_nesting()
+    nesting = torch.autocast_decrement_nesting()
+    return torch.is_grad_enabled(), {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}, nesting
 
 
 def _last_operation() -> int:

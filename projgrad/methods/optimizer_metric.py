@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._options import outside
-from .._torch_private import version
+from .._torch_private import drop_step_hooks, version
 from ..ops.numerics import product_dtype
 from ..recording.host_reads import lengths, to_host
 from ..tape.project import check_gradients
@@ -85,6 +85,8 @@ class MetricStep:
         self._look_at_groups()
         follow(optimizer)
         self.probe: tuple[str, int | None] | None = None
+        self.change: dict[str, Tensor] = {}  # F
+        self.uncorrected = False  # whether the optimizer stepped, or is about to, and was not corrected
         self.floors: dict[str, Tensor] = {}  # what is added to 1 / D of a parameter
         self.before: Before | None = None
         if self.mask:
@@ -112,16 +114,16 @@ class MetricStep:
             if with_hooks:  # other hooks may change `.grad`
                 stop = self.follow_(damping, rtol, nullcontext, fields.update, scale, scaler)
             else:
-                self._before_step(scaler)
+                self._before_step(scaler, scale)
                 stop = functools.partial(_stepping.discard, self.optimizer)
             try:
                 step()
-            except BaseException:  # an interrupt in the optimizer's own code, too
-                self._put_back()
+            except BaseException as error:  # an interrupt in the optimizer's own code, too
+                self._undo(error)
                 raise
             finally:
                 stop()
-        return fields if with_hooks else self._after_step(scale, damping, rtol)
+        return fields if with_hooks else self._after_step(damping, rtol)
 
     def follow_(
         self,
@@ -147,7 +149,7 @@ class MetricStep:
         names = [name for name, p in self.params.items() if p.grad is not None]
         written = [weakref.ref(self.params[name].grad) for name in names]
         versions = [version(p) for p in self.params.values()]
-        numbers, scales = self._numbers(names), []
+        numbers, scales, handles = self._numbers(names), [], []
         getattr(self.optimizer, "stop_correction", lambda: None)()
 
         def before(_: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -172,25 +174,30 @@ class MetricStep:
                 ratio = self._ratio(numbers, self._numbers(names))
                 self.same("by what .grad was multiplied, or the learning rates", [ratio, self._rates()])
                 scales.append(scale * ratio)
-                self._before_step(scaler)
+                self._before_step(scaler, scales[-1])
 
         def after(_: torch.optim.Optimizer, __: object, ___: object) -> None:
-            stop()
-            if not scales:
-                raise RuntimeError("backward was called inside optimizer.step(closure): that step is not corrected")
-            with around():
-                done(self._after_step(scales[-1], damping, rtol))  # of a step that failed before it, too
-
-        hooks = self.optimizer.register_step_pre_hook(before), self.optimizer.register_step_post_hook(after)
+            try:
+                stop()
+                if not scales:
+                    raise RuntimeError("backward was called inside optimizer.step(closure): that step is not corrected")
+                with around():
+                    done(self._after_step(damping, rtol))  # of a step that failed before it, too
+            except BaseException as error:
+                self._undo(error)
+                raise
 
         def stop() -> None:
             _stepping.discard(self.optimizer)
-            for hook in hooks:
-                hook.remove()
+            drop_step_hooks(self.optimizer, (before, after))
+            for handle in handles:
+                handle.remove()
             if getattr(self.optimizer, "stop_correction", None) is stop:
                 del self.optimizer.stop_correction
 
-        self.optimizer.stop_correction = stop
+        self.optimizer.stop_correction = stop  # first: after Ctrl-C in here the next step calls it
+        handles.append(self.optimizer.register_step_pre_hook(before))
+        handles.append(self.optimizer.register_step_post_hook(after))
         return stop
 
     def _numbers(self, names: list[str]) -> list[float]:
@@ -233,8 +240,8 @@ class MetricStep:
         rates = [group.get("lr") for group in self.optimizer.param_groups]
         return [None if isinstance(rate, Tensor) else rate for rate in rates]
 
-    def _before_step(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Look at what has to be known from before the optimizer steps."""
+    def _before_step(self, scaler: torch.amp.GradScaler | None, scale: Tensor | float) -> None:
+        """Note what has to be known before the optimizer steps; scale: by what both parts of p.grad were multiplied."""
         self._look_at_groups()
         may_fail = self.held.reruns or isinstance(self.response, Custom)  # whether D can be used shows after the step
         self.before = Before(self.optimizer, self.params, scaler) if may_fail else None
@@ -243,6 +250,10 @@ class MetricStep:
         self.moving = [name for name, p in self.params.items() if p.grad is not None]
         self.first = {name: self.response.starts_with_gradient(self._state(name)) for name in self.moving}
         self._mask_momentum()
+        momenta = {k: self._state(k)[MOMENTUM] for k in self.moving if MOMENTUM in self._state(k)}
+        self.versions = {name: version(self.params[name]) for name in self.moving}
+        self.updated = {name: version(M) for name, M in momenta.items()}
+        self.change, self.scale, self.uncorrected = {}, scale, True
         _stepping.add(self.optimizer)
 
     @torch.no_grad()
@@ -253,19 +264,41 @@ class MetricStep:
             if M is not None and self.response.has_momentum(self.groups[name]):
                 self.response.take_out(M - M * self.mask[name], M, self._state(name))
 
-    def _after_step(self, scale: Tensor | float, damping: float, rtol: float | None) -> dict[str, Any]:
-        """Correct what the optimizer did; scale: by what both parts of the gradient were multiplied."""
+    def _after_step(self, damping: float, rtol: float | None) -> dict[str, Any]:
+        """Correct what the optimizer did."""
         try:
             with torch.no_grad():
-                return self._correct(self.moving, self.first, scale, damping, rtol)
-        except BaseException:
-            self._put_back()
+                return self._correct(self.moving, damping, rtol)
+        except BaseException as error:
+            self._undo(error)
             raise
 
-    def _put_back(self) -> None:
-        """Make everything what it was before the optimizer stepped, if that was kept."""
+    @torch.no_grad()
+    def _undo(self, error: BaseException) -> None:
+        """Make everything what it was before the optimizer stepped, if that was kept; else take F out."""
+        uncorrected, self.uncorrected = self.uncorrected, False
         if self.before is not None:
             self.before.put_back()
+            return
+        stepped = uncorrected and all(version(self.params[k]) != v for k, v in self.versions.items())
+        if not stepped:
+            return
+        try:
+            for name in self.moving:
+                if name not in self.change:
+                    self._forgetting(name)
+                self.params[name].sub_(self.change[name])
+            note = (
+                "the optimizer had stepped already. The forgetting part of its step was taken out of the parameters; "
+                "the rest of it (retain part, weight decay) stands, and so does the optimizer's state"
+            )
+        except BaseException as second:
+            note = (
+                "the optimizer had stepped already, and its step could not be corrected nor taken out again "
+                f"({type(second).__name__}): it may go along retain gradients. Load a checkpoint"
+            )
+            warnings.warn(note, RuntimeWarning, stacklevel=outside())
+        getattr(error, "add_note", warnings.warn)(note)  # Python 3.10 has no notes
 
     def _clip(self, scaler: torch.amp.GradScaler | None, max_norm: float | None) -> Tensor | float:
         """Unscale and clip p.grad; return by what it was multiplied, and with it both of its parts."""
@@ -277,28 +310,37 @@ class MetricStep:
             scale = scale * self.clip(max_norm)
         return scale
 
-    def _correct(
-        self, moving: list[str], first: Mapping[str, bool], scale: Tensor | float, damping: float, rtol: float | None
-    ) -> dict[str, Any]:
+    def _correct(self, moving: list[str], damping: float, rtol: float | None) -> dict[str, Any]:
         if isinstance(self.response, Custom):
             self._check_diagonals(moving)
-        change: dict[str, Tensor] = {}
         for name in moving:
-            p, state, group = self.params[name], self._state(name), self.groups[name]
-            u = self.held.forgotten.pop(name, None)
-            u = torch.zeros_like(p.grad) if u is None else u.mul_(scale)
-            M = self._momentum(name) if self.response.has_momentum(group) else None
-            F = self.response.change(u, p.grad, M, self._diagonal(name), first[name], state, group)
-            if F.dtype == p.grad.dtype:  # the gradient has done its work
-                p.grad.copy_(F)
-                F = p.grad
-            change[name] = F.contiguous()
-        projection = self.held.correct_(change, self._metric, self._carry, damping, rtol)
+            self._forgetting(name)
+        projection = self.held.correct_(self.change, self._metric, self._carry, damping, rtol)
+        self.uncorrected, change, self.change = False, self.change, {}
         fields = {name: value for name, value in vars(projection).items() if name not in LEFT_OUT}
         for name, F in change.items():
             if F is not self.params[name].grad:
                 self.params[name].grad.copy_(F)
         return fields
+
+    def _forgetting(self, name: str) -> None:
+        """Put F of a parameter into `change`, and bring M up to date; again where an error came in between."""
+        p, state, group = self.params[name], self._state(name), self.groups[name]
+        u = self.held.forgotten.get(name)
+        u = torch.zeros_like(p.grad) if u is None else u
+        if not isinstance(self.scale, float) or self.scale != 1:
+            u = u * self.scale  # not in place: an error may come before u is used
+        M = self._momentum(name) if self.response.has_momentum(group) else None
+        updates = 0 if M is None else version(M) - self.updated.setdefault(name, version(M))
+        if updates not in (0, self.response.updates):
+            raise RuntimeError("M was changed in part")
+        F = self.response.change(u, p.grad, M, self._diagonal(name), self.first[name], state, group, bool(updates))
+        self.change[name] = F
+        if F.dtype == p.grad.dtype:  # the gradient has done its work
+            p.grad.copy_(F)
+            F = p.grad
+        self.change[name] = F.contiguous()
+        self.held.forgotten.pop(name, None)
 
     def _state(self, name: str) -> State:
         """Return the optimizer's state of a parameter, empty where it has none."""

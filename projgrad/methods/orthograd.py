@@ -175,7 +175,7 @@ class OrthoGrad:
 
         An error before the optimizer steps leaves the model and the optimizer as they were, with every
         `.grad` set to None; what a closure itself changes stays changed. So does one in the closures of `retain` that
-        metric="optimizer" runs after it.
+        metric="optimizer" runs after it. Another error after it takes the forgetting part of the change out again.
 
         What was accumulated in `.grad` before is dropped. Each closure makes its forward pass itself, in every step
         anew, and returns losses: it may call `zero_grad()`, but must leave no gradients behind (attack inputs with

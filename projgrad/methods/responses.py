@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._options import kind
+from .._torch_private import version
 from ..ops.numerics import product_dtype
 from .protocol import SteppingOptimizer
 
@@ -25,6 +26,7 @@ class Response:
     """
 
     buffer = "momentum_buffer"  # the name of the optimizer's own momentum in its state
+    updates = 2
 
     def diagonal(self, p: Tensor, state: State, group: State) -> Diagonal:
         """Return D, a number or like p."""
@@ -43,11 +45,20 @@ class Response:
         return False
 
     def change(
-        self, u: Tensor, h: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State
+        self,
+        u: Tensor,
+        h: Tensor,
+        M: Tensor | None,
+        D: Diagonal,
+        first: bool,
+        state: State,
+        group: State,
+        updated: bool = False,
     ) -> Tensor:
         """Return F, float32 or better, and bring M up to date in place.
 
         h: the gradient that the optimizer stepped on, u its forget part. first: what `starts_with_gradient` said.
+        updated: M is up to date already; that takes `updates` changes in place.
         """
         return -D * u.to(product_dtype(u.dtype))
 
@@ -56,8 +67,16 @@ class Response:
 
     def take_out(self, part: Tensor, M: Tensor, state: State) -> None:
         """Take a part of M out of it and of the optimizer's own momentum."""
-        for momentum in (M, state[self.buffer]):
-            momentum.sub_(part)
+        momenta = M, state[self.buffer]
+        versions = [version(momentum) for momentum in momenta]
+        try:
+            for momentum in momenta:
+                momentum.sub_(part)
+        except BaseException:  # Ctrl-C: from both, or M is no part of the optimizer's momentum any more
+            for momentum, before in zip(momenta, versions, strict=True):
+                if version(momentum) == before:
+                    momentum.sub_(part)
+            raise
 
 
 class SGD(Response):
@@ -73,11 +92,20 @@ class SGD(Response):
         return state.get("momentum_buffer") is None
 
     def change(
-        self, u: Tensor, h: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State
+        self,
+        u: Tensor,
+        h: Tensor,
+        M: Tensor | None,
+        D: Diagonal,
+        first: bool,
+        state: State,
+        group: State,
+        updated: bool = False,
     ) -> Tensor:
         if M is None:
             return super().change(u, h, M, D, first, state, group)
-        M.mul_(group["momentum"]).add_(u, alpha=1 if first else 1 - group["dampening"])
+        if not updated:
+            M.mul_(group["momentum"]).add_(u, alpha=1 if first else 1 - group["dampening"])
         direction = u.add(M, alpha=group["momentum"]) if group["nesterov"] else M
         return -D * direction.to(product_dtype(u.dtype))
 
@@ -90,6 +118,7 @@ class Adam(Response):
     """D = lr / (√v̂ + eps); F = -D M̂ - (D - E) R̂; v̂ is the largest so far with amsgrad, M̂ = M / (1 - β₁ᵗ)."""
 
     buffer = "exp_avg"
+    updates = 1
 
     def diagonal(self, p: Tensor, state: State, group: State) -> Diagonal:
         return self._root(state, group).add_(group["eps"]).reciprocal_().mul_(group["lr"])
@@ -106,9 +135,18 @@ class Adam(Response):
         return group["betas"][0]
 
     def change(
-        self, u: Tensor, h: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State
+        self,
+        u: Tensor,
+        h: Tensor,
+        M: Tensor | None,
+        D: Diagonal,
+        first: bool,
+        state: State,
+        group: State,
+        updated: bool = False,
     ) -> Tensor:
-        M.lerp_(u, 1 - group["betas"][0])
+        if not updated:
+            M.lerp_(u, 1 - group["betas"][0])
         bias = self._bias(state, group)
         moment, both = (t.to(product_dtype(u.dtype)) / bias for t in (M, state["exp_avg"]))
         rest = both.sub_(moment)
@@ -154,7 +192,15 @@ class RMSprop(Response):
         return group["momentum"]
 
     def change(
-        self, u: Tensor, h: Tensor, M: Tensor | None, D: Diagonal, first: bool, state: State, group: State
+        self,
+        u: Tensor,
+        h: Tensor,
+        M: Tensor | None,
+        D: Diagonal,
+        first: bool,
+        state: State,
+        group: State,
+        updated: bool = False,
     ) -> Tensor:
         root = self._root(state, group)
         scaled = u / root
@@ -163,7 +209,7 @@ class RMSprop(Response):
             lifted = _lifted(root - group["eps"], u, rest, (1 - group["alpha"]) ** 0.5) + group["eps"]
             scaled += rest / root - rest / lifted
         if M is not None:
-            scaled = M.mul_(group["momentum"]).add_(scaled)
+            scaled = M if updated else M.mul_(group["momentum"]).add_(scaled)
         return -group["lr"] * scaled.to(product_dtype(u.dtype))
 
     def carry(self, M: Tensor, share: Tensor, state: State, group: State) -> None:

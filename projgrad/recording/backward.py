@@ -75,8 +75,13 @@ def backward(
     @contextmanager
     def exactly() -> Iterator[None]:
         exact = torch.autocast(losses.device.type, enabled=False) if mixed else nullcontext()
-        with without_torch_function(), torch.no_grad(), exact:
-            yield
+        plain = without_torch_function()
+        try:
+            with plain, torch.no_grad(), exact:
+                yield
+        except BaseException:
+            plain.__exit__(None, None, None)  # Ctrl-C may have come before; the step puts the other modes back
+            raise
 
     # What is unpacked inside the pass is recomputed once, and hooks of others on a node change what comes to ours.
     hooked = [recording.hooked or site.saved.unpacks for site in recording.sites]

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .._torch_private import version
 from ..ops.gram_solve import gram_solve_op
 from ..ops.numerics import in_range
 from ..ops.refinement import TAPE_PASSES, rank_tolerance, starts_in_float64
@@ -175,8 +176,16 @@ class Correction:
                 p, F = self.held.parameters[name], self.change[name]
                 delta = combined.mul_(self.diagonal(name))
                 moved = p.to(delta.dtype, copy=True)
-                p.copy_(moved + delta)  # which rounds
-                F += moved.neg_().add_(p)
+                rounded = (moved + delta).to(p.dtype)
+                moved.neg_().add_(rounded)
+                versions = version(p), version(F)
+                try:
+                    p.copy_(rounded)
+                    F += moved
+                except BaseException:  # Ctrl-C: F stays what is in p
+                    if version(p) != versions[0] and version(F) == versions[1]:
+                        F += moved
+                    raise
                 squares[place[name]] += self.held.squares([moved.sub_(delta)])[0]
                 self.carry(name, delta)
         return self.held.total(squares).sqrt()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._torch_private import drop_gradient_hooks
 from ..ops.numerics import product_dtype
 from ..recording.backward import recomputing
 from ..recording.graph import coarser
@@ -149,14 +150,19 @@ class TwoPasses(GradientAccess):
         max_abs /= torch.finfo(self.losses.dtype).max / 16
         scale = 2.0 ** math.ceil(math.log2(max_abs)) if max_abs > 1 else 1.0
         weights = (w / scale).to(self.losses.dtype)
-        hooks = [p.register_hook(self._measuring(name, p, discard, scale)) for name, p in block.parameters.items()]
-        hooks += [p.register_post_accumulate_grad_hook(_drop_grad) for p in missing]
+        hooks = [self._measuring(name, p, discard, scale) for name, p in block.parameters.items()]
         try:
-            with exact_convolutions(w.is_cuda), recomputing(self.passes.recording), torch.enable_grad():
-                torch.autograd.backward(self.losses, weights, retain_graph=True, inputs=inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+            try:
+                for p, hook in zip(inputs, hooks, strict=True):
+                    p.register_hook(hook)
+                for p in missing:
+                    p.register_post_accumulate_grad_hook(_drop_grad)
+                with exact_convolutions(w.is_cuda), recomputing(self.passes.recording), torch.enable_grad():
+                    torch.autograd.backward(self.losses, weights, retain_graph=True, inputs=inputs)
+            finally:
+                _drop_hooks(inputs, hooks)
+        finally:  # Ctrl-C may have come in the first one
+            _drop_hooks(inputs, hooks)
         columns = [[pair[k].to(w.device) for pair in self.measured.values()] for k in (0, 1)]
         return [Outcome(*(Measured(torch.stack(column) if column else w.new_zeros(0)) for column in columns))]
 
@@ -346,3 +352,8 @@ def _grad_of(p: Tensor) -> Tensor:
 
 def _drop_grad(p: Tensor) -> None:
     p.grad = None
+
+
+def _drop_hooks(parameters: Sequence[Tensor], hooks: Sequence[Callable]) -> None:
+    for p, hook in zip(parameters, hooks, strict=True):
+        drop_gradient_hooks(p, (hook, _drop_grad))

@@ -46,8 +46,13 @@ class Tape:
     def __enter__(self) -> Tape:
         if is_active(self._interception):
             raise RuntimeError("this tape is already recording")
-        self._interception.__enter__()
-        return self
+        try:
+            self._interception.__enter__()
+            return self
+        except BaseException:  # Ctrl-C
+            if is_active(self._interception):
+                self._interception.__exit__(None, None, None)
+            raise
 
     def __exit__(self, *error: object) -> None:
         self._interception.__exit__(*error)
