@@ -179,6 +179,16 @@ def is_active(mode: TorchFunctionMode) -> bool:
     return mode in _get_current_function_mode_stack()
 
 
+def enter(mode: TorchFunctionMode) -> None:
+    """Enter a mode, or leave it again where Ctrl-C comes between."""
+    try:
+        mode.__enter__()
+    except BaseException:
+        if is_active(mode):
+            mode.__exit__(None, None, None)
+        raise
+
+
 def inside_transform() -> bool:
     """Return whether vmap, grad or another transformation of torch.func is running."""
     return torch._C._are_functorch_transforms_active()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from .._torch_private import is_active
+from .._torch_private import enter, is_active
 from ..recording.interception import Interception
 from ..recording.losses import check_losses, check_weights, named
 from ..recording.recording import Call, Recording
@@ -46,13 +46,8 @@ class Tape:
     def __enter__(self) -> Tape:
         if is_active(self._interception):
             raise RuntimeError("this tape is already recording")
-        try:
-            self._interception.__enter__()
-            return self
-        except BaseException:  # Ctrl-C
-            if is_active(self._interception):
-                self._interception.__exit__(None, None, None)
-            raise
+        enter(self._interception)
+        return self
 
     def __exit__(self, *error: object) -> None:
         self._interception.__exit__(*error)
