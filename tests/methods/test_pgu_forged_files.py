@@ -54,10 +54,13 @@ def refused(path, model):
 
 
 class Loaded:
-    """An object that leaves a trace when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
 
     def __reduce__(self):
-        return os.mkdir, ("/tmp/projgrad_was_here",)
+        return os.mkdir, (str(self.trace),)
 
 
 def test_the_fixture_itself(saved):
@@ -196,10 +199,11 @@ def test_headers_of_no_end(saved, tmp_path):
     refused(path, model)
 
 
-def test_pickles(saved):
+def test_pickles(saved, tmp_path):
     model, path, *_ = saved
-    before = os.path.exists("/tmp/projgrad_was_here")
-    for payload in (pickle.dumps(Loaded()), b"\x80\x04" + bytes(100), b"PK\x03\x04" + pickle.dumps(Loaded())):
+    trace = tmp_path / "unpickled"
+    pickled = pickle.dumps(Loaded(trace))
+    for payload in (pickled, b"\x80\x04" + bytes(100), b"PK\x03\x04" + pickled):
         path.write_bytes(payload)
         refused(path, model)
         with_checksum(
@@ -210,7 +214,7 @@ def test_pickles(saved):
         refused(path, model)
         with_checksum(path, header(payload.decode("latin1")))
         refused(path, model)
-    assert os.path.exists("/tmp/projgrad_was_here") == before
+    assert not trace.exists()
 
 
 def test_paths_that_are_no_files(saved, tmp_path):
