@@ -10,7 +10,7 @@ NESTED = (
 NESTED_TENSORS = "nested (jagged) tensors have no dimension along which the samples lie: pad them"
 
 FREED = (
-    "the graph of the losses was freed, by a backward() or by `project_`: ask before that, or keep it with "
+    "the graph of the losses was freed, by a backward(), `project_` or `gram`: ask before that, or keep it with "
     "retain_graph=True, or keep_output_gradients=False (torch: Trying to backward through the graph a second time)"
 )
 

@@ -56,11 +56,11 @@ class Tape:
         """Begin the call of a drop-in function; see `projgrad.functional`."""
         return self.recording.call(name, *tensors)
 
-    def gram(self, losses: Tensor) -> Tensor:
-        """Return K = G Gᵀ (n, n) in float64, from one backward pass without weight gradients."""
+    def gram(self, losses: Tensor, *, retain_graph: bool = True) -> Tensor:
+        """Return K = G Gᵀ (n, n) in float64, without weight gradients; retain_graph=False frees the graph after it."""
         verify(self.passes, losses)
         products = Products()
-        self.passes.run(losses, products)
+        self.passes.run(losses, products, retain_graph)
         return products.K
 
     def dot(self, losses: Tensor, direction: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:

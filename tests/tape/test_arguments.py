@@ -40,13 +40,25 @@ def test_weights_are_one_number_per_loss(call, weights):
 
 
 @pytest.mark.parametrize(
-    "free", [lambda tape, losses: losses.sum().backward(), lambda tape, losses: tape.project_(losses)]
+    "free",
+    [
+        lambda tape, losses: losses.sum().backward(),
+        lambda tape, losses: tape.project_(losses),
+        lambda tape, losses: tape.gram(losses, retain_graph=False),
+    ],
 )
 def test_a_graph_that_was_freed_is_named(free):
     _, tape, losses = recorded()
     free(tape, losses)
     with pytest.raises(RuntimeError, match=r"graph of the losses was freed.*keep_output_gradients=False"):
         tape.gram(losses)
+
+
+def test_gram_that_frees_the_graph_is_the_same():
+    _, tape, losses = recorded()
+    K = tape.gram(losses)
+    torch.testing.assert_close(tape.gram(losses, retain_graph=False), K)
+    assert not any(site.saved.tensors for site in tape.recording.sites)
 
 
 def test_inference_mode_is_named():

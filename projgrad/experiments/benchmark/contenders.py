@@ -71,7 +71,7 @@ def tape_gram(job: Job) -> Step:
     def step() -> Tensor:
         with per_sample(job.model) as tape:
             losses = job.retain()
-        return tape.gram(losses)
+        return tape.gram(losses, retain_graph=False)
 
     return step
 
