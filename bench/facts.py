@@ -6,6 +6,7 @@ makes the table of docs/facts.md from it. Rows of scenarios that OUT does not ha
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,8 @@ SCORES = (
     "probability_world", "rouge_world", "truth_world", "utility", "perplexity", "distance",
 )  # fmt: skip
 COLUMNS = (*ABOUT, *SCORES, "preserved_norm", "residual", "stopped", "torch", "threads", "processor")
-# Column of the table: title, factor, digits.
+# Column of the table: title, factor, digits; where there are several seeds the SPREAD ones show their deviation, too.
+SPREAD = ("forget", "paraphrased", "retain", "test", "tow", "utility")
 SHOWN = {
     "lr": ("rate", 1, 0),
     "forget": ("forgotten facts right %", 100, 0),
@@ -36,7 +38,7 @@ SHOWN = {
     "rouge_forget": ("ROUGE-L, forget", 1, 2),
     "extraction": ("extraction", 1, 2),
     "mia_auc": ("attack AUC", 1, 2),
-    "forget_quality": ("forget quality", 1, None),
+    "forget_quality": ("log10 of forget quality", 1, 1),
     "utility": ("utility", 1, 3),
     "perplexity": ("perplexity", 1, 1),
     "step_seconds": ("s a step", 1, 1),
@@ -56,55 +58,58 @@ def rows_of(results: dict) -> Iterator[dict]:
 
 
 def facts() -> str:
-    """Return a table of every scenario in the file, means over the seeds."""
+    """Return a table of every scenario in the file: means over the seeds, and standard deviations."""
     rows, lines = read_csv(FILE), []
     for name in dict.fromkeys(row["scenario"] for row in rows):
         mine = [row for row in rows if row["scenario"] == name]
         seeds = sorted({row["seed"] for row in mine})
         threads = _count(int(mine[0]["threads"]), "thread")
         heads = ["method", *(title for title, _, _ in SHOWN.values())]
+        over = _count(len(seeds), "seed") if len(seeds) == 1 else f"means over {len(seeds)} seeds, ± standard deviation"
         lines += [
-            f"`{name}`, {_count(len(seeds), 'seed')}; torch {mine[0]['torch']}, {threads}:",
+            f"`{name}`, {over}; torch {mine[0]['torch']}, {threads}:",
             "",
             "| " + " | ".join(heads) + " |",
             "|---" * len(heads) + "|",
         ]
         for title, values in _means(mine):
-            cells = [_cell(values.get(key), factor, digits) for key, (_, factor, digits) in SHOWN.items()]
+            cells = [
+                _cell(values.get(key), factor, digits, key in SPREAD) for key, (_, factor, digits) in SHOWN.items()
+            ]
             lines.append(f"| {' | '.join([title, *cells])} |")
         lines.append("")
     return "\n".join(lines[:-1])
 
 
-def _means(rows: list[dict]) -> Iterator[tuple[str, dict]]:
-    """Yield title and mean scores of every method, then of every number of retain samples in the study."""
+def _means(rows: list[dict]) -> Iterator[tuple[str, dict[str, dict]]]:
+    """Yield title and scores of every method, then of every number of retain samples in the study."""
     runs = [
         {"method": row["method"], "n": row["n"] and int(row["n"]), "seed": row["seed"], "table": row["table"]}
         | {"scores": {key: float(row[key]) if row[key] else None for key in (*SCORES, "lr", "step_seconds")}}
         for row in rows
     ]
-    runs = [run | {"step_seconds": run["scores"].pop("step_seconds")} for run in runs]
+    for run in runs:
+        run["step_seconds"] = run["scores"].pop("step_seconds")
+        if (p := run["scores"]["forget_quality"]) is not None:  # of p-values no mean over seeds means anything
+            run["scores"]["forget_quality"] = math.log10(max(p, 1e-300))
     scenario = {table: [run for run in runs if run["table"] == table] for table in ("runs", "study")}
     means = summarize(scenario)
     for method in (method for method in TITLES if method in means):
-        yield TITLES[method], _values(means[method])
+        yield TITLES[method], means[method]
     for method, by_n in summarize_study(scenario).items():
         for n, row in by_n.items():
-            yield f"{METHODS[method].title}, α = 0.5, n = {n}", _values(row)
-
-
-def _values(row: dict) -> dict[str, float]:
-    return {key: stats["mean"] for key, stats in row.items()}
+            yield f"{METHODS[method].title}, α = 0.5, n = {n}", row
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def _cell(value: float | None, factor: float, digits: int | None) -> str:
-    if value is None:
+def _cell(stats: dict | None, factor: float, digits: int, spread: bool) -> str:
+    if stats is None:
         return ""
-    return f"{factor * value:.{digits}f}" if digits is not None else f"{value:.1g}"
+    cell = f"{factor * stats['mean']:.{digits}f}"
+    return f"{cell} ± {factor * stats['std']:.{digits}f}" if spread and stats["std"] is not None else cell
 
 
 def main() -> None:

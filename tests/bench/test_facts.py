@@ -29,11 +29,14 @@ def test_rows_become_a_table_of_means(tmp_path, monkeypatch, capsys):
     facts.main()  # replaces the rows of a scenario
     assert "4 rows" in capsys.readouterr().out
     lines = facts.facts().splitlines()
-    assert lines[0] == "`facts-LoRA`, 2 seeds; torch 2.13, 1 thread:" and len(lines) == 4 + 3
+    assert (
+        lines[0] == "`facts-LoRA`, means over 2 seeds, ± standard deviation; torch 2.13, 1 thread:"
+        and len(lines) == 4 + 3
+    )
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     at = {title: i for i, title in enumerate(rows[0])}
     assert [row[0] for row in rows[2:]] == ["original", "NegGrad+", "OrthoGrad, metric, α = 0.5, n = 4"]
-    assert [row[at["forgotten facts right %"]] for row in rows[2:]] == ["50", "30", "50"]
-    assert [row[at["ToW"]] for row in rows[2:]] == ["", "0.500", ""]
-    assert rows[4][at["forget quality"]] == "2e-07"
+    assert [row[at["forgotten facts right %"]] for row in rows[2:]] == ["50", "30 ± 28", "50"]
+    assert [row[at["ToW"]] for row in rows[2:]] == ["", "0.500 ± 0.354", ""]
+    assert rows[4][at["log10 of forget quality"]] == "-6.8"
     assert "7" in (tmp_path / "facts.csv").read_text().splitlines()[2].split(",")  # steps taken, not planned
