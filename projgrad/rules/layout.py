@@ -29,7 +29,7 @@ class Layout(NamedTuple):
         fill: what stands where a sample has fewer rows than others, None for one of its own rows again.
         """
         if ndim is None and self == FIRST:
-            return x.unflatten(0, (n, x.shape[0] // n))
+            return x.view(n, x.shape[0] // n, *x.shape[1:])
         axis = self.axis if ndim is None else self.axis - ndim + x.ndim
         if self.rows is not None:
             if ndim is not None:
@@ -50,6 +50,8 @@ class Layout(NamedTuple):
     def positions(self, x: Tensor, n: int) -> Tensor:
         """Return x [..., n k, ..., i] as [n, t, i], with all positions of a sample along one dimension."""
         if self == FIRST:
+            if x.ndim == 3 and x.shape[0] == n:
+                return x
             return x.reshape(n, math.prod(x.shape[:-1]) // n, x.shape[-1])
         return self.split(x, n).flatten(1, -2)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,17 +29,23 @@ def fold(g: Tensor, shape: Sequence[int]) -> Tensor:
     return g.reshape(sizes).sum(summed) if summed else g
 
 
-def blocks(g: Tensor, x: Tensor, layout: Layout, n: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield a few samples at a time, and x for them, where the samples are blocks of axis 0; else all at once."""
-    if layout != Layout() or not n:
-        yield slice(0, n), x
-        return
-    k = len(x) // n
-    # Temporaries are made for a few samples at a time.
-    step = max(1, chunk_bytes(g.device.type) // max(1, 2 * g[0].numel() * g.element_size()))
+def folded(
+    g: Tensor, x: Tensor, shape: Sequence[int], layout: Layout, n: int, make: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """Return g [n, ...] times make(x) [n k, ...], summed over what broadcasting added to `shape`: [n, *shape].
+
+    Where the samples are blocks of axis 0 temporaries are made for a few of them at a time.
+    """
+    step = n
+    if layout == Layout() and n:
+        step = max(1, chunk_bytes(g.device.type) * n // max(1, 2 * g.numel() * g.element_size()))
+    if step >= n:
+        return fold(g * layout.split(make(x), n), shape)
+    k, parts = len(x) // n, []
     for start in range(0, n, step):
         stop = min(n, start + step)
-        yield slice(start, stop), x[start * k : stop * k]
+        parts.append(fold(g[start:stop] * layout.split(make(x[start * k : stop * k]), stop - start), shape))
+    return torch.cat(parts)
 
 
 def _free(y: Tensor, *parameters: Tensor) -> list[int]:
@@ -95,11 +101,7 @@ def mul(input: Tensor, other: Tensor, *, tape: Recorder) -> Tensor:
         g, x = layout.split(b, n), saved[0]
         spread = layout.reaches(x, b)
         if spread and x.ndim == b.ndim:
-            parts = [
-                fold(g[rows] * layout.split(part, rows.stop - rows.start), shape)
-                for rows, part in blocks(g, x, layout, n)
-            ]
-            return [Rows(parts[0] if len(parts) == 1 else torch.cat(parts))]
+            return [Rows(folded(g, x, shape, layout, n))]
         return [Rows(fold(g * (layout.split(x, n, b.ndim) if spread else x), shape))]
 
     return call.note(y, make, [p], _free(y, p), [x])

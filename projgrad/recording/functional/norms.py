@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...rules.layout import Layout
 from ...rules.rule import Rows, Rule
 from ..recording import Recorder
-from .elementwise import blocks, fold
+from .elementwise import fold, folded
 
 
 def _normalise(tape: Recorder, name: str, function, x: Tensor, weight, bias, axes, where, again=None) -> Tensor:
@@ -28,11 +27,8 @@ def _normalise(tape: Recorder, name: str, function, x: Tensor, weight, bias, axe
         g = layout.split(b, n)
         rules: list[Rule] = []
         if call.follows(weight):
-            parts = []
-            for block, x in blocks(g, saved[0], layout, n):
-                xhat = layout.split((again or function)(x, None, None), block.stop - block.start)
-                parts.append(fold(g[block] * xhat, shape))
-            rules.append(Rows(torch.cat(parts).reshape(n, *spanned)))
+            normal = lambda x: (again or function)(x, None, None)  # noqa: E731
+            rules.append(Rows(folded(g, saved[0], shape, layout, n, normal).reshape(n, *spanned)))
         if call.follows(bias):
             rules.append(Rows(fold(g, shape).reshape(n, *spanned)))
         return rules
