@@ -47,11 +47,14 @@ def follow(optimizer: SteppingOptimizer) -> None:
 def _decay(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
     if optimizer in _stepping:
         return
+    skips = getattr(optimizer, "found_inf", None)  # by which a scaler tells a fused optimizer to leave all as it is
     for group in optimizer.param_groups:
+        decay = KNOWN[type(optimizer)].decay(group)
         for p in group["params"]:
             state = optimizer.state.get(p, {})
             if p.grad is not None and MOMENTUM in state:
-                state[MOMENTUM].mul_(KNOWN[type(optimizer)].decay(group))
+                M = state[MOMENTUM]
+                M.mul_(decay if skips is None else torch.where(skips.to(M.device) > 0, 1.0, decay))
 
 
 class MetricStep:
