@@ -23,7 +23,6 @@ from ..tape.records import Projection
 from ..tape.weighted import hold
 from .closures import Closures
 from .common import (
-    check_batch_norm,
     clear_grads,
     lay_out_grads,
     learning_rates,
@@ -196,7 +195,7 @@ class OrthoGrad:
 
         Raises:
             TypeError: something other than a closure.
-            ValueError: a loss of the wrong shape, batch norm in training mode (per-sample gradients do not exist),
+            ValueError: a loss of the wrong shape, batch norm with batch statistics (per-sample gradients do not exist),
                 retain losses that share terms between samples; a closure that leaves gradients behind, changes the
                 weights that the other one used or returns losses of a forward pass made before; a model that is spread
                 over processes in a way that is not supported, or processes that disagree.
@@ -276,8 +275,8 @@ class OrthoGrad:
         """Make the context in which closures are called, with `.grad` dropped; give them by name."""
         clear_grads(self.optimizer)
         forgets, retains = closures_of("forget", forget), closures_of("retain", retain)
-        is_spread = self._spread is not None
-        with Closures(self.model, self.optimizer, spread=is_spread, **forgets, **retains) as closures:
+        options = {"spread": self._spread is not None, "batch_statistics": False}
+        with Closures(self.model, self.optimizer, **options, **forgets, **retains) as closures:
             yield closures, forgets, retains
 
     def _gradients(
@@ -285,7 +284,6 @@ class OrthoGrad:
     ) -> tuple[dict[str, Any], MetricStep | None]:
         """Set every p.grad; return the fields of the record, and with metric="optimizer" the step to finish."""
         _options.within("alpha weighs the mean retain gradient and", self.alpha, "[0, 1]")  # it may have been changed
-        check_batch_norm(self.model)
         if self._given_mask is not None:  # it and the parameters may have been changed
             self.mask = check_mask(self.model, closures.params, self._given_mask)
         try:
@@ -338,8 +336,8 @@ class OrthoGrad:
             raise Impossible('metric="optimizer" has no graph')
         if self._together() is not None:
             raise Impossible("a model that is spread over processes has no graph")
-        with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures:
-            check_batch_norm(self.model)
+        given = {"forget": forget, "retain": retain}
+        with Closures(self.model, self.optimizer, batch_statistics=False, **given) as closures:
             self._script, self._factors_help = script, False
             try:
                 self._retain(self._forget({"forget": forget}, closures), {"retain": retain}, closures)
