@@ -196,9 +196,9 @@ class Closures:
                 return
             if self._normalises:
                 check_statistics(module, self.model)
-            if alone and isinstance(module, DistributedDataParallel):
-                if any(id(p) in self._names for p in module.parameters()):
-                    check_replicas(module, f"what {closure}() runs")
+            is_wrapper = alone and isinstance(module, DistributedDataParallel)
+            if is_wrapper and any(id(p) in self._names for p in module.parameters()):
+                check_replicas(module, f"what {closure}() runs")
 
         self._look = register_module_forward_pre_hook(check)
         try:
