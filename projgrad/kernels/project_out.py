@@ -20,6 +20,7 @@ def on_host(u: Tensor, G: Tensor, damping: float, rtol: float | None) -> Result:
     """Project; the host looks at the residual and decides whether to refine."""
     return refinement.project_refined(
         len(G),
+        len(u),
         lambda float64: gram_pass(G, u, float64),
         lambda c: subtract_op(u, G, c),
         gram_solve_op,
@@ -39,7 +40,8 @@ def on_device(u: Tensor, G: Tensor, damping: float, rtol: float | None) -> Resul
     from .subtract import subtract, subtract_, views
 
     (m, p), n = u.shape, len(G)
-    float64, limit = refinement.starts_in_float64(n, G.dtype, rtol), refinement.rounding_limit(G.dtype)
+    float64 = refinement.starts_in_float64(n, G.dtype, rtol) or (not m and rtol is None)
+    limit = refinement.rounding_limit(G.dtype)
     noise = default_rtol(n, torch.float64)
     K, b = launch_gram(G, u, float64)
     step, rank, *_ = gram_solve_op(K[None], in_range(K, b)[None], damping, refinement.rank_tolerance(n, float64, rtol))

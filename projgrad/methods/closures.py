@@ -5,18 +5,28 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from .._options import kind
-from .._torch_private import function_modes, sequence_number, version
+from .._torch_private import BatchNorm, function_modes, sequence_number, version
+from ..recording.fixed import modules_of
 from ..recording.graph import nodes_of
 from ..recording.interception import Interception
-from .common import check_alone, check_replicas, clear_grads, distributed, held_parameters, trainable_parameters
+from .common import (
+    check_alone,
+    check_replicas,
+    check_statistics,
+    clear_grads,
+    distributed,
+    held_parameters,
+    trainable_parameters,
+)
 from .protocol import Closure, SteppingOptimizer
 
 _running: list[tuple[Closures, str]] = []  # the closures that run now, from the outermost on
@@ -31,6 +41,7 @@ class Closures:
 
     params: what is updated, by name. watched: these and all others that the optimizer holds.
     spread: whether several processes take the step together; else a model that is spread over some is refused.
+    batch_statistics: whether batch norms of the model may use them in a closure.
     changed: by closure, the parameters that it changed in place, as they were after it.
 
     Raises TypeError where what `step` was given cannot be called, ValueError as `trainable_parameters` and
@@ -38,7 +49,13 @@ class Closures:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: SteppingOptimizer, *, spread: bool = False, **given: object
+        self,
+        model: nn.Module,
+        optimizer: SteppingOptimizer,
+        *,
+        spread: bool = False,
+        batch_statistics: bool = True,
+        **given: object,
     ) -> None:
         clear_grads(optimizer)
         for name, closure in given.items():
@@ -49,6 +66,8 @@ class Closures:
                 )
         self.params, self.optimizer, self.model = trainable_parameters(model, optimizer), optimizer, model
         self._spread, self._given = spread, tuple(given)
+        self._normalises = not batch_statistics and any(isinstance(m, BatchNorm) for m in modules_of(model))
+        self._look: RemovableHandle | None = None
         updated = set(map(id, self.params.values()))
         held = enumerate(held_parameters(optimizer))
         others = {f"parameter {k} of the optimizer": p for k, p in held if id(p) not in updated}
@@ -103,6 +122,8 @@ class Closures:
     def _clear_up(self) -> None:
         """Leave what Ctrl-C kept others from leaving: it may come at the first line of what was to clear up."""
         _running[:] = [entry for entry in _running if entry[0] is not self]
+        if self._look is not None:
+            self._look.remove()
         while len(modes := function_modes()) > self._modes and isinstance(modes[-1], Interception):
             modes[-1].__exit__(None, None, None)
         grad, autocast, nesting = self._torch_modes
@@ -116,7 +137,7 @@ class Closures:
     def watch(self, closure: str) -> Iterator[None]:
         """Make the context in which a closure is called, with gradients enabled; put the step's `.grad` back after it.
 
-        Raises ValueError where the closure left a gradient behind, or froze a parameter.
+        Raises ValueError where the closure left a gradient behind, froze a parameter, or ran what it may not run.
         """
         held = [(p, p.grad) for p in self.watched.values() if p.grad is not None]
         for p, _ in held:
@@ -127,8 +148,7 @@ class Closures:
         try:
             _running.append(entry)
             self._start = _last_operation()
-            alone = distributed() and not self._spread
-            with torch.enable_grad(), self._refuse_replicas(closure) if alone else nullcontext():
+            with torch.enable_grad(), self._looking_at_modules(closure):
                 yield
         finally:
             if entry in _running:
@@ -161,20 +181,30 @@ class Closures:
             raise ValueError(f"{closure}() set requires_grad of {frozen[0]} to False: freeze parameters between steps")
 
     @contextmanager
-    def _refuse_replicas(self, closure: str) -> Iterator[None]:
-        """Refuse a forward pass through a wrapper that shares gradients of these parameters with other processes."""
+    def _looking_at_modules(self, closure: str) -> Iterator[None]:
+        """Refuse what a closure may not run: whatever mode a batch norm was in before, the closure may change it.
+
+        And wrappers that share gradients of these parameters with other processes.
+        """
+        alone = distributed() and not self._spread
+        if not alone and not self._normalises:
+            yield
+            return
 
         def check(module: nn.Module, _) -> None:
             if not any(step is self for step, _ in _running):  # a hook that Ctrl-C left behind
                 return
-            if isinstance(module, DistributedDataParallel) and any(id(p) in self._names for p in module.parameters()):
+            if self._normalises:
+                check_statistics(module, self.model)
+            is_wrapper = alone and isinstance(module, DistributedDataParallel)
+            if is_wrapper and any(id(p) in self._names for p in module.parameters()):
                 check_replicas(module, f"what {closure}() runs")
 
-        hook = register_module_forward_pre_hook(check)
+        self._look = register_module_forward_pre_hook(check)
         try:
             yield
         finally:
-            hook.remove()
+            self._look.remove()
 
     def compare(self, losses: Tensor, forgotten: Callable[[list[str]], Sequence[Tensor | None]]) -> None:
         """Check that both closures saw the same weights: those that a forward pass normalises come out alike in both.

@@ -192,14 +192,24 @@ def check_replicas(module: nn.Module, where: str) -> None:
 
 
 def check_batch_norm(model: nn.Module) -> None:
-    """Check that no batch norm uses the statistics of the batch; raises ValueError."""
-    norms = [m for m in modules_of(model) if isinstance(m, BatchNorm)]
-    for name, module in model.named_modules() if norms else ():
-        if isinstance(module, BatchNorm) and (module.training or module.running_mean is None):
-            raise ValueError(
-                f"{name or 'the model'} is a {type(module).__name__} that uses batch statistics: what the model makes "
-                "of one sample, and its gradient, then depends on the others. Call model.eval() first"
-            )
+    """Check that no batch norm would use the statistics of the batch, were the model run as it is; raises ValueError.
+
+    In a step `Closures` checks what is really run.
+    """
+    for module in modules_of(model):
+        check_statistics(module, model)
+
+
+def check_statistics(module: nn.Module, model: nn.Module) -> None:
+    """Check that a module of a model is no batch norm that uses the statistics of the batch; raises ValueError."""
+    if not isinstance(module, BatchNorm) or not (module.training or module.running_mean is None):
+        return
+    name = next((name for name, one in model.named_modules() if one is module), None)
+    if name is not None:  # else it is another model's
+        raise ValueError(
+            f"{name or 'the model'} is a {type(module).__name__} that uses batch statistics: what the model makes "
+            "of one sample, and its gradient, then depends on the others. Call model.eval() first"
+        )
 
 
 def scalar_loss(closure: Callable[[], Tensor], name: str = "forget") -> Tensor:

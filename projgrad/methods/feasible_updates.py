@@ -15,7 +15,6 @@ from ..tape.per_sample import per_sample
 from .closures import Closures
 from .common import (
     Tensors,
-    check_batch_norm,
     check_finite_tensors,
     clear_grads,
     copies,
@@ -150,8 +149,8 @@ class FeasibleUpdates:
         """
         start = time.perf_counter()
         which, tested = ("retain", retain) if check is None else ("check", check)
-        with Closures(self.model, self.optimizer, **{"forget": forget, which: tested}) as closures:
-            check_batch_norm(self.model)
+        given = {"forget": forget, which: tested}
+        with Closures(self.model, self.optimizer, batch_statistics=False, **given) as closures:
             params = closures.params
             forget_loss, u = self._forget(forget, closures)
             with closures.watch(which), per_sample(self.model, params) as tape:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .._options import kind
+from .._torch_private import version
+
+Seen = dict[str, tuple[Tensor, int]]  # by name, with how often it was written to
 
 
 def check_mask(model: nn.Module, params: Mapping[str, nn.Parameter], mask: object) -> dict[str, Tensor]:
@@ -53,6 +56,18 @@ def check_mask(model: nn.Module, params: Mapping[str, nn.Parameter], mask: objec
 def digest(mask: Mapping[str, Tensor]) -> list[tuple[str, int]]:
     """Return a number of every mask, by which processes compare theirs."""
     return [(name, _hash(m.flatten())) for name, m in mask.items()]
+
+
+def seen(mask: Mapping[str, Tensor]) -> Seen:
+    """Return what `is_seen` needs to know a mask again."""
+    return {name: (m, version(m)) for name, m in mask.items()}
+
+
+def is_seen(mask: Mapping[str, Tensor], before: Seen) -> bool:
+    """Return whether a mask is the same tensors, not written to, as it was for `seen`."""
+    return mask.keys() == before.keys() and all(
+        m is before[name][0] and version(m) == before[name][1] for name, m in mask.items()
+    )
 
 
 def _hash(m: Tensor) -> int:

@@ -27,6 +27,7 @@ from .before import Before
 from .common import clip_, lay_out_grads, stepping, whole
 from .protocol import SteppingOptimizer
 from .responses import KNOWN, Custom, Diagonal, State, response_of
+from .written import Written
 
 FLOOR = 0.1  # of the root mean square of 1 / D in a tensor, which the metric adds to 1 / D
 MOMENTUM = "forget_momentum"  # the name of M in the state of the optimizer, and so in its state_dict
@@ -47,11 +48,14 @@ def follow(optimizer: SteppingOptimizer) -> None:
 def _decay(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
     if optimizer in _stepping:
         return
+    skips = getattr(optimizer, "found_inf", None)  # by which a scaler tells a fused optimizer to leave all as it is
     for group in optimizer.param_groups:
+        decay = KNOWN[type(optimizer)].decay(group)
         for p in group["params"]:
             state = optimizer.state.get(p, {})
             if p.grad is not None and MOMENTUM in state:
-                state[MOMENTUM].mul_(KNOWN[type(optimizer)].decay(group))
+                M = state[MOMENTUM]
+                M.mul_(decay if skips is None else torch.where(skips.to(M.device) > 0, 1.0, decay))
 
 
 class MetricStep:
@@ -84,7 +88,6 @@ class MetricStep:
         self.same, self.mask = same, mask or {}
         self._look_at_groups()
         follow(optimizer)
-        self.probe: tuple[str, int | None] | None = None
         self.change: dict[str, Tensor] = {}  # F
         self.uncorrected = False  # whether the optimizer stepped, or is about to, and was not corrected
         self.floors: dict[str, Tensor] = {}  # what is added to 1 / D of a parameter
@@ -146,15 +149,11 @@ class MetricStep:
         Returns:
             A function after which nothing is corrected.
         """
-        names = [name for name, p in self.params.items() if p.grad is not None]
-        written = [weakref.ref(self.params[name].grad) for name in names]
-        versions = [version(p) for p in self.params.values()]
-        numbers, scales, handles = self._numbers(names), [], []
+        written, scales, handles = Written(self.params, self.norms), [], []
         getattr(self.optimizer, "stop_correction", lambda: None)()
 
         def before(_: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-            grads = [(self.params[name].grad, grad()) for name, grad in zip(names, written, strict=True)]
-            kept = [now is not None and now is then for now, then in grads]
+            kept = written.kept()
             with around():
                 self.same("whether .grad is still what OrthoGrad wrote", [any(kept), all(kept)])
                 if not any(kept):
@@ -167,12 +166,14 @@ class MetricStep:
                     return
                 if any(value is not None for value in (*args[1:], *kwargs.values())):
                     raise ValueError('with metric="optimizer" give optimizer.step no closure: it would change `.grad`')
-                if not all(kept):
-                    self._refuse()
-                if versions != [version(p) for p in self.params.values()]:
-                    raise ValueError("weights were changed between the gradients and the optimizer's step on them")
-                ratio = self._ratio(numbers, self._numbers(names))
-                self.same("by what .grad was multiplied, or the learning rates", [ratio, self._rates()])
+                if getattr(self.optimizer, "grad_scale", None) is not None:
+                    raise ValueError(
+                        'with metric="optimizer" call scaler.unscale_(optimizer) before scaler.step(optimizer)'
+                    )
+                ratio = written.factor()
+                rates = [group.get("lr") for group in self.optimizer.param_groups]
+                rates = [None if isinstance(rate, Tensor) else rate for rate in rates]  # that one would be waited for
+                self.same("by what .grad was multiplied, or the learning rates", [ratio, rates])
                 scales.append(scale * ratio)
                 self._before_step(scaler, scales[-1])
 
@@ -199,46 +200,6 @@ class MetricStep:
         handles.append(self.optimizer.register_step_pre_hook(before))
         handles.append(self.optimizer.register_step_post_hook(after))
         return stop
-
-    def _numbers(self, names: list[str]) -> list[float]:
-        """Return the norm of every p.grad, and an element of the longest one: the largest at the first call."""
-        if not names:
-            return [0.0]
-        norms = to_host(self.norms(names))
-        if self.probe is None:
-            self.probe = names[max(range(len(names)), key=norms.__getitem__)], None
-        name, index = self.probe
-        grad = self.params[name].grad
-        flat = getattr(grad, "to_local", lambda: grad)().flatten()
-        if index is None and flat.numel():
-            self.probe = name, index = name, int(flat.abs().argmax())
-        return [*norms, 0.0 if index is None else float(flat[index])]
-
-    def _ratio(self, before: list[float], after: list[float]) -> float:
-        """Return by what all p.grad were multiplied."""
-        if getattr(self.optimizer, "grad_scale", None) is not None:
-            raise ValueError('with metric="optimizer" call scaler.unscale_(optimizer) before scaler.step(optimizer)')
-        if after[:-1] == before[:-1] and before[-1] * after[-1] >= 0:
-            return 1.0
-        coarse = max(torch.finfo(p.grad.dtype).eps for p in self.params.values() if p.grad is not None)
-        least = 1e-6 * max(before[:-1], default=0.0)
-        ratios = [new / old for old, new in zip(before[:-1], after[:-1], strict=True) if old > least]
-        is_turned = before[-1] * after[-1] < 0
-        if is_turned or any(abs(ratio - ratios[0]) > 64 * coarse * ratios[0] for ratio in ratios):
-            self._refuse()
-        return ratios[0] if ratios else 1.0
-
-    def _refuse(self) -> None:
-        raise ValueError(
-            '`.grad` is not what OrthoGrad wrote, times one positive factor: metric="optimizer" has to know which part '
-            "of it is that of the forget loss. Before the optimizer's step only scale it, all of it alike; or call "
-            "zero_grad() to give it up"
-        )
-
-    def _rates(self) -> list[object]:
-        """Return the learning rates that are known without waiting for the device."""
-        rates = [group.get("lr") for group in self.optimizer.param_groups]
-        return [None if isinstance(rate, Tensor) else rate for rate in rates]
 
     def _before_step(self, scaler: torch.amp.GradScaler | None, scale: Tensor | float) -> None:
         """Note what has to be known before the optimizer steps; scale: by what both parts of p.grad were multiplied."""

@@ -23,7 +23,6 @@ from ..tape.records import Projection
 from ..tape.weighted import hold
 from .closures import Closures
 from .common import (
-    check_batch_norm,
     clear_grads,
     lay_out_grads,
     learning_rates,
@@ -161,9 +160,8 @@ class OrthoGrad:
             follow(optimizer)  # steps before the first of ours, with a state that was loaded
             if projector is not None or not keep_output_gradients:
                 raise ValueError('metric="optimizer" cannot be used with projector or keep_output_gradients=False')
-        elif mask is not None:
-            raise ValueError('mask needs metric="optimizer", which weighs every coordinate by itself, for SGD too')
-        self._given_mask, self.mask = mask, None if mask is None else check_mask(model, params, mask)
+        self.mask = mask
+        self.checked_mask = self._checked_mask(params)
         self._factors_help = False  # whether the factors of the forget gradient saved work in the step before
         self._factors = ForgetFactors()
         self._script: Script | None = None
@@ -196,7 +194,7 @@ class OrthoGrad:
 
         Raises:
             TypeError: something other than a closure.
-            ValueError: a loss of the wrong shape, batch norm in training mode (per-sample gradients do not exist),
+            ValueError: a loss of the wrong shape, batch norm with batch statistics (per-sample gradients do not exist),
                 retain losses that share terms between samples; a closure that leaves gradients behind, changes the
                 weights that the other one used or returns losses of a forward pass made before; a model that is spread
                 over processes in a way that is not supported, or processes that disagree.
@@ -264,6 +262,14 @@ class OrthoGrad:
             self._stop = metric_step.follow_(self.damping, self.rtol, around, vars(record).update)
         return record
 
+    def _checked_mask(self, params: dict[str, nn.Parameter]) -> dict[str, Tensor] | None:
+        """Return the mask of what is updated, by the names of `params`."""
+        if self.mask is None:
+            return None
+        if self.metric != "optimizer":
+            raise ValueError('mask needs metric="optimizer", which weighs every coordinate by itself, for SGD too')
+        return check_mask(self.model, params, self.mask)
+
     def _processes(self) -> AbstractContextManager[object]:
         """Make the context of work that several processes do together."""
         spread = self._together()
@@ -276,8 +282,8 @@ class OrthoGrad:
         """Make the context in which closures are called, with `.grad` dropped; give them by name."""
         clear_grads(self.optimizer)
         forgets, retains = closures_of("forget", forget), closures_of("retain", retain)
-        is_spread = self._spread is not None
-        with Closures(self.model, self.optimizer, spread=is_spread, **forgets, **retains) as closures:
+        options = {"spread": self._spread is not None, "batch_statistics": False}
+        with Closures(self.model, self.optimizer, **options, **forgets, **retains) as closures:
             yield closures, forgets, retains
 
     def _gradients(
@@ -285,9 +291,7 @@ class OrthoGrad:
     ) -> tuple[dict[str, Any], MetricStep | None]:
         """Set every p.grad; return the fields of the record, and with metric="optimizer" the step to finish."""
         _options.within("alpha weighs the mean retain gradient and", self.alpha, "[0, 1]")  # it may have been changed
-        check_batch_norm(self.model)
-        if self._given_mask is not None:  # it and the parameters may have been changed
-            self.mask = check_mask(self.model, closures.params, self._given_mask)
+        self.checked_mask = self._checked_mask(closures.params)  # it and the parameters may have been changed
         try:
             if self._spread is not None:
                 numbers = spread_step(self, self._spread, closures, forgets, retains)
@@ -338,8 +342,8 @@ class OrthoGrad:
             raise Impossible('metric="optimizer" has no graph')
         if self._together() is not None:
             raise Impossible("a model that is spread over processes has no graph")
-        with Closures(self.model, self.optimizer, forget=forget, retain=retain) as closures:
-            check_batch_norm(self.model)
+        given = {"forget": forget, "retain": retain}
+        with Closures(self.model, self.optimizer, batch_statistics=False, **given) as closures:
             self._script, self._factors_help = script, False
             try:
                 self._retain(self._forget({"forget": forget}, closures), {"retain": retain}, closures)
@@ -411,7 +415,7 @@ class OrthoGrad:
                 scope=self.scope,
                 alpha=self.alpha / share,
                 prepare=lambda losses: losses * factor,
-                mask=self.mask,
+                mask=self.checked_mask,
             )
             return fields | {"forget_loss": loss_value(loss)}
         fields = project_union(
@@ -450,7 +454,7 @@ class OrthoGrad:
         add = torch.full((n,), self.alpha / n / share, dtype=torch.float64, device=losses.device)
         if self.metric == "optimizer":
             held = lambda: hold(tape.passes, losses, self.scope, add)  # noqa: E731
-            metric_step = MetricStep(self.optimizer, params, held, mask=self.mask)
+            metric_step = MetricStep(self.optimizer, params, held, mask=self.checked_mask)
             return {"metric_step": metric_step, "forget_loss": values[0], "retain_loss": sum(values[1:]) / n}
         weights = add if self.alpha else None
         rates = learning_rates(self.optimizer, params)

@@ -18,6 +18,7 @@ from ..tape.project import check_gradients
 from ..tape.tape import Tape
 from .closures import Closures
 from .common import clip_
+from .forget_mask import Seen
 from .protocol import Closure
 
 
@@ -27,6 +28,7 @@ class ReplicatedModel:
     def __init__(self, processes: Processes, model: nn.Module) -> None:
         self.processes, self.model = processes, model
         self.met = False  # whether all processes were found to begin with the same weights
+        self.mask: Seen = {}  # the one that they were last found to have alike
 
     @contextmanager
     def together(self) -> Iterator[None]:

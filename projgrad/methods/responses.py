@@ -37,8 +37,8 @@ class Response:
         return False
 
     def decay(self, group: State) -> float:
-        """Return by what a step without a forget gradient multiplies M."""
-        return 0.0
+        """Return by what a step without a forget gradient multiplies M; 1 where it leaves its own momentum alone."""
+        return 1.0
 
     def starts_with_gradient(self, state: State) -> bool:
         """Return, from the state before the step, whether the momentum will be a copy of the gradient."""
@@ -86,7 +86,7 @@ class SGD(Response):
         return bool(group["momentum"])
 
     def decay(self, group: State) -> float:
-        return group["momentum"]
+        return group["momentum"] or 1.0
 
     def starts_with_gradient(self, state: State) -> bool:
         return state.get("momentum_buffer") is None
@@ -163,9 +163,9 @@ class Adam(Response):
     def _least(self, state: State, group: State) -> Diagonal:
         """Return the least √v̂ / |m̂| of any series of gradients, by Cauchy-Schwarz; 0 where there is no bound."""
         (a, b), t = group["betas"], _steps(state)
-        q = a * a / b
-        if not q < 1:
+        if a and not a * a < b:  # b may be 0, too
             return 0.0
+        q = a * a / b if a else 0.0
         return (1 - a**t) / (1 - a) * ((1 - b) * (1 - q) / ((1 - b**t) * (1 - q**t))) ** 0.5
 
 
@@ -189,7 +189,7 @@ class RMSprop(Response):
         return group["momentum"] > 0
 
     def decay(self, group: State) -> float:
-        return group["momentum"]
+        return group["momentum"] or 1.0
 
     def change(
         self,

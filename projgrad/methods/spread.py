@@ -18,7 +18,7 @@ from ..tape.spread import SpreadGradients, kept_rules, project_spread_
 from ..tape.spread_weighted import hold_spread
 from .closures import Closures
 from .common import distributed, is_sharded, learning_rates, loss_value, restore_shards, scalar_loss
-from .forget_mask import digest
+from .forget_mask import digest, is_seen, seen
 from .micro_batches import MicroBatchOptions, accumulate_forget
 from .optimizer_metric import MetricStep
 from .protocol import Closure, SteppingOptimizer
@@ -43,6 +43,7 @@ class StepOptions(Protocol):
     keep_output_gradients: bool
     metric: str
     mask: Mapping[str, Tensor] | None
+    checked_mask: Mapping[str, Tensor] | None
     micro: MicroBatchOptions
 
 
@@ -150,7 +151,7 @@ def spread_step(
     if options.metric == "optimizer":
         hold = functools.partial(hold_spread, access, options.scope, add)
         given = spread.clip, spread.placement.norms, processes.same
-        mask = _laid_out(options.mask, spread)
+        mask = _laid_out(options.checked_mask, spread)
         fields = {"metric_step": MetricStep(options.optimizer, closures.params, hold, *given, mask=mask)}
     else:
         projection = project_spread_(access, options.scope, options.damping, options.rtol, add, rates)
@@ -178,7 +179,7 @@ def _union_step(
     common = {"scope": options.scope, "alpha": options.alpha / share, "spread": spread}
     if options.metric == "optimizer":
         factor = scaler.get_scale() * share if scaler else 1.0  # the same after the optimizer's step
-        mask = _laid_out(options.mask, spread)
+        mask = _laid_out(options.checked_mask, spread)
         fields = union_metric_step(*given, **common, prepare=lambda losses: losses * factor, mask=mask)
     else:
         rates = learning_rates(options.optimizer, closures.params)
@@ -197,7 +198,8 @@ def _laid_out(mask: Mapping[str, Tensor] | None, spread: ReplicatedModel) -> dic
 
 
 def _check_alike(options: StepOptions, spread: ReplicatedModel) -> None:
-    """Check that all processes take the same step on the same model; weights and mask at the first step alone."""
+    """Check that all processes take the same step on the same model; weights at the first step alone, a mask if it is
+    another one than before."""
     processes = spread.processes
     if options.projector is not None or not options.keep_output_gradients:
         raise ValueError(
@@ -213,9 +215,13 @@ def _check_alike(options: StepOptions, spread: ReplicatedModel) -> None:
     numbers.append(type(options.optimizer).__name__)
     for group in options.optimizer.param_groups:
         numbers.append(sorted((key, value) for key, value in group.items() if isinstance(value, PLAIN)))
+    is_known = is_seen(options.mask or {}, spread.mask)
+    numbers.append(is_known)
     processes.same("the options of the step or the learning rates", numbers)
+    if not is_known:
+        processes.same("the mask", digest(options.checked_mask or {}))
+        spread.mask = seen(options.mask or {})
     if not spread.met:
-        processes.same("the mask", None if options.mask is None else digest(options.mask))
         state = options.optimizer.state if options.metric == "optimizer" else {}  # of which the metric is made
         spread.check([state.get(p, {}) for p in spread.params.values()])
         spread.met = True

@@ -139,7 +139,10 @@ def gram_of_layer(
 
 @torch.no_grad()
 def squares_of_layer(a: Tensor, b: Tensor, float64: bool = False) -> Tensor:
-    """Return ‖g_j‖² [n] in float64 from the products of every sample's tokens with one another."""
+    """Return ‖g_j‖² [n] in float64 from the products of every sample's tokens with one another.
+
+    Where tokens cancel down to the rounding of their products, it is that rounding: nobody may take g_j for zero.
+    """
     dtype, t = product_dtype(a.dtype, b.dtype, float64=float64), a.shape[1]
     step = max(1, chunk_bytes(a.device.type) // (2 * max(1, t * t) * dtype.itemsize))
     squares = [a.new_empty(0, dtype=torch.float64)]
@@ -147,8 +150,11 @@ def squares_of_layer(a: Tensor, b: Tensor, float64: bool = False) -> Tensor:
         e, f = exponents(x), exponents(y)
         A, B = (z.to(dtype) * _power_of_two(-k, dtype)[:, None, None] for z, k in ((x, e), (y, f)))
         pairs = torch.bmm(A, A.mT).mul_(torch.bmm(B, B.mT))
-        squares.append(torch.ldexp(pairs.sum((1, 2), dtype=torch.float64), 2 * (e + f)))
-    return torch.cat(squares).clamp_min(0)
+        lengths = pairs.diagonal(dim1=1, dim2=2).double().sqrt().sum(1)  # Σ_t ‖a_t‖ ‖b_t‖, were there no angles
+        rounding = torch.finfo(dtype).eps / 64 * lengths.square()  # about what the sum is off by
+        total = torch.maximum(pairs.sum((1, 2), dtype=torch.float64), rounding)
+        squares.append(torch.ldexp(total, 2 * (e + f)))
+    return torch.cat(squares)
 
 
 def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:

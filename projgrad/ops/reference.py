@@ -97,7 +97,7 @@ def project_out(
     """Return out = u - Gᵀ c with (K + damping diag K) c = G uᵀ, c [n, m], rank, max |cos(g_j, out)| and the squared
     norms of u and out [2, m]."""
     return project_refined(
-        len(G), lambda _: gram(G, u), lambda c: subtract(u, G, c), gram_solve, torch.float64, damping, rtol
+        len(G), len(u), lambda _: gram(G, u), lambda c: subtract(u, G, c), gram_solve, torch.float64, damping, rtol
     )
 
 

@@ -51,6 +51,7 @@ def largest(t: Tensor) -> Tensor:
 
 def project_refined(
     n: int,
+    m: int,
     products: Callable[[bool], tuple[Tensor, Tensor]],
     apply: Callable[[Tensor], tuple[Any, Tensor, Tensor]],
     solve: Callable[..., tuple[Tensor, Tensor, Tensor]],
@@ -64,6 +65,7 @@ def project_refined(
     first with the Gram matrix at hand, then with a float64 one, which tells rows apart that float32 cannot.
 
     Args:
+        n, m: rows of G, and directions.
         products: products(float64) returns K and b = G uᵀ, multiplied in float64 if that is set.
         apply: apply(c) returns out = u - cᵀ G, r = G outᵀ and the squared norms of u and out.
         solve: the op `gram_solve`, or its reference.
@@ -71,7 +73,9 @@ def project_refined(
     Returns:
         out, c [n, m], rank, the largest cosine, and the squared norms of u and out [2, m].
     """
-    float64, limit = starts_in_float64(n, dtype, rtol), rounding_limit(dtype)
+    # Without a direction there is no residual that would ask for the rank in float64.
+    float64 = starts_in_float64(n, dtype, rtol) or (not m and rtol is None)
+    limit = rounding_limit(dtype)
     K, b = products(float64)
     b = in_range(K, b)
     c, before, norms = torch.zeros_like(b), float("inf"), float("inf")

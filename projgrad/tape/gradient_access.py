@@ -21,23 +21,26 @@ from .factors import ForgetFactors, few_positions
 from .grouping import Group, Use, grouped
 from .passes import Passes
 
+FACTORS = torch.float64, torch.float32, torch.bfloat16  # the last one stands for all of 16 bits
+
 
 @dataclass
 class Block:
     """Parameters whose gradients are projected together, as one vector: all of them, or one.
 
     square: ‖p.grad‖² before the next correction, once it is known.
-    has_16bit_factor: whether 16-bit numbers limit what autograd and rules can agree on.
+    factors: the coarsest type that its rules multiply, of `coarsest_factor`. has_16bit_factor: whether 16-bit numbers
+    limit what autograd and rules can agree on.
     """
 
     name: str
     parameters: Mapping[str, Tensor]
     square: float = math.nan
-    has_16bit_factor: bool = False
+    factors: torch.dtype = torch.float64
 
     def __post_init__(self) -> None:
         self.stored = coarser(*(p.dtype for p in self.parameters.values()))  # the type of p.grad, the coarsest
-        self.has_16bit_factor = self.has_16bit_factor or self.stored.itemsize == 2
+        self.has_16bit_factor = 2 in (self.stored.itemsize, self.factors.itemsize)
         self.dtype = product_dtype(self.stored)  # of the products
 
     def numel(self) -> int:
@@ -69,7 +72,8 @@ class GradientAccess:
 
     def precision(self, block: Block) -> Precision:
         """Return the types that limit the self-check: the two sides may differ by the rounding of the products."""
-        return Precision(block.dtype, torch.bfloat16 if block.has_16bit_factor else block.dtype)
+        compared = torch.bfloat16 if block.has_16bit_factor else coarser(block.dtype, block.factors)
+        return Precision(block.dtype, compared)
 
     def rate(self, name: str) -> float:
         """Return the weight of a parameter in all inner products."""
@@ -217,11 +221,12 @@ class KeptGradients(GradientAccess):
     def blocks(self, per_tensor: bool) -> list[Block]:
         """Return the blocks to project: every tensor that the losses use, or all parameters in one."""
         parameters = self.passes.recording.parameters
-        half = {use.name for use in self.uses if use.rule.has_16bit_factor}
         if not per_tensor:
-            return [Block("", parameters, has_16bit_factor=bool(half))]
-        used = dict.fromkeys(use.name for use in self.uses)
-        return [Block(name, {name: parameters[name]}, has_16bit_factor=name in half) for name in used]
+            return [Block("", parameters, factors=coarsest_factor(self.uses))]
+        uses: dict[str, list[Use]] = {}
+        for use in self.uses:
+            uses.setdefault(use.name, []).append(use)
+        return [Block(name, {name: parameters[name]}, factors=coarsest_factor(some)) for name, some in uses.items()]
 
     def products(self, blocks: Sequence[Block], float64: bool) -> tuple[Tensor, Tensor]:
         K, v = self._sums(blocks, float64, gram=True)
@@ -326,12 +331,16 @@ class KeptGradients(GradientAccess):
         total = self.row_squares.clamp_min(0).sqrt().sum()
         grad, p = self.grad_of_watch, self.passes.recording.parameters[self.watch]
         squared_norm = torch.zeros_like(total) if grad is None else length(grad).square()
-        half = any(use.rule.has_16bit_factor for use in self.uses)
-        precision = self.precision(Block(self.watch, {self.watch: p}, has_16bit_factor=half))
+        precision = self.precision(Block(self.watch, {self.watch: p}, factors=coarsest_factor(self.uses)))
         coarsest = self.passes.structure(self.losses).coarsest  # in which autograd may have summed over the samples
         precision = precision._replace(compared=coarser(precision.compared, coarsest))
         numbers = of_parameter(torch.ones_like(self.row_squares), self.watched, squared_norm, total)
         return self.watch, numbers, precision
+
+
+def coarsest_factor(uses: Iterable[Use]) -> torch.dtype:
+    """Return the coarsest type that the rules of some uses multiply: one of `FACTORS`."""
+    return coarser(FACTORS[0], *(FACTORS[2] if use.rule.has_16bit_factor else use.rule.dtype for use in uses))
 
 
 def _square(rates: Sequence[float], norms: Sequence[float]) -> float:

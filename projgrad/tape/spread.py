@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from .._torch_private import storage_id
+from ..recording.graph import coarser
 from ..recording.host_reads import HostReads
 from ..recording.losses import check_shape, check_values
 from .check import Checks, Measured, Outcome, Precision
 from .consumers import part
 from .crossing import Crossing
 from .factors import ForgetFactors
-from .gradient_access import Block, GradientAccess, KeptGradients
+from .gradient_access import FACTORS, Block, GradientAccess, KeptGradients, coarsest_factor
 from .grouping import Group, grouped
 from .passes import Passes
 from .placement import Replicas
@@ -72,18 +73,18 @@ class SpreadGradients(GradientAccess):
         self.local, self.rates, self.factors = local, {}, ForgetFactors()
         self._uses = [] if local is None else local.uses
         self.crossing = Crossing(processes, list(parameters), followed, self._uses, counts)
-        half = {use.name for use in self._uses if use.rule.has_16bit_factor}
-        every = processes.agree(*(name in half for name in self.crossing.used))
-        self._half = {name for name, *flags in zip(self.crossing.used, *every, strict=True) if any(flags)}
+        used = self.crossing.used
+        own = (coarsest_factor(use for use in self._uses if use.name == name) for name in used)
+        every = processes.agree(*map(FACTORS.index, own))
+        self._factors = {name: FACTORS[max(some)] for name, *some in zip(used, *every, strict=True)}
         zero = torch.zeros(self.crossing.total, dtype=torch.float64, device=processes.device)
         self._row_squares, self._summed = zero, set()
 
     def blocks(self, per_tensor: bool) -> list[Block]:
         """Return the blocks to project: every tensor that some losses use, or all parameters in one."""
         if not per_tensor:
-            return [Block("", self.parameters, has_16bit_factor=bool(self._half))]
-        used = self.crossing.used
-        return [Block(name, {name: self.parameters[name]}, has_16bit_factor=name in self._half) for name in used]
+            return [Block("", self.parameters, factors=coarser(FACTORS[0], *self._factors.values()))]
+        return [Block(name, {name: self.parameters[name]}, factors=factors) for name, factors in self._factors.items()]
 
     def norms(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
         names = {block.name: list(block.grads()) for block in blocks}

@@ -23,7 +23,7 @@ from ..recording.graph import coarser
 from ..recording.host_reads import inner, lengths
 from .check import Checks, WeightStats, check_finite, check_relative_error, tolerance_of
 from .convergence import Convergence
-from .gradient_access import Block
+from .gradient_access import FACTORS, Block, coarsest_factor
 from .micro_batch import MicroBatch, Vector
 from .passes import Passes
 from .placement import InOneProcess, Spread
@@ -101,7 +101,8 @@ class Union:
         self.d: Vector = {}
         self.q: Vector = {}
         self.K: list[Tensor | None] = [None] * len(batches)  # [l, n, n] of every micro-batch, as far as HELD allows
-        self.held, self.lacks, self.samples, self.half = 0, False, 0, False  # lacks: not all K are held
+        self.held, self.lacks, self.samples = 0, False, 0  # lacks: not all K are held
+        self.factors = FACTORS[0]  # the coarsest type that the rules of any micro-batch multiply
         self.discrepancy, self.residual = 0.0, math.nan
 
     @torch.no_grad()
@@ -196,9 +197,9 @@ class Union:
     def _share(self) -> None:
         """Make what the first visits found that of all processes."""
         used = [float(name not in self.unused) for name in self.parameters]
-        found = self.iterated.new_tensor([float(self.half), float(self.lacks), self.discrepancy, *used])
-        half, lacks, self.discrepancy, *used = self.processes.largest_(found).tolist()
-        self.half, self.lacks = bool(half), bool(lacks)
+        found = self.iterated.new_tensor([FACTORS.index(self.factors), float(self.lacks), self.discrepancy, *used])
+        factors, lacks, self.discrepancy, *used = self.processes.largest_(found).tolist()
+        self.factors, self.lacks = FACTORS[int(factors)], bool(lacks)
         self.unused = {name for name, one in zip(self.parameters, used, strict=True) if not one}
         counts = self.iterated.new_tensor([self.samples, *(span.count for span in self.small.values())])
         self.samples, *counts = map(int, self.processes.sum_(counts, "K").tolist())
@@ -228,7 +229,7 @@ class Union:
         if not index:
             self.samples += len(losses)
             self.unused.difference_update(use.name for use in batch.uses)
-            self.half = self.half or any(use.rule.has_16bit_factor for use in batch.uses)
+            self.factors = coarser(self.factors, coarsest_factor(batch.uses))
             for span in self.small.values():
                 span.add(span.rows(batch.uses, len(losses)))
             checks = Checks()
@@ -316,7 +317,7 @@ class Union:
 
     def _check(self, stats: Tensor, product: Tensor, r2: Tensor) -> None:
         """Check that ⟨r, d⟩, as it came out, is what the products say."""
-        limit = tolerance_of(torch.bfloat16 if self.half else self.dtype, product.is_cuda)
+        limit = tolerance_of(coarser(self.factors, self.dtype), product.is_cuda)
         for block, row, value, square in zip(self.blocks, stats.tolist(), product.tolist(), r2.tolist(), strict=True):
             weights = WeightStats(0.0, row[1], row[2], 0.0, row[0])
             blame = lambda name=block.name: f" in {name}" if name else ""  # noqa: E731
@@ -332,7 +333,8 @@ class Union:
             if self.alpha:
                 r.add_(self.d.pop(name), alpha=self.alpha / self.samples)
             p.grad = None if name in self.unused else self.placement.laid_out(name, r.to(p.dtype))
-        coarse = max(torch.finfo(b.stored).eps / 2 for b in self.blocks) if self.half else 0.0  # p.grad is rounded to
+        # p.grad is rounded too.
+        coarse = max(torch.finfo(b.stored).eps / 2 for b in self.blocks) if self.factors.itemsize == 2 else 0.0
         before, after, residuals = u2.tolist(), r2.tolist(), cosines.clamp_max(1.0).tolist()
 
         def numbers(b: float, a: float, residual: float) -> dict:

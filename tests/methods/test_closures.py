@@ -185,6 +185,51 @@ def test_a_step_of_another_model_inside_a_closure():
     torch.testing.assert_close(other.parameters(), theirs, rtol=0, atol=1e-14)
 
 
+class Normed:
+    """A model with a batch norm, and the weights and statistics that a step of a method leaves."""
+
+    def __init__(self, name, **options):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7, **options), nn.Tanh(), nn.Linear(7, 3)).double()
+        self.x, self.y = torch.randn(6, 5, **DOUBLE), torch.arange(6) % 3
+        self.name, model, optimizer = name, self.model.eval(), sgd(self.model)
+        if name == "pgu":
+            self.method = projgrad.PGU(model, optimizer, gamma=0.5).fit([self.x])
+        elif name == "feasible":
+            self.method = projgrad.FeasibleUpdates(model, optimizer)
+        else:
+            self.method = projgrad.OrthoGrad(model, optimizer, 0.3, metric=name)
+
+    def step(self, mode=lambda: None, forget_mode=lambda: None):
+        def losses(before, sign=1):
+            before()
+            return torch.nn.functional.cross_entropy(self.model(sign * self.x), self.y, reduction="none")
+
+        retain = [] if self.name == "pgu" else [lambda: losses(mode)]
+        self.method.step(lambda: losses(forget_mode, -1).mean(), *retain)
+        return self.state()
+
+    def state(self):
+        return [t.clone() for t in self.model.state_dict().values()]
+
+
+@pytest.mark.filterwarnings("ignore:PGU")
+@pytest.mark.parametrize("options", [{}, {"affine": False}], ids=["affine", "bare"])
+@pytest.mark.parametrize("name", ["gradient", "optimizer", "feasible", "pgu"])
+def test_a_batch_norm_counts_as_it_is_in_the_forward_pass(name, options):
+    expected = Normed(name, **options).step()
+    normed = Normed(name, **options)
+    normed.model.train()
+    for one, two in zip(normed.step(normed.model.eval, normed.model.eval), expected, strict=True):
+        assert torch.equal(one, two)
+    before, train = normed.state(), normed.model[1].train
+    for modes in [(normed.model.eval, train)] + ([] if name == "pgu" else [(train, normed.model.eval)]):
+        with pytest.raises(ValueError, match=r"1 is a BatchNorm1d that uses batch statistics.*Call model\.eval\(\)"):
+            normed.step(*modes)
+        assert all(map(torch.equal, normed.state(), before))  # also the running statistics
+    normed.model.train()(normed.x)  # nothing of a step refuses it
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_garbage_collector_pauses_and_goes_on_as_before(name, enabled):

@@ -329,7 +329,7 @@ def test_a_feasible_step_on_a_gpu_is_the_step_on_the_cpu(test):
 def test_batch_statistics_are_refused():
     model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7))
     with pytest.raises(ValueError, match=r"BatchNorm1d that uses batch statistics"):
-        projgrad.FeasibleUpdates(model, sgd(model)).step(lambda: None, lambda: None)
+        projgrad.FeasibleUpdates(model, sgd(model)).step(lambda: model(torch.randn(4, 5)).sum(), lambda: None)
 
 
 @pytest.mark.parametrize(

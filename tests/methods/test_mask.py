@@ -279,6 +279,22 @@ def test_a_mask_needs_the_metric_of_the_optimizer():
             projgrad.OrthoGrad(problem.model, problem.optimizer, mask=random_mask(problem.params), **options)
 
 
+def test_a_mask_that_is_set_later_counts():
+    problem = Problem("adamw")
+    unlearner = problem.unlearner(filled(problem.params, True), alpha=0.0)
+    unlearner.mask = filled(problem.params, False)
+    before = flat_parameters(problem.model)
+    assert unlearner.step(problem.forget, problem.retain).preserved_norm == 1  # of nothing
+    assert torch.equal(flat_parameters(problem.model), before)
+    unlearner.mask = {"scale": unlearner.mask["scale"]}
+    with pytest.raises(ValueError, match="mask has nothing for"):
+        unlearner.step(problem.forget, problem.retain)
+    plain = projgrad.OrthoGrad(problem.model, problem.optimizer)
+    plain.mask = filled(problem.params, True)
+    with pytest.raises(ValueError, match='mask needs metric="optimizer"'):
+        plain.step(problem.forget, problem.retain)
+
+
 def test_a_refused_step_changes_nothing():
     """A parameter that was thawed later, and NaN outside of the mask."""
     problem = Problem("adamw")

@@ -313,6 +313,38 @@ def test_steps_of_others_let_the_forget_momentum_decay(name):
         torch.testing.assert_close(optimizer.state[p]["forget_momentum"], 0.9**3 * M)
 
 
+@pytest.mark.parametrize("name", ["sgd", "rmsprop", "fused"])
+def test_steps_of_others_that_leave_the_momentum_alone_leave_the_forget_momentum(name):
+    """Without momentum an optimizer keeps the one that it had; a fused one is called where a scaler skips a step."""
+    model = mlp(0)
+    make = {
+        "sgd": lambda p: SGD(p, lr=0.05, momentum=0.9),
+        "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9),
+        "fused": lambda p: AdamW(p, lr=1e-3, fused=True),
+    }[name]
+    optimizer = make(model.parameters())
+    forget, retain = plain_closures(model)
+    unlearner_of(model, optimizer).step(forget, retain)
+    before = copy.deepcopy(list(optimizer.state.values()))
+    optimizer.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=name == "fused")
+    scaler.scale(retain().mean() * (torch.inf if name == "fused" else 1.0)).backward()
+    optimizer.param_groups[0]["momentum"] = 0.0
+    scaler.step(optimizer)
+    for state, was in zip(optimizer.state.values(), before, strict=True):
+        own = "exp_avg" if name == "fused" else "momentum_buffer"
+        assert torch.equal(state[own], was[own]) and torch.equal(state[MOMENTUM], was[MOMENTUM])
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.0), (0.0, 0.0)])
+def test_adam_without_a_memory_of_squares(betas):
+    model = mlp(0).double()
+    unlearner = unlearner_of(model, AdamW(model.parameters(), lr=1e-3, betas=betas, weight_decay=0.0), 0.0)
+    for _ in range(2):
+        cosine, _, record = ascent(unlearner, *plain_closures(model, torch.float64))
+        assert cosine < 1e-12 and record.residual < 1e-12
+
+
 @pytest.mark.parametrize("metric", ["gradient", "optimizer"])
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
 def test_fused_optimizers_and_weights_in_another_order(make, metric):

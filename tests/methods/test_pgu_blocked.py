@@ -113,4 +113,6 @@ def test_what_counts_as_blocked():
     assert expected_change(optimizer, 0.0, 0.5) == 0.0
     optimizer.param_groups[0]["momentum"] = 0.75  # a step is followed by three quarters of it, and so on
     assert expected_change(optimizer, 2.0, None) == 8.0
+    optimizer.param_groups[0]["dampening"] = 0.5
+    assert expected_change(optimizer, 2.0, None) == 4.0
     assert math.isnan(expected_change(torch.optim.Adam(optimizer.param_groups[0]["params"]), 2.0, None))

@@ -128,6 +128,19 @@ def test_sharded_parameters_of_one_process(one_process):
     torch.testing.assert_close([p.full_tensor() for p in model.parameters()], [p.detach() for p in twin.parameters()])
 
 
+@pytest.mark.parametrize("metric", ["gradient", "optimizer"])
+def test_shards_in_float64_that_are_gathered_in_float32(one_process, metric):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = build().double()
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32)
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)), mp_policy=policy)
+    unlearner = projgrad.OrthoGrad(model, sgd(model), metric=metric)
+    forget, retain = closures(model)
+    for retains in (retain, [retain, retain]):
+        assert unlearner.step(forget, retains).residual < 1e-4
+
+
 def test_fully_sharded_data_parallel(one_process):
     from torch.distributed.fsdp import FullyShardedDataParallel
 

@@ -129,6 +129,18 @@ def test_linear_moments_equal_the_loop_over_positions(name, dtypes, device):
     check(squares, g.square().sum(0), size.square().sum(0), rows.square().sum(0).to(rounded), rounded)
 
 
+@pytest.mark.same_without_extension
+@pytest.mark.parametrize("variation, most", [(1.0, 1.01), (1e-2, 1.01), (1e-3, 1.3), (1e-5, 200.0)])
+def test_a_length_is_not_zero_where_tokens_nearly_cancel(variation, most):
+    """Products of tokens in float32 lose a gradient that a sum of their outer products still has to four digits."""
+    a = torch.randn(64, 1, 64, dtype=torch.float64) + variation * torch.randn(64, 16, 64, dtype=torch.float64)
+    b = torch.randn(64, 16, 64, dtype=torch.float64)
+    a, b = a.float(), (b - b.mean(1, keepdim=True)).float()
+    a[0] = 0
+    ratio = implementation.squares_of_layer(a, b).sqrt() / (b.double().mT @ a.double()).flatten(1).norm(dim=1)
+    assert ratio[0].isnan() and ratio[1:].min() > 0.7 and ratio[1:].max() < most
+
+
 @pytest.mark.parametrize("only", ["factors", "chunks"])
 @pytest.mark.parametrize("t2", [3, 5])
 def test_gram_of_two_groups_is_a_block_of_all(t2, only):

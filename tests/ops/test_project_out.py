@@ -89,6 +89,16 @@ def test_rank_is_decided_in_float64(n, p, e, implementation, device):
     assert (IMPLEMENTATIONS[implementation](u, G) - expected).norm() <= bound * expected.norm()
 
 
+@pytest.mark.parametrize("m", [0, 2])
+def test_the_rank_of_no_direction_is_decided_in_float64_too(m, device):
+    G = torch.randn(4, 50, device=device)
+    G[3] = G[0] + 3e-5 * torch.randn(50, device=device)
+    u = torch.randn(m, 50, device=device)
+    for rtol, rank in (None, 4), (1e-3, 3):
+        assert projgrad.project_out(u, G, rtol=rtol, return_info=True)[1].rank == rank
+        assert not TRITON or composed.on_device(u, G, 0.0, rtol)[2] == rank
+
+
 def test_a_bad_direction_does_not_stop_the_others(device):
     G = torch.randn(6, 300, device=device)
     G[1] = G[0] + 1e-4 * G[1]

@@ -193,13 +193,24 @@ def check_metric_with_a_mask(processes):
             twins.unlearner.step(closures["forget"], [closures["retain"]] * 2)  # the same span and the same mean
             assert_same(twins.model, twins.single, prefix=prefix)
             before, mask = whole(twins.model), {name: m.clone() for name, m in twins.unlearner.mask.items()}
+            m = max(mask.values(), key=torch.Tensor.numel).view(-1)
+            ends = [int(m.int().argmax()), int(m.int().argmin())]
             if processes.rank:  # as many coordinates, of which one is another
-                m = max(mask.values(), key=torch.Tensor.numel).view(-1)
-                m[[int(m.int().argmax()), int(m.int().argmin())]] = torch.tensor([False, True])
+                m[ends] = torch.tensor([False, True])
             again = projgrad.OrthoGrad(twins.model, twins.unlearner.optimizer, metric="optimizer", mask=mask)
             with raises(ValueError, "disagree on the mask"):
                 again.step(**twins.closures())
             assert all(torch.equal(p, before[name]) for name, p in whole(twins.model).items())
+    twins.unlearner.mask = mask  # later it is compared where it is another one
+    with raises(ValueError, "disagree on the mask"):
+        twins.unlearner.step(**twins.closures())
+    if not processes.rank:
+        m[ends] = torch.tensor([False, True])
+    twins.unlearner.step(**twins.closures())
+    if processes.rank:
+        m[ends] = torch.tensor([True, False])
+    with raises(ValueError, "disagree on the options"):
+        twins.unlearner.step(**twins.closures())
 
 
 def check_metric_failures(processes):

@@ -200,6 +200,33 @@ def test_transformers_in_float64_whose_norms_are_in_float32(name, mode, in_float
     run(case.model, closure, 1e-9 if in_float64 else known_to(F32, t), mode, steps=3)
 
 
+class Narrow(nn.Module):
+    """Weights in float64 that are multiplied in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 48).double(), nn.Linear(48, 3).double()
+
+    def forward(self, x):
+        for layer in (self.first, self.last):
+            x = F.linear(x, layer.weight.float(), layer.bias.float()).tanh()
+        return x
+
+
+@pytest.mark.parametrize("metric", ["gradient", "optimizer"])
+@pytest.mark.parametrize("scope", ["global", "per_tensor"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_float64_weights_that_are_multiplied_in_float32(parts, scope, metric):
+    torch.manual_seed(0)
+    model, x, y = Narrow(), torch.randn(10, 16), torch.arange(10) % 3
+    unlearner = projgrad.OrthoGrad(model, torch.optim.SGD(model.parameters(), lr=0.1), metric=metric, scope=scope)
+    loss = F.cross_entropy
+    chunks = zip(x.chunk(parts), y.chunk(parts), strict=True)
+    retains = projgrad.micro_batches(lambda x, y: loss(model(x), y, reduction="none"), chunks)
+    record = unlearner.step(lambda: loss(model(x[:4] + 1), y[:4]), retains if parts > 1 else retains[0])
+    assert record.residual < (1e-4 if parts > 1 else 1e-6)
+
+
 @pytest.mark.parametrize("difference", [1e-3, 1e-8, 1e-11, 1e-15])
 def test_numbers_that_disagree_are_printed_with_the_digits_in_which_they_do(difference):
     with pytest.raises(ArithmeticError, match=r"disagree \((\S+) against (?!\1)\S+\)"):

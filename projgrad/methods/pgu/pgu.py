@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..._options import check_callable, check_choice, check_flag, check_max_norm, within
 from ..closures import Closures
-from ..common import check_alone, check_batch_norm, loss_value, scalar_loss, trainable_parameters
+from ..common import check_alone, loss_value, scalar_loss, trainable_parameters
 from ..protocol import SteppingOptimizer
 from .batches import Forward, check_same_samples, logits_and_labels, read_input_moments
 from .cache import Cache
@@ -181,8 +181,7 @@ class PGU:
         """
         start = time.perf_counter()
         cache = self._current_cache("step")
-        with Closures(self.model, self.optimizer, forget=forget) as closures:
-            check_batch_norm(self.model)
+        with Closures(self.model, self.optimizer, batch_statistics=False, forget=forget) as closures:
             weights = {name: p for name, p in closures.params.items() if name in self.bases}
             if not weights:
                 raise ValueError("step: every weight that the optimizer holds is frozen; lower gamma, or see `frozen`")

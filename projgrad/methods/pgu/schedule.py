@@ -27,7 +27,8 @@ class PGURecord:
     residual: largest ‖D M‖ / ‖D‖ over layers, D the projected gradient; with soft, what is left on purpose.
     gradient_norm: ‖D‖ over all projected layers, before it is clipped.
     expected_change: by how much the step changes the forget loss, to first order: η ‖D‖², clipping taken in, for SGD
-        at the largest learning rate η of the optimizer, over 1 - its momentum; NaN for other optimizers.
+        at the largest learning rate η of the optimizer, times 1 - its dampening over 1 - its momentum; NaN for other
+        optimizers.
     forget_loss: what was minimised or, with a scalar and ascend=True, maximised; before the step.
     seconds: wall time of the whole step.
     """
@@ -183,7 +184,10 @@ def expected_change(optimizer: SteppingOptimizer, norm: float, max_norm: float |
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return math.nan
-    rates = [float(group["lr"]) / max(1 - group["momentum"], 1e-9) for group in optimizer.param_groups]
+    rates = []
+    for group in optimizer.param_groups:
+        damped = 1 - group["dampening"] if group["momentum"] else 1.0
+        rates.append(float(group["lr"]) * damped / max(1 - group["momentum"], 1e-9))
     clip = min(1.0, max_norm / norm) if max_norm is not None and norm else 1.0
     return max(rates) * clip * norm * norm
 

@@ -15,7 +15,6 @@ from ...tape.per_sample import per_sample
 from ..closures import Closures
 from ..common import (
     check_alone,
-    check_batch_norm,
     learning_rates,
     loss_value,
     scalar_loss,
@@ -68,7 +67,6 @@ class Subject:
         groups = [{"params": [p], "lr": self.rates.get(name, 1.0)} for name, p in self.params.items()]
         self.optimizer = torch.optim.SGD(groups, lr=1.0)
         check_alone(model, self.params, self.optimizer)
-        check_batch_norm(model)
         self.device = next(iter(self.params.values())).device
         self._forget, self._retain = forget, retain
         self.eps = max(torch.finfo(p.dtype).eps for p in self.params.values())
@@ -164,7 +162,7 @@ class Subject:
 
     def _plain_direction(self) -> Direction:
         """Return the gradient of the forget loss."""
-        with Closures(self.model, self.optimizer, forget=self.forget) as closures:
+        with Closures(self.model, self.optimizer, batch_statistics=False, forget=self.forget) as closures:
             with closures.watch("forget"):
                 loss = scalar_loss(self.forget)
             torch.autograd.backward(loss, inputs=list(self.params.values()))
