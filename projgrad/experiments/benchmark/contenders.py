@@ -171,16 +171,17 @@ def _zip(*lists: Sequence) -> zip:
 class Contender:
     """One way to take a step.
 
-    truth: the result that it must have: "plain", "global", "per_tensor", "gram", "orthogonal" of the applied change; ""
-        where either projection will do, "none" where nothing is compared.
+    truth: the result that it must have: "plain", "global", "per_tensor", "gram", "orthogonal" of the applied change, of
+        the forget gradient alone "u, global" and "u, per_tensor"; "none" where nothing is compared.
     holds: copies of G that it holds at least.
-    missing: why it cannot run here.
+    missing: why it cannot run here. needs_samples: closures alone are not enough for it.
     """
 
     start: Start
-    truth: str = ""
+    truth: str
     holds: float = 0.0
     missing: str | None = None
+    needs_samples: bool = False
 
 
 STEPS = {

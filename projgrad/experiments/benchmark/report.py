@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -107,14 +107,21 @@ def meets(row: dict, targets: Sequence[tuple[str, str, float]]) -> dict[str, str
     }
 
 
-def draw(path: Path, title: str = "") -> Path | None:
-    """Draw the times in a CSV file, one panel for what was timed, and return the picture; None without times."""
+def draw(path: Path, title: str = "", where: Mapping[str, str] | None = None) -> Path | None:
+    """Draw the times in a CSV file, one panel for what was timed, and return the picture; None without times.
+
+    where: what a row must hold to be drawn, such as the device.
+    """
     panels: dict[tuple[str, ...], list[dict]] = {}
     for row in read_csv(path):
-        if row["ms"]:
+        if row["ms"] and all(row.get(name) == value for name, value in (where or {}).items()):
             size = f"{row.get('size', '')} {row.get('dtype', '')}".strip()
-            case = [row["case"], *([f"n = {row['n']}, {size}"] if row.get("n") else [])] if "case" in row else []
-            panels.setdefault(tuple(case) or (row["op"], size), []).append(row)
+            if "op" in row:
+                panel = row["op"], size
+            else:
+                case = f"K, {row['case']}" if row.get("what") == "K" else row["case"]
+                panel = (case, f"n = {row['n']}, {size}") if row.get("n") else (case,)
+            panels.setdefault(panel, []).append(row)
     if not panels:
         return None
     import matplotlib
