@@ -68,8 +68,10 @@ def plain_backward(job: Job) -> Step:
 
 
 def tape_gram(job: Job) -> Step:
+    params = trainable_parameters(job.model, job.optimizer)
+
     def step() -> Tensor:
-        with per_sample(job.model) as tape:
+        with per_sample(job.model, params) as tape:
             losses = job.retain()
         return tape.gram(losses)
 
