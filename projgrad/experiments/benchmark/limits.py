@@ -2,7 +2,7 @@
 
 import torch
 
-FLOAT64 = 1e-6  # of what is allowed in float32: whose eps is 5e8 times as large
+FLOAT64 = 1e-6  # times the limit of float32, whose eps is 5e8 times as large
 
 
 def error_limit(limit: float, dtype: torch.dtype) -> float:

@@ -63,9 +63,7 @@ def contenders(gram: bool) -> dict[str, Contender]:
     """Return all contenders, of other packages too."""
     from .peers import PEERS
 
-    own_ones = GRAMS if gram else STEPS
-
-    others = {}
+    own_ones, others = GRAMS if gram else STEPS, {}
     for name, peer in PEERS.items():
         same = name.split()[0] in ("plain", "projgrad") or name == "one by one"  # as those that are here already
         if same or (gram and "QR" in name):  # QR is of the projection
