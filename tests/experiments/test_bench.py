@@ -19,6 +19,7 @@ from projgrad.experiments.benchmark.contenders import Contender, loop
 from projgrad.experiments.benchmark.report import read_csv
 from projgrad.experiments.benchmark.show import WIDTH, Progress
 from projgrad.experiments.benchmark.worker import Failed
+from projgrad.experiments.comparison.store import DamagedFile
 from projgrad.projectors import qr
 
 pytestmark = pytest.mark.same_without_extension
@@ -230,7 +231,7 @@ def test_rounding_of_parameters_is_allowed_after_the_optimizer(bench):
 class Peer:
     """One of the interface that other packages have; `answer` makes what it returns of G [n, p] and u."""
 
-    scope = "global"
+    scope, needs_samples = "global", False
 
     def __init__(self, missing, answer):
         self.package, self.answer = "some-package", answer
@@ -437,8 +438,9 @@ def test_a_worker_whose_parent_has_gone_ends_silently():
 def test_a_damaged_file_is_set_aside(bench):
     bench.out.mkdir()
     (bench.out / "steps.json").write_text('{"benchmarks": [{"extra')
-    status, printed, _ = bench(EXAMPLE, *FEW, "--n", "4", "--contenders", "plain")
-    assert status == 0 and "was damaged" in printed and (bench.out / "steps.damaged.json").exists()
+    with pytest.warns(DamagedFile, match="set aside as steps.json.damaged"):
+        status, _, _ = bench(EXAMPLE, *FEW, "--n", "4", "--contenders", "plain")
+    assert status == 0 and (bench.out / "steps.json.damaged").exists()
     assert json.loads((bench.out / "steps.json").read_text())["benchmarks"]
 
 

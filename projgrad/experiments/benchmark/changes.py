@@ -1,5 +1,6 @@
 """What changed between two runs of `projgrad bench`, beyond noise."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from .subjects import Refused
 RULE = "changed: the 20-80 % ranges of the times do not overlap, and the medians differ by more than 5 %"
 NOISE = 0.05
 CIRCUMSTANCES = ("device", "threads", "driver", "cuda", "triton", "torch", "python", "projgrad", "commit", "source")
+NEEDED = {"contender", "ms", "ms_20", "ms_80"}
 Row = Mapping[str, str]
 
 
@@ -18,9 +20,9 @@ def read_older(path: Path) -> list[dict]:
         raise Refused(f"--compare {path}: there is no such file")
     try:
         rows = read_csv(path)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, csv.Error) as error:
         raise Refused(f"--compare {path}: {error}") from error
-    if not rows or not ({"case", "op"} & set(rows[0])) or "contender" not in rows[0]:
+    if not rows or not rows[0].keys() & {"case", "op"} or not rows[0].keys() >= NEEDED:
         raise Refused(f"--compare {path} is no steps.csv or ops.csv of projgrad bench")
     return rows
 

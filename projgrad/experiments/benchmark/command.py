@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         return _run(args)
-    except (Refused, OSError) as error:
+    except Refused as error:
         print(f"projgrad bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -61,6 +60,7 @@ def _work(
     old: list[dict] | None,
     stack: contextlib.ExitStack,
 ) -> int:
+    from ..cli.terminal import print_json
     from .show import Progress, legend, op_table, step_table, wrapped
 
     stores: dict[str, Store] = {}
@@ -91,7 +91,7 @@ def _work(
         for row in rows:
             seen.setdefault(row.get("what", "op"), []).append(row)
     if args.json:
-        print(json.dumps([{k: v for k, v in row.items() if k != "times"} for rows in shown.values() for row in rows]))
+        print_json([{k: v for k, v in row.items() if k != "times"} for rows in shown.values() for row in rows])
         return int(failed)
     for name in sorted(seen):
         print("\n" + wrapped(legend(name, seen[name])))
@@ -132,6 +132,8 @@ def _check(args: argparse.Namespace, names: list[str]) -> None:
     letters = [f"--{letter}" for letter in LETTERS if getattr(args, letter)] + ["--op"] * bool(args.op)
     if letters and "ops" not in names:
         raise Refused(f"{', '.join(letters)}: of ops alone; projgrad bench ops {' '.join(letters)} ...")
+    if args.json and args.compare:
+        raise Refused("--compare tells in words what has changed: leave out --json")
     try:
         check_folder(args.out)
     except Unusable as error:
@@ -156,8 +158,6 @@ def _plan(
         kind, columns, key = ("ops", ops.COLUMNS, ops.KEY) if name == "ops" else ("steps", steps.COLUMNS, steps.KEY)
         if kind not in stores:
             stores[kind] = Store(args.out, kind, columns, key, about)
-            if (damaged := stores[kind].damaged) and not args.json:
-                print(f"{stores[kind].json} was damaged: it is now {damaged}, and everything is measured again")
         yield from _ops(args, stores[kind], stack) if name == "ops" else _steps(args, name, stores[kind])
 
 
@@ -245,7 +245,8 @@ def _files(store: Store, about: dict[str, str]) -> str:
     from .report import draw
 
     try:
-        picture = draw(store.csv, f"{about['device']}, {about['threads']} threads, torch {about['torch']}")
+        title = f"{about['device']}, {about['threads']} threads, torch {about['torch']}"
+        picture = draw(store.csv, title, about)
         last = f", {picture.name}" if picture else ""
     except ModuleNotFoundError as error:
         last = f"; no picture: {error.name} is not installed"

@@ -68,8 +68,10 @@ def plain_backward(job: Job) -> Step:
 
 
 def tape_gram(job: Job) -> Step:
+    params = trainable_parameters(job.model, job.optimizer)
+
     def step() -> Tensor:
-        with per_sample(job.model) as tape:
+        with per_sample(job.model, params) as tape:
             losses = job.retain()
         return tape.gram(losses, retain_graph=False)
 
@@ -171,16 +173,17 @@ def _zip(*lists: Sequence) -> zip:
 class Contender:
     """One way to take a step.
 
-    truth: the result that it must have: "plain", "global", "per_tensor", "gram", "orthogonal" of the applied change; ""
-        where either projection will do, "none" where nothing is compared.
+    truth: the result that it must have: "plain", "global", "per_tensor", "gram", "orthogonal" of the applied change, of
+        the forget gradient alone "u, global" and "u, per_tensor"; "none" where nothing is compared.
     holds: copies of G that it holds at least.
-    missing: why it cannot run here.
+    missing: why it cannot run here. needs_samples: closures alone are not enough for it.
     """
 
     start: Start
-    truth: str = ""
+    truth: str
     holds: float = 0.0
     missing: str | None = None
+    needs_samples: bool = False
 
 
 STEPS = {

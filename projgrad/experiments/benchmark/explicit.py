@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from ...methods import projectors
+from ...methods.common import trainable_parameters
 from .peer import Call, Job, Peer, batch_losses, gradients, trained, wide
 
 
@@ -84,7 +85,7 @@ def vectorised(job: Job) -> Source:
         return batch_losses(job, batch, lambda *inputs: functional_call(job.model, params, inputs))[0]
 
     def rows() -> list[Tensor]:
-        params = {name: p.detach() for name, p in job.model.named_parameters() if p.requires_grad}
+        params = {name: p.detach() for name, p in trainable_parameters(job.model, job.optimizer).items()}
         retain = job.samples[1]
         G = vmap(grad(loss), (None, *(0 for _ in retain)))(params, *retain)
         return [wide(g.to_dense() if g.is_sparse else g).flatten(1) for g in G.values()]

@@ -13,6 +13,8 @@ from ...ops.gram_solve import gram_solve
 from ...ops.project_out import project_out
 from ...ops.t_test import feasibility_thresholds, quantile
 from .harness import Ceilings, Clock, Contender, measure
+from .limits import error_limit, result_limit
+from .peer import wide
 from .report import about_case, meets
 
 ops = torch.ops.projgrad
@@ -22,12 +24,12 @@ Check = Callable[[object], dict[str, float]]
 
 def plain_project_out(u: Tensor, G: Tensor) -> Tensor:
     """Project by the Gram route as one would write it down; the small system in float32 or better."""
-    K, v = (G @ G.mT).float(), (G @ u).float()
+    K, v = wide(G @ G.mT), wide(G @ u)
     return u - torch.linalg.solve(K, v).to(G.dtype) @ G
 
 
 def qr_project_out(u: Tensor, G: Tensor) -> Tensor:
-    return projectors.qr(u.float(), G.float()).to(u.dtype)
+    return projectors.qr(wide(u), wide(G)).to(u.dtype)
 
 
 def lstsq_project_out(u: Tensor, G: Tensor) -> Tensor:
@@ -82,8 +84,7 @@ class Truth:
 
 def projection_limits(dtype: torch.dtype) -> dict[str, float]:
     """Return the limits of a projection's errors: those of float32, and the rounding of the result in 16 bits."""
-    rounding = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0
-    return {"error": 1e-5 + rounding, "residual": 1e-6 + rounding}
+    return {"error": result_limit(1e-5, dtype), "residual": result_limit(1e-6, dtype)}
 
 
 def solve_check(K: Tensor, b: Tensor) -> Callable[[Tensor], dict[str, float]]:
@@ -177,7 +178,7 @@ def flat_rows(
     floor = products + read
     yield from op_rows(about, calls, truth.of_projection, limits, clock, floor=floor, targets=targets, **how)
     calls = {"projgrad": lambda: ops.gram(G, u[None], False), "plain Gram": lambda: plain_gram(u, G)}
-    rounding = {"error": 4 * torch.finfo(F32).eps}
+    rounding = {"error": error_limit(4 * torch.finfo(F32).eps, G.dtype)}
     yield from op_rows(about | {"op": "gram"}, calls, truth.of_gram, rounding, clock, floor=products, **how)
     calls = {
         "projgrad": lambda: first_subtract(u[None], G, truth.c),

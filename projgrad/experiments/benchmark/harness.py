@@ -41,14 +41,15 @@ def spread(times: list[float]) -> tuple[float, float, float]:
 
 
 def synchronize() -> None:
-    if DEVICE == "cuda":
+    """Wait for the GPU, where this process uses one: on a full GPU a measurement on the CPU would fail otherwise."""
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def release() -> None:
     """Give unused memory back, so that what comes next, another process too, can have all of it."""
     gc.collect()
-    if DEVICE == "cuda":
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
@@ -205,16 +206,17 @@ def ceilings(clock: Clock, tiny: bool) -> Ceilings:
     source = target = None
     rates = {}
     before = torch.get_float32_matmul_precision()
-    for name, dtype, precision in (
-        ("bf16", torch.bfloat16, "highest"),
-        ("fp16", torch.float16, "highest"),
-        ("tf32", torch.float32, "high"),
-        ("fp32", torch.float32, "highest"),
+    for name, dtype, precision, width in (
+        ("bf16", torch.bfloat16, "highest", size),
+        ("fp16", torch.float16, "highest", size),
+        ("tf32", torch.float32, "high", size),
+        ("fp32", torch.float32, "highest", size),
+        ("fp64", torch.float64, "highest", size // 2),  # at 1/64 of the rate on many GPUs
     ):
-        a, b = (torch.randn(size, size, device=clock.device).to(dtype) for _ in range(2))
+        a, b = (torch.randn(width, width, device=clock.device).to(dtype) for _ in range(2))
         torch.set_float32_matmul_precision(precision)
         try:
-            rates[name] = 2 * size**3 / best(lambda a=a, b=b: a @ b)
+            rates[name] = 2 * width**3 / best(lambda a=a, b=b: a @ b)
         finally:
             torch.set_float32_matmul_precision(before)
     release()

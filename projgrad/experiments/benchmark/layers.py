@@ -12,9 +12,10 @@ from ...ops.cost import GramRoute, linear_route
 from ...ops.linear import linear_dot, linear_gram, linear_moments
 from ...ops.registration import FALLBACKS
 from .harness import Ceilings, Clock, Contender, measure, size_in_bytes
+from .limits import error_limit, result_limit
 from .report import about_case
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32 = torch.float32
 CHECKED = 8  # samples of a Gram matrix that are compared with float64
 
 
@@ -38,8 +39,10 @@ def gram_by(route: GramRoute, a: Tensor, b: Tensor) -> Tensor:
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """Return x y with a float32 result, x [..., r, k] and y [..., k, c] of any dtype."""
-    if x.dtype == torch.float32 or not x.is_cuda:
+    """Return x y in float32 or better, x [..., r, k] and y [..., k, c] of any dtype."""
+    if x.element_size() > 2:
+        return x @ y
+    if not x.is_cuda:
         return x.float() @ y.float()
     return (torch.mm if x.ndim == 2 else torch.bmm)(x, y, out_dtype=torch.float32)
 
@@ -154,7 +157,7 @@ def operands(
 
 def lengths(a: Tensor, b: Tensor) -> Tensor:
     """Return Σ_t ‖a_t‖ ‖b_t‖ [n] in float64."""
-    x, y = (torch.linalg.vector_norm(z, dim=2, dtype=F32).double() for z in (a, b))
+    x, y = (torch.linalg.vector_norm(z, dim=2, dtype=torch.promote_types(z.dtype, F32)).double() for z in (a, b))
     return (x * y).sum(1)
 
 
@@ -200,7 +203,7 @@ def layer_rows(
     a, b, other, moved = operands(op, size, dtype, clock.device)
     check = checks(op, a, b, other)
     contenders, errors = {}, {}
-    limit = 1e-6 if op in ("linear_gram", "linear_dot") else 1e-5 + (torch.finfo(BF16).eps if dtype == BF16 else 0.0)
+    limit = error_limit(1e-6, dtype) if op in ("linear_gram", "linear_dot") else result_limit(1e-5, dtype)
     for name, alternative in ALTERNATIVES[op].items():
         contender = contenders[name] = Contender(lambda alternative=alternative: alternative.call(a, b, other))
         errors[name] = contender.attempt(lambda c=contender: float(check(c.call())))

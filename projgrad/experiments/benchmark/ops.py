@@ -20,7 +20,7 @@ from .flat import feasible_rows, flat_rows, random_rows, solve_rows
 from .harness import Ceilings, Clock, ceilings, matrix_rate, read_rate, release
 from .layers import layer_rows, operands
 from .subjects import DTYPES
-from .worker import Failed, Worker, serve
+from .worker import Failed, Worker, complain, serve
 
 COLUMNS = ("op", "size", "dtype", "on", "contender", "ms", "ms_20", "ms_80", "host_ms", "rounds", "times_ours")
 COLUMNS += ("percent_of_floor", "extra_mb", "memory_ours", "error", "residual", "note")
@@ -115,24 +115,23 @@ def answers(device: str, threads: str) -> Callable[[str], dict]:
         release()
         return {"rows": rows}
 
-    def safe(question: str) -> dict:
-        try:
-            return answer(question)
-        except Exception as error:
-            release()
-            return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-
-    return safe
+    return answer
 
 
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    serve(answers(*sys.argv[1:]), out=replies)
+    try:
+        serve(answers(*sys.argv[1:]), out=replies)
+    except Exception as error:
+        complain(error, out=replies)
 
 
 class Team:
-    """The processes that measure ops: started when they are first asked, and again after one has died."""
+    """The processes that measure ops: started when they are first asked, and anew after an error.
+
+    Behind an error of CUDA nothing runs any more in its process.
+    """
 
     def __init__(self, device: str, threads: int) -> None:
         self.device, self.threads = device, threads
@@ -152,12 +151,11 @@ class Team:
                 variables["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory leaves at once
             arguments = ["-m", "projgrad.experiments.benchmark.ops", self.device, str(self.threads)]
             self.workers[memory] = self.stack.enter_context(Worker(arguments, variables))
-        worker = self.workers[memory]
         try:
-            return worker.ask(question)
-        finally:
-            if worker.process.poll() is not None:
-                del self.workers[memory]
+            return self.workers[memory].ask(question)
+        except Failed:
+            self.workers.pop(memory).__exit__()
+            raise
 
 
 def measure_op(case: OpCase, team: Team, rounds: int, seconds: float) -> list[dict]:

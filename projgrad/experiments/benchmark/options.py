@@ -4,6 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+from ..cli.arguments import folder
+
 MODELS = ("mlp", "conv", "decoder", "encoder")  # of `subjects`, which imports torch
 OPS = ("project_out", "gram_solve", "feasible", "linear_gram", "linear_dot", "linear_combine", "linear_moments")
 OPS += ("basis_project", "gram", "subtract")
@@ -54,9 +56,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gram", action="store_true", help="K of the retain batch alone instead of the whole step")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="some of those that a first run shows [all]")
     parser.add_argument("--threads", type=_threads, help="of the CPU [what torch would take]")
-    parser.add_argument("--rounds", type=_positive, default=15, help="times of every contender, at most [%(default)s]")
+    parser.add_argument("--rounds", type=_rounds, default=15, help="times of every contender, at most [%(default)s]")
     parser.add_argument("--seconds", type=_seconds, default=5.0, help="about, of every contender [%(default)s]")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for results [%(default)s]")
+    parser.add_argument("--out", type=folder, default=Path("out/bench"), help="folder for results [%(default)s]")
     parser.add_argument("--again", action="store_true", help="measure what is there already once more")
     parser.add_argument("--compare", type=Path, metavar="CSV", help="an older steps.csv or ops.csv: what has changed?")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else")
@@ -72,6 +74,12 @@ def _positive(text: str) -> int:
     return value
 
 
+def _rounds(text: str) -> int:
+    if _positive(text) < 2:
+        raise argparse.ArgumentTypeError("must be at least 2: of one time there are no percentiles")
+    return int(text)
+
+
 def _threads(text: str) -> int:
     value, most = _positive(text), max(64, 4 * (os.cpu_count() or 1))
     if value > most:  # with 100,000 OpenMP ends the process
@@ -80,7 +88,10 @@ def _threads(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds; got {text!r}") from None
     if not 0 < value < 1e6:
         raise argparse.ArgumentTypeError(f"must be positive and finite; got {text}")
     return value

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ...methods.common import trainable_parameters
+
 
 class Job(Protocol):
     """A model and two batches, forget and retain. Peers that put hooks on the model leave them there: one peer a job.
@@ -71,7 +73,7 @@ class Peer:
 
 
 def trained(job: Job) -> list[nn.Parameter]:
-    return [p for p in job.model.parameters() if p.requires_grad]
+    return list(trainable_parameters(job.model, job.optimizer).values())
 
 
 def batch_losses(job: Job, batch: Iterable[Tensor], model: Callable[..., Tensor] | None = None) -> Tensor:

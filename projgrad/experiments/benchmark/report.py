@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -107,15 +107,25 @@ def meets(row: dict, targets: Sequence[tuple[str, str, float]]) -> dict[str, str
     }
 
 
-def draw(path: Path, title: str = "") -> Path | None:
-    """Draw the times in a CSV file, one panel for what was timed, and return the picture; None without times."""
-    panels: dict[tuple[str, ...], list[dict]] = {}
-    for row in read_csv(path):
-        if row["ms"]:
+def panels(rows: Iterable[dict], where: Mapping[str, str]) -> dict[tuple[str, ...], list[dict]]:
+    """Return the timed rows by what was timed, in lines of text; where: what a row must hold, such as the device."""
+    found: dict[tuple[str, ...], list[dict]] = {}
+    for row in rows:
+        if row["ms"] and all(row.get(name) == value for name, value in where.items()):
             size = f"{row.get('size', '')} {row.get('dtype', '')}".strip()
-            case = [row["case"], *([f"n = {row['n']}, {size}"] if row.get("n") else [])] if "case" in row else []
-            panels.setdefault(tuple(case) or (row["op"], size), []).append(row)
-    if not panels:
+            if "op" in row:
+                panel = row["op"], size
+            else:
+                case = f"K, {row['case']}" if row.get("what") == "K" else row["case"]
+                panel = (case, f"n = {row['n']}, {size}") if row.get("n") else (case,)
+            found.setdefault(panel, []).append(row)
+    return found
+
+
+def draw(path: Path, title: str = "", where: Mapping[str, str] | None = None) -> Path | None:
+    """Draw the times in a CSV file, one of `panels` for what was timed; return the picture, None without times."""
+    drawn = panels(read_csv(path), where or {})
+    if not drawn:
         return None
     import matplotlib
 
@@ -123,13 +133,13 @@ def draw(path: Path, title: str = "") -> Path | None:
     matplotlib.rcParams["svg.hashsalt"] = "projgrad"  # the same rows give the same file
     import matplotlib.pyplot as plt
 
-    down, across = math.ceil(len(panels) / ACROSS), min(ACROSS, len(panels))
+    down, across = math.ceil(len(drawn) / ACROSS), min(ACROSS, len(drawn))
     figure, axes = plt.subplots(
         down, across, figsize=(max(4.6, 2.3 * across), 3.2 * down), layout="constrained", squeeze=False
     )
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes.flat[len(drawn) :]:
         axis.set_visible(False)
-    for axis, (name, rows) in zip(axes.flat, panels.items(), strict=False):
+    for axis, (name, rows) in zip(axes.flat, drawn.items(), strict=False):
         colors = ["C0" if row["contender"].startswith("projgrad") else "0.7" for row in rows]
         bars = axis.bar([row["contender"] for row in rows], [float(row["ms"]) for row in rows], color=colors)
         axis.bar_label(bars, [f"{float(row['ms']):.3g}" for row in rows], fontsize=7)

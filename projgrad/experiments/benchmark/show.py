@@ -1,5 +1,6 @@
 """Tables of at most 100 columns, and a line of progress, without a package."""
 
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -31,7 +32,8 @@ class Progress:
                 self.stream.flush()
             return
         filled = BAR * self.done // max(self.count, 1)
-        line = f"[{'#' * filled}{'.' * (BAR - filled)}] {self.done}/{self.count} {text}"[: WIDTH - 1]
+        width = min(WIDTH, shutil.get_terminal_size().columns) - 1  # a line that wraps cannot be written over
+        line = f"[{'#' * filled}{'.' * (BAR - filled)}] {self.done}/{self.count} {text}"[:width]
         self.stream.write("\r" + line.ljust(self.width))
         self.stream.flush()
         self.width = len(line)

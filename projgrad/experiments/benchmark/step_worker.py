@@ -4,7 +4,7 @@ The task is a `Task` as JSON.
 """
 
 import contextlib
-import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -20,7 +20,7 @@ from ...methods.common import trainable_parameters
 from ...methods.responses import response_of
 from ..comparison.memory import peak_memory, resident
 from .contenders import GRAMS, STEPS, Contender, Job, Step, takes_slices
-from .harness import wall_clock
+from .harness import release, wall_clock
 from .subjects import BUILT_IN, DTYPES, built_in, changes, dtype_of, is_own, own
 from .truth import COPIES, LIMITS, cosine_left, difference, holds, write_truth
 from .worker import complain, serve
@@ -61,23 +61,15 @@ class Task(NamedTuple):
 
 def contenders(gram: bool) -> dict[str, Contender]:
     """Return all contenders, of other packages too."""
-    own_ones = GRAMS if gram else STEPS
-    if importlib.util.find_spec(f"{__package__}.peers") is None:
-        return dict(own_ones)
     from .peers import PEERS
 
-    others = {}
+    own_ones, others = GRAMS if gram else STEPS, {}
     for name, peer in PEERS.items():
         same = name.split()[0] in ("plain", "projgrad") or name == "one by one"  # as those that are here already
         if same or (gram and "QR" in name):  # QR is of the projection
             continue
-        if gram:
-            others[name] = Contender(peer.start, "gram", missing=peer.missing())
-        elif hasattr(peer, "project"):
-            truth = f"u, {peer.scope}" if getattr(peer, "scope", "") else ""
-            others[name] = Contender(_peer_step(peer.project), truth, missing=peer.missing())
-        else:
-            others[name] = Contender(peer.start, missing=peer.missing())
+        start, truth = (peer.start, "gram") if gram else (_peer_step(peer.project), f"u, {peer.scope}")
+        others[name] = Contender(start, truth, missing=peer.missing(), needs_samples=peer.needs_samples)
     return own_ones | others
 
 
@@ -103,7 +95,8 @@ class State:
     """The tensors of a model, to be put back: whatever the learning rate, every step starts from the same weights."""
 
     def __init__(self, job: Job) -> None:
-        self.kept = [(x, x.detach().clone()) for x in job.model.state_dict(keep_vars=True).values()]
+        tensors = itertools.chain(job.model.parameters(), job.model.buffers())
+        self.kept = [(x, x.detach().clone()) for x in tensors]
 
     def restore(self) -> None:
         with torch.no_grad():
@@ -135,8 +128,9 @@ def answers(task: Task) -> Callable[[str], dict]:
 
 
 def describe(task: Task) -> dict:
-    """Return what is measured, with the truth in a file where there is one."""
+    """Return what is measured, with the truth in the task's file, if it names one and that can be made."""
     job = task.job()
+    release()  # what the first passes left in a GPU's cache is free
     params = trainable_parameters(job.model, job.optimizer)
     device = next(iter(params.values())).device.type
     free, G = free_bytes(device), holds(job)
@@ -157,7 +151,7 @@ def describe(task: Task) -> dict:
         about["no_metric"] = str(error).splitlines()[0]
     if changes(job):
         return about | {"unchecked": DIFFER}
-    if free is not None and free < COPIES * G:
+    if not task.file or (free is not None and free < COPIES * G):
         return about | {"unchecked": f"the truth takes about {COPIES * G / 2**30:.0f} GiB"}
     return about | {"precision": write_truth(job, Path(task.file)), "unchecked": ""}
 
@@ -188,6 +182,7 @@ def examine(job: Job, step: Step, state: State, contender: Contender, truth: Pat
         result = torch.cat([g.flatten() for g in zeros])
     out = None
     state.restore()
+    job.optimizer.zero_grad()  # above the same as the first step
     with peak_memory(device) as later:
         for _ in range(2):
             step()
@@ -201,7 +196,7 @@ def examine(job: Job, step: Step, state: State, contender: Contender, truth: Pat
             name, error = "cosine left", cosine_left(job, result)
             allowed += rounding(params, result)
         else:
-            name, error = difference(result, contender.truth, truth)
+            name, error = contender.truth, difference(result, contender.truth, truth)
         found |= {"compared_with": name, "difference": error}
         if not error <= allowed:
             found["note"] = f"wrong by {error:.1e}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from .contenders import Contender
 from .harness import spread
 from .step_worker import Task
-from .subjects import Refused, source
+from .subjects import Refused, is_own, source
 from .worker import Failed, Worker
 
 COLUMNS = ("what", "case", "n", "p", "dtype", "on", "optimizer", "contender", "ms", "ms_20", "ms_80", "rounds")
@@ -21,6 +21,9 @@ COLUMNS += ("note", "asked_n", "source")
 KEY = ("what", "case", "n", "dtype", "on", "contender")
 FEWEST, WARM_UP = 3, 2  # rounds
 RESIDENT = 0.8  # of the free memory that contenders which are timed in turn may fill
+CONTEXT = 0.6e9  # bytes that every process takes on a GPU before its first tensor, about
+ALONE = "timed alone: there is no room beside the others"
+CLOSURES = "it takes samples and a loss, and here are closures alone"
 
 
 def what(gram: bool) -> str:
@@ -52,14 +55,7 @@ def measure_steps(
     with tempfile.TemporaryDirectory() as folder:
         truth = str(Path(folder, "truth.pt"))
         tick("float64 truth")
-        try:
-            with start(task._replace(file=truth)) as process:
-                about = process.ask()
-        except Failed as error:
-            reason = str(error)
-            if reason.startswith("Refused: "):
-                raise Refused(reason.removeprefix("Refused: ")) from None
-            raise Refused(f"{task.case} cannot be measured: {reason}") from None
+        about = _describe(task, truth, start)
         common = {"what": what(task.gram), "case": task.case, "asked_n": task.n, "on": about["device"]}
         common |= {key: about[key] for key in ("n", "p", "dtype", "optimizer")} | {
             "source": source(task.case),
@@ -72,6 +68,8 @@ def measure_steps(
             needed = contender.holds * about["G"]
             if contender.missing:
                 row["note"] = f"not run: {contender.missing}"
+            elif contender.needs_samples and is_own(task.case):
+                row["note"] = f"not run: {CLOSURES}"
             elif contender.truth == "orthogonal" and about["no_metric"]:
                 row["note"] = f"not run: {about['no_metric']}"
             elif about["free"] and needed > about["free"]:
@@ -86,7 +84,7 @@ def measure_steps(
                 row["note"] = str(error)
                 tick(f"{name}: {error}", True)
                 continue
-            totals[name] = 1e6 * found.pop("total_mb")
+            totals[name] = 1e6 * found.pop("total_mb") + CONTEXT * (about["device"] == "cuda")
             row |= found | {"error": found.pop("difference", None)}
             if about["unchecked"] and not row["note"]:
                 row["note"] = f"unchecked: {about['unchecked']}"
@@ -95,10 +93,27 @@ def measure_steps(
             wrong = row["note"].startswith("wrong")
             tick(f"{name}: {row['note'] if wrong else 'result and memory'}", True)
         times = {name: [] for name in totals if not rows[name]["note"].startswith("wrong")}
-        for group in groups({name: totals[name] for name in times}, about["free"]):
+        together, *alone = groups({name: totals[name] for name in times}, about["free"]) or [[]]
+        for group in (together, *alone):
             _interleave(task, {name: times[name] for name in group}, rows, rounds, seconds, tick, start)
+        for (name,) in alone:
+            rows[name]["note"] = _also(rows[name]["note"], ALONE)
     _finish(rows, times)
     return list(rows.values())
+
+
+def _describe(task: Task, truth: str, start: Callable[[Task], Worker]) -> dict:
+    """Return what is measured, with the truth in a file; without it where there is too little memory for it."""
+    for file in (truth, ""):
+        try:
+            with start(task._replace(file=file)) as process:
+                return process.ask()
+        except Failed as error:
+            reason = str(error)
+            if reason.startswith("Refused: "):
+                raise Refused(reason.removeprefix("Refused: ")) from None
+            if reason != "out of memory" or not file:
+                raise Refused(f"{task.case} cannot be measured: {reason}") from None
 
 
 def _also(note: str, more: str) -> str:

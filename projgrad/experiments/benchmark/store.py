@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 
 from ..._atomic import replacing
+from ..comparison.store import read_or_set_aside
 from .report import as_text, write_csv
 
 
@@ -15,7 +16,6 @@ class Store:
 
     columns, key: of the rows; a new row replaces the one of the same key. about: where they are measured. A row that a
     file holds is of use again if everything in `about` is the same.
-    damaged: where a file that could not be read was moved to.
     """
 
     def __init__(
@@ -23,18 +23,9 @@ class Store:
     ) -> None:
         self.json, self.csv = folder / f"{kind}.json", folder / f"{kind}.csv"
         self.kind, self.columns, self.key, self.about = kind, tuple(columns), tuple(key), dict(about)
-        self.damaged: Path | None = None
-        self.rows: dict[tuple, dict] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        if self.json.exists():
-            try:
-                for entry in _entries(json.loads(self.json.read_text())):
-                    row = entry["extra_info"] | {"times": [1e3 * s for s in entry.get("stats", {}).get("data", [])]}
-                    self.rows[self._key(row)] = row
-            except (ValueError, KeyError, TypeError, AttributeError):  # AttributeError: not a dictionary
-                self.damaged = self.json.with_suffix(".damaged.json")
-                self.json.replace(self.damaged)
-                self.rows = {}
+        content = read_or_set_aside(self.json, _is_whole)
+        self.rows: dict[tuple, dict] = {self._key(row): row for row in (_rows(content) if content else ())}
 
     def _key(self, row: Mapping[str, object]) -> tuple:
         return tuple(as_text(row.get(name)) for name in self.key)
@@ -88,8 +79,19 @@ class Store:
         return entry | ({"stats": statistics([1e-3 * ms for ms in times])} if times else {})
 
 
-def _entries(content: dict) -> list[dict]:
-    return [*content["benchmarks"], *content.get("without_times", [])]
+def _rows(content: dict) -> list[dict]:
+    """Return the rows in the content of a file, with their times in milliseconds."""
+    entries = [*content["benchmarks"], *content.get("without_times", [])]
+    times = [[1e3 * s for s in entry.get("stats", {}).get("data", [])] for entry in entries]
+    return [entry["extra_info"] | {"times": some} for entry, some in zip(entries, times, strict=True)]
+
+
+def _is_whole(content: object) -> bool:
+    try:
+        _rows(content)
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def statistics(seconds: Sequence[float]) -> dict[str, object]:

@@ -82,13 +82,12 @@ def source(name: str) -> str:
     if not is_own(name):
         return ""
     where = name.rpartition(":")[0]
-    path = Path(where)
+    places = [Path(where)]
     if not where.endswith(".py"):
-        found = [base for base in ("", *sys.path) if Path(base, *where.split(".")).with_suffix(".py").is_file()]
-        if not found:
-            return ""
-        path = Path(found[0], *where.split(".")).with_suffix(".py")
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:8] if path.is_file() else ""
+        modules = [Path(base, *where.split(".")) for base in ("", *sys.path)]
+        places = [file for module in modules for file in (module / "__init__.py", module.with_suffix(".py"))]
+    path = next(filter(Path.is_file, places), None)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8] if path else ""
 
 
 def own(name: str, n: int | None, dtype: str | None, device: str | None) -> OwnJob:
@@ -163,14 +162,14 @@ def _check_arguments(name: str, function: Callable[..., object], given: dict[str
 
 def _function(name: str) -> Callable[..., object]:
     module, _, attribute = name.rpartition(":")
+    if module.endswith(".py") and not Path(module).is_file():
+        raise Refused(f"{name}: there is no file {module}")
     sys.path.insert(0, "")  # as `python -m` does: modules of the folder that the command runs in
     try:
         found = _file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = f"no module {error.name}" if error.name else str(error)
         raise Refused(f"{name}: {missing}; give module:function, or file.py:function") from error
-    except FileNotFoundError as error:
-        raise Refused(f"{name}: there is no file {module}") from error
     except Exception as error:
         raise Refused(f"{name}: importing it raised {described(error)}") from error
     function = getattr(found, attribute, None)
@@ -190,9 +189,12 @@ def _file(path: Path) -> ModuleType:
 
 def _check_place(name: str, model: nn.Module, dtype: str | None, device: str | None) -> None:
     tensors = list(itertools.chain(model.parameters(), model.buffers()))
-    devices = sorted({x.device.type for x in tensors})
+    devices = sorted({str(x.device).removesuffix(":0") for x in tensors})
     if len(devices) > 1:
         raise Refused(f"the model of {name} is on {' and '.join(devices)}: a benchmark needs one device")
+    if device == "cuda" and devices[0].startswith("cuda:"):
+        hint = f"CUDA_VISIBLE_DEVICES={devices[0].removeprefix('cuda:')} makes that one the first"
+        raise Refused(f"the model of {name} is on {devices[0]}, and the first GPU is measured; {hint}")
     if device and devices != [device]:
         raise Refused(f"the model of {name} is on {devices[0]}, but --device is {device}")
     if dtype and (found := dtype_of(model)) != dtype:

@@ -45,7 +45,7 @@ def write_truth(job: Job, path: Path) -> str:
     updates = {name: ALPHA * mean - (1 - ALPHA) * f for name, f in (("plain", u), ("global", whole))}
     updates |= {"per_tensor": ALPHA * mean - (1 - ALPHA) * per_tensor}
     projected = {"u, global": whole, "u, per_tensor": per_tensor}
-    torch.save({**updates, **projected, "gram": K}, path)
+    torch.save({name: x.cpu() for name, x in {**updates, **projected, "gram": K}.items()}, path)
     return precision
 
 
@@ -94,21 +94,13 @@ def cosine_left(job: Job, update: Tensor) -> float:
     return float(((G @ update.double()).abs() / lengths.clamp_min(torch.finfo(torch.float64).tiny)).max())
 
 
-def difference(result: Tensor, truth: str, path: Path) -> tuple[str, float]:
-    """Return what a result was compared with, and its error relative to the norm of that.
+def difference(result: Tensor, truth: str, path: Path) -> float:
+    """Return the error of a result relative to the norm of the truth.
 
-    result: an update [p], K [n, n], or of another package the projected forget gradient [p]. truth: a name in the file;
-    empty: whichever projection or K is closest.
-    Raises ValueError for a shape that is none of these.
+    result: an update [p], K [n, n], or of another package the projected forget gradient [p]. truth: a name in the file.
+    Raises ValueError where the shapes differ.
     """
-    exact = torch.load(path, map_location=result.device, weights_only=True)
-    names = [truth] if truth else ["u, global", "u, per_tensor", "gram"]
-    errors = {
-        name: float((result.double() - exact[name]).norm() / exact[name].norm())
-        for name in names
-        if exact[name].shape == result.shape
-    }
-    if not errors:
-        raise ValueError(f"the result has the shape {tuple(result.shape)}, neither (p,) nor (n, n)")
-    name = min(errors, key=errors.__getitem__)
-    return name, errors[name]
+    result, exact = result.double().cpu(), torch.load(path, weights_only=True)[truth]
+    if exact.shape != result.shape:
+        raise ValueError(f"the result has the shape {tuple(result.shape)}, and should have {tuple(exact.shape)}")
+    return float((result - exact).norm() / exact.norm())

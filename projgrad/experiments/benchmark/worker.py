@@ -25,7 +25,9 @@ class Worker:
     def __init__(
         self, arguments: Sequence[str], variables: Mapping[str, str] | None = None, quiet: bool = False
     ) -> None:
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # whatever this process found
+        # A checkout, however this process found it. Of installed packages none may come before Python's own library.
+        checkout = str(ROOT) if (ROOT / "pyproject.toml").is_file() else ""
+        path = os.pathsep.join(filter(None, (checkout, os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.PIPE,

@@ -104,7 +104,7 @@ def parser(argv: Sequence[str]) -> Parser:
             if is_given:
                 module_of(name).add(made)
     purpose = "versions, what computes each op here, and a test of all of them against float64 (seconds)"
-    _json(add("doctor", purpose, _codes(done=", and every result is right", failed="a result is wrong")))
+    _json(add("doctor", purpose, _codes(done=", and no result is wrong", failed="a result is wrong")))
     return top
 
 
@@ -136,7 +136,7 @@ def unknown(what: str, given: Sequence[str], known: Sequence[str]) -> str:
 
 
 def _common(made: argparse.ArgumentParser, out: str) -> None:
-    made.add_argument("--out", type=_folder, default=Path(out), help="folder for results and pictures [%(default)s]")
+    made.add_argument("--out", type=folder, default=Path(out), help="folder for results and pictures [%(default)s]")
     made.add_argument("--seeds", type=_seeds, default=3, help="number of seeds [%(default)s]")
     _json(made)
 
@@ -186,7 +186,7 @@ def _add_plan(made: argparse.ArgumentParser) -> None:
     _json(made)
 
 
-def _folder(text: str) -> Path:
+def folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("must name a folder; got an empty word")
     try:

@@ -47,12 +47,12 @@ def make_plan(
     Returns:
         By way `peak_bytes`, `first_step_bytes` and `flops`, as in `Cost`; "about": what was given, and the parameters.
     """
-    subject = subject_of(config, tokens, lora, loss)
+    subject, runs = subject_of(config, tokens, lora, loss), {}
 
     def look(ways: Iterable[str], n: int) -> dict[str, Cost]:
         try:
             tell = lambda way: notify(f"{WAYS[way]}, n = {n}")  # noqa: E731
-            return costs(subject, ways, n, DTYPES[dtype], optimizer, device, tell)
+            return costs(subject, ways, n, DTYPES[dtype], optimizer, device, tell, runs)
         except Unknown:
             raise
         except Exception as error:

@@ -41,6 +41,18 @@ class Cost(NamedTuple):
     flops: int
 
 
+class Run(NamedTuple):
+    """What was counted of a way, without Gram matrices. tensors: how many are trained."""
+
+    first_peak: int
+    later_peak: int
+    flops: int
+    tensors: int
+
+
+Runs = dict[tuple[str, int], Run]  # by way and number of samples; "per_tensor" runs as "global"
+
+
 class Use(NamedTuple):
     """A layer with a trained weight of two or more dimensions, in a forward pass: its input, and its gradient's way.
 
@@ -164,13 +176,42 @@ def costs(
     optimizer: str = "sgd",
     device: str = "cpu",
     notify: Callable[[str], object] = lambda way: None,
+    runs: Runs | None = None,
 ) -> dict[str, Cost]:
     """Return what a step takes, by way: "plain", "global", "per_tensor", "metric" or "explicit_qr".
 
-    notify: called with a way before it is looked at.
+    notify: called with a way before it is looked at. runs: of earlier calls with the same subject, dtype, optimizer and
+    device, which are not run again; new ones are added.
     """
+    ways, runs, found = list(ways), {} if runs is None else runs, {}
+    unknown = [way for way in dict.fromkeys(map(_run_as, ways)) if (way, n) not in runs]
+    if unknown:
+        _run(runs, subject, unknown, n, dtype, optimizer, device, notify)
+    for way in ways:
+        run = runs[_run_as(way), n]
+        first, later = (peak + _systems(way, n, run.tensors) for peak in (run.first_peak, run.later_peak))
+        if way in OURS and "plain" in found:  # no step of ours was ever measured below a plain one
+            later = max(later, found["plain"].peak_bytes)
+        found[way] = Cost(later, first, run.flops)
+    return found
+
+
+def _run_as(way: str) -> str:
+    return "global" if way == "per_tensor" else way
+
+
+def _run(
+    runs: Runs,
+    subject: Subject,
+    ways: Iterable[str],
+    n: int,
+    dtype: torch.dtype,
+    optimizer: str,
+    device: str,
+    notify: Callable[[str], object],
+) -> None:
+    """Add what two steps of every way take."""
     before = torch.get_default_dtype()
-    found: dict[str, Cost] = {}
     with imagined(device) as (ledger, counter):
         torch.set_default_dtype(dtype)
         try:
@@ -185,14 +226,11 @@ def costs(
             for first in (True, False):
                 ledger.peak, counted = ledger.live, counter.get_total_flops()
                 rest = job.take(way, first)
-                peaks.append(ledger.peak + _systems(way, n, len(job.params)))
-            if way in OURS and "plain" in found:  # no step of ours was ever measured below a plain one
-                peaks[1] = max(peaks[1], found["plain"].peak_bytes)
-            found[way] = Cost(peaks[1], peaks[0], round(counter.get_total_flops() - counted + rest))
+                peaks.append(ledger.peak)
+            runs[way, n] = Run(*peaks, round(counter.get_total_flops() - counted + rest), len(job.params))
             job.optimizer.zero_grad()
             del job
             gc.collect()
-    return found
 
 
 def _systems(way: str, n: int, tensors: int) -> int:
