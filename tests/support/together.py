@@ -13,7 +13,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from spread_checks import Processes
+from spread_twins import Processes
 
 IMPORTED = "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "projgrad", "peft", "transformers"
 
