@@ -46,6 +46,7 @@ def test_doctor_reads_from_the_dispatcher_what_computes_an_op(told):
     assert all(list(ops[name]) == ["plain PyTorch"] for name in ops.keys() - compiled)
 
 
+@same_without_extension
 def test_every_public_op_is_tested():
     public = {name: getattr(projgrad, name) for name in projgrad.__all__}
     ops = {k for k, v in public.items() if getattr(v, "__module__", "").startswith("projgrad.ops.") and k.islower()}
@@ -70,6 +71,7 @@ def test_a_broken_op_is_found(name, monkeypatch):
     assert line.ok is False and line.error > line.limit
 
 
+@same_without_extension
 @pytest.mark.parametrize("broken", [float("nan"), None, RuntimeError("no kernel\nimage")], ids=str)
 def test_nonsense_and_errors_of_an_op_are_found(broken, monkeypatch, capsys):
     def gram(G, u):
@@ -146,6 +148,7 @@ def test_doctor_says_what_to_install_to_be_faster(changes, advice, monkeypatch):
     assert advice in doctor.advice(about)
 
 
+@same_without_extension
 def test_a_gpu_that_torch_cannot_use_is_seen(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -172,6 +175,7 @@ sys.exit(main(["doctor"]))
 OPTIONAL = ("sklearn", "rich", "matplotlib", "scipy", "pandas", "PIL", "jinja2", "markupsafe", "transformers", "peft")
 
 
+@same_without_extension
 def test_scores_and_doctor_need_only_numpy():
     code = PLAIN.format(blocked=OPTIONAL)
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -184,6 +188,7 @@ def test_the_environment_names_the_extension_where_it_is_built():
     assert (environment.environment()["extension"] is None) == (find_spec("projgrad._C") is None)
 
 
+@same_without_extension
 def test_doctor_says_what_the_absent_extension_costs(monkeypatch, capsys):
     monkeypatch.setattr(environment, "extension", lambda: None)
     monkeypatch.setattr(self_test, "TESTS", {})
@@ -192,6 +197,7 @@ def test_doctor_says_what_the_absent_extension_costs(monkeypatch, capsys):
     assert "C++ extension   absent: everything works, slower" in printed and "To be faster: a C++ compiler" in printed
 
 
+@same_without_extension
 def test_without_a_compiler_the_install_says_what_that_costs():
     for package in ("setuptools", "pybind11"):
         pytest.importorskip(package)

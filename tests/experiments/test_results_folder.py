@@ -18,7 +18,7 @@ from projgrad.experiments.comparison.comparison import Comparison
 from projgrad.experiments.comparison.store import read_or_set_aside, save_model, write_json
 from projgrad.experiments.scenarios import SCENARIOS
 
-same_without_extension = pytest.mark.same_without_extension
+pytestmark = pytest.mark.same_without_extension
 
 
 def test_a_comparison_in_json_and_in_plain_letters(tiny, tmp_path, capsys):
@@ -34,7 +34,6 @@ def test_a_comparison_in_json_and_in_plain_letters(tiny, tmp_path, capsys):
     assert "clusters" in captured.out and "\x1b" not in captured.out and captured.err == ""
 
 
-@same_without_extension
 @pytest.mark.parametrize("given", ["file", "file/below", "link"])
 def test_an_out_that_is_no_folder_is_named(given, tiny, tmp_path, capsys):
     (tmp_path / "file").touch()
@@ -47,7 +46,6 @@ def test_an_out_that_is_no_folder_is_named(given, tiny, tmp_path, capsys):
     assert len(lines(printed)) == 1
 
 
-@same_without_extension
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC])
 def test_an_out_that_cannot_be_written_is_named_before_the_work(code, tiny, tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
@@ -60,7 +58,6 @@ def test_an_out_that_cannot_be_written_is_named_before_the_work(code, tiny, tmp_
     assert f"--out {tmp_path} cannot be written: {os.strerror(code).lower()}" in printed and len(lines(printed)) == 1
 
 
-@same_without_extension
 @pytest.mark.parametrize("kind", ["json", "model"])
 def test_a_full_disk_ends_with_the_file_and_goes_on_later(kind, tiny, tmp_path, monkeypatch, capsys):
     """The disk is full at the second run, or at the first model."""
@@ -81,7 +78,6 @@ def test_a_full_disk_ends_with_the_file_and_goes_on_later(kind, tiny, tmp_path, 
     assert tiny(tmp_path) == 0
 
 
-@same_without_extension
 def test_a_limit_on_the_size_of_files_is_seen_for_models_too(tmp_path):
     """safetensors says it in an error of its own."""
     resource = pytest.importorskip("resource")
@@ -115,7 +111,6 @@ def finished(tmp_path_factory):
     return folder
 
 
-@same_without_extension
 @pytest.mark.parametrize(
     "file, damage, reason",
     [
@@ -170,7 +165,6 @@ def test_what_is_damaged_is_set_aside_and_made_again(file, damage, reason, finis
     assert all(p.read_bytes() == content for p, content in before.items() if p not in (path, tmp_path / "out" / ALL))
 
 
-@same_without_extension
 def test_a_file_where_a_folder_belongs_is_named(tiny, tmp_path, capsys):
     (tmp_path / "runs").touch()
     assert tiny(tmp_path) == 1
@@ -178,7 +172,6 @@ def test_a_file_where_a_folder_belongs_is_named(tiny, tmp_path, capsys):
     assert f"{tmp_path / 'runs'}" in printed and "not a directory" in printed and len(lines(printed)) == 1
 
 
-@same_without_extension
 def test_a_damaged_file_is_no_matter_for_those_who_read_a_whole_one(tmp_path):
     write_json(tmp_path / "x", [1])
     assert read_or_set_aside(tmp_path / "x", lambda found: True) == [1]

@@ -15,6 +15,8 @@ from projgrad.rules.lookup import Lookup
 from projgrad.rules.product import Grouped, Product
 from projgrad.rules.rule import Sum
 
+pytestmark = pytest.mark.same_without_extension
+
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F32, BF16), (F16, F32), (F16, BF16), (F64, F32)]
 INPUTS = [(name, pair) for name in FACTORS for pair in DTYPES if name not in FLOAT_ONLY or {BF16, F16}.isdisjoint(pair)]
