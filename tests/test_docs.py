@@ -36,6 +36,7 @@ def examples(page: Path) -> str:
     return "\n".join(program)
 
 
+@pytest.mark.same_without_extension  # those of the docstrings run without it as well
 @pytest.mark.parametrize("page", [page for page in PAGES if examples(page).strip()], ids=lambda page: page.name)
 def test_examples_of_a_page_run(page, tmp_path, monkeypatch):
     """In order, in one namespace, as a reader would type them."""

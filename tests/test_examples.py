@@ -52,6 +52,7 @@ def test_orthograd_by_hand_forgets_one_class_and_keeps_the_others(by_hand, capsy
     assert forget < 5 and retain > 90, last
 
 
+@pytest.mark.same_without_extension
 def test_forget_facts_forgets_four_people_and_keeps_the_others(tmp_path, capsys):
     pytest.importorskip("transformers"), pytest.importorskip("peft")
     table = load("forget_facts").main(str(tmp_path))

@@ -88,6 +88,13 @@ def test_a_wrong_update_is_not_timed(monkeypatch):
 
 @pytest.mark.slow
 def test_command(tmp_path, monkeypatch):
+    """Our steps in processes of their own, and the others here: they would be started in the same way."""
+
+    class Ours(growth.Team):
+        def ask(self, name, point):
+            return super().ask(name, point) if name == growth.NAMES[1] else InProcess(self.folder).ask(name, point)
+
+    monkeypatch.setattr(growth, "Team", Ours)
     monkeypatch.setattr(growth, "TINY", [growth.Point("n", n, 4, 16) for n in (4, 8)])
     monkeypatch.setattr(sys, "argv", ["bench.growth", "--tiny", "--axis", "n", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:

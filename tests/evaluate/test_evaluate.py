@@ -29,6 +29,8 @@ from projgrad.evaluate import (
 )
 from projgrad.evaluate.metrics import LIMIT
 
+pytestmark = pytest.mark.same_without_extension
+
 RETRAINED = {"forget": 0.25, "retain": 1.0, "test": 0.75}
 MODEL = {"forget": 0.5, "retain": 0.5, "test": 1.0}
 

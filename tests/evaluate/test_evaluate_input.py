@@ -24,6 +24,8 @@ from projgrad.evaluate import (
 )
 from projgrad.evaluate.problem import Part
 
+pytestmark = pytest.mark.same_without_extension
+
 LABELS = torch.arange(40) % 4
 X = nn.functional.one_hot(LABELS, 4).float()
 

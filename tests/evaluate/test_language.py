@@ -14,6 +14,8 @@ from projgrad.evaluate.language import (
     truth_ratio,
 )
 
+pytestmark = pytest.mark.same_without_extension
+
 
 @pytest.mark.parametrize(
     "answer, truth, want",

@@ -12,6 +12,8 @@ from projgrad.evaluate.pictures import PICTURES, confidences, curves, overview, 
 from projgrad.evaluate.style import styles, svg
 from projgrad.evaluate.tables import columns
 
+pytestmark = pytest.mark.same_without_extension
+
 for package in ("rich", "matplotlib", "sklearn", "jinja2"):
     pytest.importorskip(package)
 

@@ -26,6 +26,8 @@ from projgrad.experiments.comparison.methods import LANGUAGE, METHODS, TITLES, T
 from projgrad.experiments.comparison.store import load_model, read_json, save_model, write_json
 from projgrad.experiments.scenarios import FAST, SCENARIOS
 
+pytestmark = pytest.mark.same_without_extension
+
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 
@@ -53,7 +55,6 @@ def test_every_method_makes_its_steps(tiny):
             assert done.residual <= 1e-5 and 0 < done.preserved_norm < 1, method
 
 
-@pytest.mark.same_without_extension
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_on_a_gpu(method):
     """On the pretend one: no tensor on the wrong device, the weights and scores of the CPU."""
@@ -306,7 +307,6 @@ def test_without_a_retrained_model_the_goal_is_the_original_without_the_forget_s
 
 
 @pytest.mark.slow
-@pytest.mark.same_without_extension
 def test_memory_of_a_step_is_measured_in_a_process_of_its_own():
     problem = Tiny(0)
     pytest.importorskip("resource")

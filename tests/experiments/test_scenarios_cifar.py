@@ -14,6 +14,8 @@ from projgrad.experiments.scenarios import cifar
 from projgrad.experiments.scenarios.cifar import Cifar, Size, all_cnn
 from projgrad.experiments.scenarios.packages import data_folder
 
+pytestmark = pytest.mark.same_without_extension
+
 pytest.importorskip("PIL")
 pytest.importorskip("sklearn")
 PARTS = ("retain", "forget", "validation", "test")

@@ -18,6 +18,8 @@ from projgrad.experiments.scenarios.facts import END, PROMPT, Facts, world
 from projgrad.experiments.scenarios.packages import COMMANDS, folder_of
 from projgrad.experiments.scenarios.people import WORDINGS, people
 
+pytestmark = pytest.mark.same_without_extension
+
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("scipy")

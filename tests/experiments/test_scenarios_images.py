@@ -7,6 +7,8 @@ import torch
 from projgrad.evaluate.problem import MissingData, Part
 from projgrad.experiments.scenarios import images
 
+pytestmark = pytest.mark.same_without_extension
+
 pytest.importorskip("sklearn")
 PARTS = ("retain", "forget", "validation", "test")
 

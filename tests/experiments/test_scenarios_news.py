@@ -9,6 +9,8 @@ from projgrad.experiments.scenarios import news
 from projgrad.experiments.scenarios.news import News
 from projgrad.experiments.scenarios.packages import folder_of
 
+pytestmark = pytest.mark.same_without_extension
+
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("sklearn")

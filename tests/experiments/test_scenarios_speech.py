@@ -20,6 +20,8 @@ from projgrad.experiments.scenarios import speech  # noqa: E402
 from projgrad.experiments.scenarios.packages import folder_of  # noqa: E402
 from projgrad.experiments.scenarios.whisper import new_whisper, read_ctranslate2, read_whisper, transcribe  # noqa: E402
 
+pytestmark = pytest.mark.same_without_extension
+
 SIZES = {
     "vocab_size": speech.CLASSES,
     "d_model": 16,

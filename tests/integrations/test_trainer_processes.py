@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import together
 import torch
 import trainer_checks
 
@@ -21,4 +22,4 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         names = ("loss", "forget_loss", "retain_loss", "grad_norm")
         logs = {name: [entry[name] for entry in history if name in entry] for name in names}
         torch.save(trainer_checks.weights(made) | {"logs": logs}, tmp_path / f"{method}{accumulation}.pt")
-    torch.multiprocessing.spawn(_run, (2, str(tmp_path)), nprocs=2)
+    together.start(_run, (2, str(tmp_path)), 2)

@@ -16,7 +16,7 @@ from projgrad.tape.check import exact_convolutions
 aten = torch.ops.aten
 
 N, T, VOCABULARY = 6, 5, 11
-pytestmark = pytest.mark.filterwarnings("ignore:no rule covers")
+pytestmark = [pytest.mark.same_without_extension, pytest.mark.filterwarnings("ignore:no rule covers")]
 
 
 class Block(nn.Module):

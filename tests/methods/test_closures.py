@@ -10,6 +10,8 @@ from unlearners import DOUBLE, METHODS, ONE_STEP, Problem, sgd
 import projgrad
 from projgrad.methods.baselines import SalUn
 
+pytestmark = pytest.mark.same_without_extension
+
 
 def attack(loss, x, how):
     """The inputs one signed gradient step further; `how` differentiates."""

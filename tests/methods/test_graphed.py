@@ -14,6 +14,8 @@ import projgrad
 from projgrad.methods import graphed
 from projgrad.recording.host_reads import Differs, Script
 
+pytestmark = pytest.mark.same_without_extension
+
 F64 = torch.float64
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from metric_problems import ALPHA, SGD, Adam, AdamW, RMSprop, Text
 from torch import nn
 from torch.nn import functional as F
 from unlearners import flat_parameters
@@ -10,8 +11,7 @@ import projgrad
 from projgrad import projectors
 
 pytestmark = pytest.mark.same_without_extension
-N, ALPHA = 5, 0.4
-SGD, Adam, AdamW, RMSprop = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
+N = 5
 OPTIMIZERS = {
     "sgd": (SGD, {"lr": 0.1}),
     "momentum": (SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
@@ -22,29 +22,24 @@ OPTIMIZERS = {
 }
 
 
-class Text(nn.Module):
-    """A table that is the output head as well, a packed weight used in two parts, a scalar, and a frozen layer."""
+class Scaled(Text):
+    """With a head of its own, whose weight is the table, and a scalar."""
 
     def __init__(self):
         super().__init__()
-        self.table = nn.Embedding(9, 4)
-        self.packed = nn.Parameter(torch.randn(8, 4) / 2)
-        self.norm = nn.LayerNorm(4)
-        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        del self.bias
         self.head = nn.Linear(4, 9)
         self.head.weight = self.table.weight
         self.scale = nn.Parameter(torch.tensor(1.5))
 
     def forward(self, ids):
-        a, b = self.packed.chunk(2)
-        h = torch.tanh(self.frozen(self.table(ids)) @ a.T) @ b.T
-        return self.head(self.norm(h) * self.scale)
+        return self.head(self.hidden(ids) * self.scale)
 
 
 class Problem:
     def __init__(self, kind="sgd", dtype=torch.float64):
         torch.manual_seed(0)
-        self.model = Text().to(dtype)
+        self.model = Scaled().to(dtype)
         self.forgotten, self.kept = torch.randint(9, (4, 6)), torch.randint(9, (N, 6))
         self.params = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         make, options = OPTIMIZERS[kind]

@@ -94,15 +94,6 @@ def test_a_parameter_without_dimensions(scope):
     assert relative(update, written_out(problem, scope=scope)) <= 1e-8
 
 
-@pytest.fixture(params=["in_full", "iterated", "recomputed"])
-def path(request, monkeypatch):
-    """Small networks are projected in full; without that by iteration, with Gram matrices that are kept or not."""
-    if request.param != "in_full":
-        monkeypatch.setattr(union, "SMALL", 0)
-    if request.param == "recomputed":
-        monkeypatch.setattr(union, "HELD", 0)
-
-
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("scope", ["global", "per_tensor"])
 def test_the_update_is_that_of_one_batch(path, scope, alpha):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from metric_problems import ALPHA, SGD, Adam, AdamW, RMSprop, Text, blocks_of, flat
 from torch import nn
 from torch.nn import functional as F
 
@@ -11,8 +12,6 @@ import projgrad
 from projgrad.methods.optimizer_metric import MOMENTUM
 
 N = 5
-ALPHA = 0.4
-SGD, Adam, AdamW, RMSprop = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
 OPTIMIZERS = {
     "sgd": (SGD, {"lr": 0.1}),
     "decay": (SGD, {"lr": 0.1, "weight_decay": 0.1}),
@@ -36,24 +35,6 @@ REMEMBERED = ("momentum", "dampening", "adam", "adam_amsgrad", "adamw", "adamw_a
 REMEMBERED += ("rmsprop_momentum_only",)
 DECOUPLED = {"adamw": 0.1, "adamw_amsgrad": 0.1, "adamw_no_momentum": 0.01}  # weight decay of every step
 OWN = {SGD: "momentum_buffer", Adam: "exp_avg", AdamW: "exp_avg", RMSprop: "momentum_buffer"}
-
-
-class Text(nn.Module):
-    """A table that is the output head as well, a packed weight used in two parts, and a frozen layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(9, 4)
-        self.packed = nn.Parameter(torch.randn(8, 4) / 2)
-        self.norm = nn.LayerNorm(4)
-        self.frozen = nn.Linear(4, 4).requires_grad_(False)
-        self.bias = nn.Parameter(torch.zeros(9))
-
-    def forward(self, ids):
-        a, b = self.packed.chunk(2)
-        h = self.table(ids)
-        h = torch.tanh(self.frozen(h) @ a.T) @ b.T
-        return self.norm(h) @ self.table.weight.T + self.bias
 
 
 class Problem:
@@ -80,10 +61,6 @@ class Problem:
         params = [p for p in self.model.parameters() if p.requires_grad]
         slow = {"params": params[::2], "lr": ratio * options["lr"]}
         return kind([slow, {"params": params[1::2]}], **options, **VARIANTS[variant])
-
-
-def flat(tensors):
-    return torch.cat([t.detach().flatten() for t in tensors])
 
 
 def explicit(problem):
@@ -133,12 +110,6 @@ def proposal(optimizer, params, gradient, momentum=None, after=None):
     kept = [twin.state[q].get(OWN[type(optimizer)]) for q in twin_params]
     kept = [torch.zeros_like(p) if m is None else m for p, m in zip(params, kept, strict=True)]
     return flat(twin_params) - flat(params), kept
-
-
-def blocks_of(params, scope):
-    sizes = [p.numel() for p in params]
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    return [slice(0, sum(sizes))] if scope == "global" else [slice(e - s, e) for s, e in zip(sizes, ends, strict=True)]
 
 
 def worst_cosine(G, change):

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from metric_problems import SGD, AdamW, Halves, gradients
 from subjects import Subject
 from torch import nn
 from torch.nn import functional as F
@@ -13,21 +14,15 @@ from unlearners import classifier, flat_parameters
 import projgrad
 from projgrad.methods.optimizer_metric import MOMENTUM
 
-AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
-
 
 def unlearner_of(model, optimizer, alpha=0.3, **options):
     return projgrad.OrthoGrad(model, optimizer, alpha, metric="optimizer", **options)
 
 
-def flat_gradients(loss, params):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, params, retain_graph=True)]).double()
-
-
 def ascent(unlearner, forget, retain):
     """With alpha = 0 and no decay the whole change is the forgetting part: return its cosine, itself and the record."""
     params = list(unlearner.model.parameters())
-    G = torch.stack([flat_gradients(loss, params) for loss in retain()])
+    G = torch.stack([gradients(loss, params) for loss in retain()])
     before = flat_parameters(unlearner.model).double()
     record = unlearner.step(forget, retain)
     moved = flat_parameters(unlearner.model).double() - before
@@ -71,7 +66,7 @@ def test_projecting_first_leaves_more_than_a_hundredth_with_adamw():
 def test_gradients_of_very_different_length_count_alike(scale):
     model, forget, losses = wide(torch.float32, torch.tensor([scale, *[1.0] * 7]))
     params = list(model.parameters())
-    G = torch.stack([flat_gradients(loss, params) for loss in losses()])
+    G = torch.stack([gradients(loss, params) for loss in losses()])
     before = flat_parameters(model).double()
     record = unlearner_of(model, AdamW(params, 1e-3, weight_decay=0.0), alpha=0.0).step(forget, losses)
     moved = flat_parameters(model).double() - before
@@ -153,27 +148,6 @@ def test_parameters_that_only_one_loss_uses_are_updated_too():
         optimizer = AdamW(model.parameters(), 1e-2, weight_decay=0.0)
         record = unlearner_of(model, optimizer, scope=scope).step(forget_more, retain)
         assert (extra > before).all() and record.residual < 1e-10
-
-
-class Halves(torch.optim.Optimizer):
-    """p ← p - d g with d = 0.2 or 0.1 in turn; it says that d is `factor` times as much."""
-
-    def __init__(self, params):
-        self.factor = 1.0
-        super().__init__(params, {"lr": 0.1})
-
-    def scales(self, param):
-        return (2 - torch.arange(param.numel()) % 2).to(param).view_as(param)
-
-    def diagonal(self, param, state, group):
-        return self.factor * group["lr"] * self.scales(param)
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["steps"] = self.state[p].get("steps", 0) + 1
-                p -= group["lr"] * self.scales(p) * p.grad
 
 
 def test_any_optimizer_that_says_its_diagonal():

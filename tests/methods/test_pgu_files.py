@@ -15,7 +15,7 @@ from torch import nn
 from projgrad.methods.pgu import spectra
 from projgrad.methods.pgu.pgu import PGU
 
-pytestmark = pytest.mark.filterwarnings("ignore:PGU protects nothing")
+pytestmark = [pytest.mark.same_without_extension, pytest.mark.filterwarnings("ignore:PGU protects nothing")]
 
 
 def test_a_saved_cache_is_loaded_with_the_same_bits(tmp_path):

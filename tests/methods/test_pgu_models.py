@@ -13,7 +13,7 @@ from projgrad.methods.pgu.pgu import PGU
 from projgrad.tape.check import exact_convolutions
 
 F64 = torch.float64
-pytestmark = pytest.mark.filterwarnings("ignore:PGU protects nothing")
+pytestmark = [pytest.mark.same_without_extension, pytest.mark.filterwarnings("ignore:PGU protects nothing")]
 
 
 def warned(pgu, batches, match):

@@ -12,7 +12,7 @@ from projgrad.methods.pgu.loss import unlearning_loss
 from projgrad.methods.pgu.pgu import PGU
 
 F64 = torch.float64
-pytestmark = pytest.mark.filterwarnings("ignore:PGU protects nothing")
+pytestmark = [pytest.mark.same_without_extension, pytest.mark.filterwarnings("ignore:PGU protects nothing")]
 
 
 # Deletion

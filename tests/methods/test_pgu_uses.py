@@ -16,9 +16,12 @@ from projgrad.methods.pgu import input_moments as inputs
 from projgrad.methods.pgu.pgu import PGU
 
 F64 = torch.float64
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:PGU protects nothing", "ignore:.*torch.jit", "ignore::DeprecationWarning", "ignore::FutureWarning"
-)
+pytestmark = [
+    pytest.mark.same_without_extension,
+    pytest.mark.filterwarnings(
+        "ignore:PGU protects nothing", "ignore:.*torch.jit", "ignore::DeprecationWarning", "ignore::FutureWarning"
+    ),
+]
 
 
 @torch.jit.script

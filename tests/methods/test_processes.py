@@ -5,6 +5,7 @@ import os
 import warnings
 
 import pytest
+import together
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -13,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import projgrad
 from projgrad.methods.baselines import SCRUB, NegGradPlus, PCGrad, SalUn
+
+pytestmark = pytest.mark.same_without_extension
 
 
 class Pgu:
@@ -90,7 +93,7 @@ def _two_processes(rank, file):
 
 @pytest.mark.slow
 def test_data_parallel_over_two_processes(tmp_path):
-    torch.multiprocessing.spawn(_two_processes, (str(tmp_path / "store"),), nprocs=2)
+    together.start(_two_processes, (str(tmp_path / "store"),), 2)
 
 
 @pytest.fixture

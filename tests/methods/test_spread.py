@@ -3,7 +3,9 @@
 import pytest
 import spread_backward_checks
 import spread_checks
+import spread_list_checks
 import spread_metric_checks
+import spread_shard_checks
 import spread_union_checks
 import spread_union_metric_checks
 import together
@@ -15,7 +17,7 @@ import together
     "modules",
     [
         (spread_union_checks, spread_union_metric_checks),
-        (spread_checks,),
+        (spread_checks, spread_shard_checks, spread_list_checks),
         (spread_metric_checks, spread_backward_checks),
     ],
     ids=["lists", "batches", "metric"],

@@ -38,7 +38,7 @@ def test_gram_equals_the_products_of_rows_in_float64(name, dtype, implementation
     u, G = make(name, dtype, device)
     u = u if u.ndim == 2 else u[None]
     if device == "cpu" and "triton" in implementation and dtype != torch.float32:
-        u, G = u[:, :2000], G[:, :2000]  # many chunks in one dtype: up to half a minute each in the interpreter
+        u, G = u[:, :1100], G[:, :1100]  # many chunks in one dtype: up to half a minute each in the interpreter
     K, v = IMPLEMENTATIONS[implementation](G, u)
     assert K.dtype == v.dtype == torch.float64 and torch.equal(K, K.mT)
     rows, directions = G.double(), u.double()
@@ -53,7 +53,8 @@ def test_gram_equals_the_products_of_rows_in_float64(name, dtype, implementation
 @pytest.mark.parametrize("m", [9, 17])
 @pytest.mark.parametrize("implementation", implementations(IMPLEMENTATIONS))
 def test_many_directions_and_rows(m, implementation, device):
-    G, u = torch.randn(130, 257, device=device), torch.randn(m, 257, device=device)
+    n, p = (66, 129) if device == "cpu" and "triton" in implementation else (130, 257)  # 4 s each in the interpreter
+    G, u = torch.randn(n, p, device=device), torch.randn(m, p, device=device)
     K, v = IMPLEMENTATIONS[implementation](G, u)
     torch.testing.assert_close(K, G.double() @ G.double().mT, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(v, G.double() @ u.double().mT, rtol=1e-5, atol=1e-4)
@@ -97,7 +98,7 @@ def test_gram_has_the_shapes_it_promises(device):
 
 # Around the tiles of 16, 32 and 64 rows, and around blocks of 64 and 128 columns.
 SHAPES = [(1, 1), (2, 31), (5, 63), (15, 129), (16, 64), (17, 33), (33, 127), (63, 65), (64, 128)]
-SHAPES += [(65, 33), (127, 65), (128, 31), (129, 1), (200, 70), (512, 40)]
+SHAPES += [(65, 33), (127, 65), (128, 31), (129, 1), (200, 70), (320, 40)]
 
 
 def _close(G, u, K, v, rounding):
@@ -118,7 +119,7 @@ def _close(G, u, K, v, rounding):
         for shape in (SHAPES if dtype == torch.float32 else SHAPES[:-1])
     ],
     ids=str,
-)  # the largest takes 10 s in the interpreter
+)  # the largest takes 5 s in the interpreter
 def test_shapes_of_the_triton_kernel(n, p, dtype, device):
     """The float32 sum over a block grows an error like the square root of its length: 64 columns, of half types 128."""
     G, u = torch.randn(n, p, device=device).to(dtype), torch.randn(1 + n % 6, p, device=device).to(dtype)

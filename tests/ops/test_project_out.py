@@ -37,8 +37,9 @@ INPUTS = [(name, dtype) for name in CASES for dtype in FLOATS + HALVES if dtype 
 @pytest.mark.parametrize("name, dtype", INPUTS, ids=str)
 def test_project_out_equals_the_svd_in_float64(name, dtype, implementation, device):
     u, G = make(name, dtype, device)
-    if device == "cpu" and implementation == "triton" and dtype != torch.float32:
-        u, G = u[..., :2000], G[:, :2000]  # many chunks in one dtype: up to ten seconds each in the interpreter
+    if device == "cpu" and implementation == "triton":  # up to ten seconds each in the interpreter
+        columns = 5000 if dtype == torch.float32 else 2000
+        u, G = u[..., :columns], G[:, :columns]
     out = IMPLEMENTATIONS[implementation](u, G)
     assert out.shape == u.shape and out.dtype == dtype
     check_projection(name, u, G, out, dtype)

@@ -4,7 +4,7 @@ import copy
 import functools
 
 import torch
-from spread_checks import COUNTS, build, losses, raises, replicated, shard, whole
+from spread_twins import COUNTS, build, losses, raises, replicated, shard, whole
 from torch import nn
 
 import projgrad

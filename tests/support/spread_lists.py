@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from spread_checks import MODELS, Tied, assert_same, assert_same_bits, build, losses, sgd, shard
+from spread_twins import MODELS, Tied, assert_same, assert_same_bits, build, losses, sgd, shard
 from torch import nn
 
 import projgrad

@@ -1,4 +1,4 @@
-"""What several processes do together under metric="optimizer": every check of tests/methods/test_spread_metric.py."""
+"""What several processes do together under metric="optimizer"."""
 
 import copy
 import functools
@@ -6,7 +6,8 @@ import itertools
 
 import torch
 import torch.distributed as dist
-from spread_checks import (
+from spread_metric_twins import AdamW, Beside, MetricTwins, RMSprop, optimizer
+from spread_twins import (
     COUNTS,
     Processes,
     Uneven,
@@ -18,7 +19,6 @@ from spread_checks import (
     shard,
     whole,
 )
-from spread_metric_twins import AdamW, Beside, MetricTwins, RMSprop, optimizer
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

@@ -1,7 +1,7 @@
 """Models, optimizers and steps of one process beside those of several, for spread_metric_checks.py."""
 
 import torch
-from spread_checks import MODELS, Twins
+from spread_twins import MODELS, Twins
 from torch import nn
 from torch.distributed.tensor import DTensor
 

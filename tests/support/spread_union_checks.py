@@ -1,7 +1,4 @@
-"""Lists of closures over several processes, of models under fully_shard: what tests/methods/test_spread_union.py runs.
-
-Every check compares with one process that has all samples in one batch.
-"""
+"""Lists of closures over several processes, of models under fully_shard: beside one process with one batch."""
 
 import copy
 import runpy
@@ -9,8 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from spread_checks import Processes, assert_same, assert_same_bits, build, losses, raises, replicated, sgd, shard, whole
 from spread_lists import EQUAL, TOLERANCE, UNEQUAL, Lists, sharded, two_rates
+from spread_twins import Processes, assert_same, assert_same_bits, build, losses, raises, replicated, sgd, shard, whole
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

@@ -4,9 +4,9 @@ import contextlib
 import itertools
 
 import torch
-from spread_checks import assert_same_bits, raises, whole
 from spread_lists import NONE, UNEQUAL, Lists, sharded
 from spread_metric_twins import optimizer
+from spread_twins import assert_same_bits, raises, whole
 from torch.distributed.tensor import DTensor
 
 from projgrad.methods.responses import Adam

@@ -13,16 +13,20 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from spread_checks import Processes
+from spread_twins import Processes
 
-IMPORTED = "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "projgrad", "peft", "transformers"
+IMPORTED = "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "projgrad", "peft", "trainer_checks", "zoo"
+
+
+def start(work, arguments, nprocs):
+    """Call work(rank, *arguments) in processes that have imported everything: `torch.multiprocessing.spawn`, sooner."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
+    torch.multiprocessing.start_processes(work, arguments, nprocs=nprocs, start_method="forkserver")
 
 
 def run(folder, *modules):
     """Run what modules have in CHECKS, with how many processes, and in ON_A_GRID, with a mesh of two times two."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
-    arguments = str(folder / "store"), [module.__name__ for module in modules]
-    torch.multiprocessing.start_processes(_run, arguments, nprocs=4, start_method="forkserver")
+    start(_run, (str(folder / "store"), [module.__name__ for module in modules]), 4)
 
 
 def _run(rank, file, names):
