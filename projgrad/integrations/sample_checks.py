@@ -36,7 +36,7 @@ def check_columns(name: str, data: Sequence[Any], columns: frozenset[str] | None
     if columns is not None and masks:
         raise ValueError(
             f"samples of {name} have {' and '.join(masks)} and no labels: the mask is dropped before the collator, and "
-            f"prompts would count. Make labels of it, {IGNORED} where it is 0"
+            f"prompts would count. Make labels of it, {IGNORED} where it is 0, or take the column out"
         )
     if columns is not None and "seq_lengths" in first and "position_ids" not in first:
         raise ValueError(

@@ -84,7 +84,8 @@ class UnlearningSteps:
         """Hold a micro-batch; with the last one of a step set every `.grad`. Returns the step's loss, or 0."""
         if self.unlearning_method is None:
             raise RuntimeError("call unlearn_by before train")
-        if not {"forget", *(["retain"] if self.unlearning_method.needs_retain else [])} <= set(inputs):
+        needed = {"forget", "retain"} if self.unlearning_method.needs_retain else {"forget"}
+        if not needed <= set(inputs):
             raise ValueError(
                 f'batches must be {{"forget": batch, "retain": batch}}; got {", ".join(inputs)}: give a data_collator '
                 "that makes them"
@@ -117,11 +118,8 @@ class UnlearningSteps:
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Return the operations of plain passes over both batches."""
-        return sum(
-            super(UnlearningSteps, self).floating_point_ops(inputs[side])
-            for side in ("forget", "retain")
-            if side in inputs
-        )
+        sides = [inputs[side] for side in ("forget", "retain") if side in inputs]
+        return sum(super(UnlearningSteps, self).floating_point_ops(side) for side in sides)
 
 
 def _summary(steps: list[Numbers]) -> Iterator[tuple[str, float]]:

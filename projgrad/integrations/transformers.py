@@ -160,7 +160,7 @@ def _strategy(args: TrainingArguments) -> str:
     strategy = getattr(args, "train_sampling_strategy", "random")
     if strategy not in ("random", "sequential") or getattr(args, "group_by_length", False):
         raise ValueError(
-            f'samples are drawn at random or in sequence: set train_sampling_strategy to "random" or "sequential"'
+            f"samples are drawn at random or in sequence, not by {strategy!r}: leave out what orders them by length"
         )
     if args.auto_find_batch_size:
         raise ValueError("auto_find_batch_size changes one of two batch sizes: give per_device_train_batch_size")

@@ -1,4 +1,4 @@
-"""What people bring to `UnlearningTrainer`: data sets of trl, samples that weigh nothing, other optimizers, one side."""
+"""What people bring to `UnlearningTrainer`: columns of trl, weights of 0, other optimizers, a forget set alone."""
 
 import warnings
 
@@ -99,7 +99,7 @@ def test_pgu_tells_of_optimizers_that_undo_it(tmp_path, settings, warns):
 def test_a_model_that_does_not_run_is_not_asked_for_losses(tmp_path):
     net = model("gpt2")  # of 32 positions
     long = [{"input_ids": [3] * 40, "labels": [3] * 40}] * 4
-    with pytest.raises(ValueError, match="a GPT2LMHeadModel does not run on its first sample: .*input_ids, labels"):
+    with pytest.raises(ValueError, match=r"a GPT2LMHeadModel does not run on its first sample: .*input_ids, labels"):
         trainer(tmp_path, net, data=(long, RETAIN))
 
 
@@ -116,7 +116,7 @@ def test_masks_at_random_may_miss_the_first_sample(tmp_path):
         return batch | {"labels": torch.full_like(batch["labels"], -100)} if len(calls) < 3 else batch
 
     trainer(tmp_path, net, collator=collate)
-    with pytest.raises(ValueError, match="^no token of the first samples has a label other than -100"):
+    with pytest.raises(ValueError, match=r"^no token of the first samples has a label other than -100"):
         trainer(tmp_path, net, collator=lambda rows: padded(rows) | {"labels": torch.full((len(rows), 12), -100)})
 
 
