@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
@@ -48,6 +49,7 @@ class Method:
 
     alone = False  # in one process, and without a gradient scaler
     steps = False  # changes the parameters itself, and leaves no gradient
+    needs_retain = True  # retain samples in every step
     starts = False  # `prepare` has to see the model, and all samples, before the first step
 
     def __init__(self, name: str, options: Mapping[str, Any], losses: Losses) -> None:
@@ -93,7 +95,7 @@ class Objective(Method):
         super().__init__(name, options, losses)
         self.terms = terms(**self.checked(terms))
         self.reference: list[Tensor] = []  # log-probabilities before unlearning, by position; of packed samples several
-        self.starts = self.terms.needs_reference
+        self.starts, self.needs_retain = self.terms.needs_reference, bool(self.terms.retain_weight)
         if self.terms.forget is not None and losses is not sample_losses:
             raise ValueError(f"method={name!r} is made of the losses of tokens: leave out `losses`")
 
@@ -181,6 +183,16 @@ class ProjectedOntoInputs(Method):
                 'method_options={"gamma": ...}'
             )
         self._new(trainer.model)
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Warn of optimizers that bring back what was projected out; momentum of a fixed projection does not."""
+        if type(optimizer) is not torch.optim.SGD or any(group["weight_decay"] for group in optimizer.param_groups):
+            warnings.warn(
+                f'method="pgu" projects the gradient, and {type(optimizer).__name__} or its weight decay changes the '
+                'direction after that: what is applied is not projected. Set optim="sgd" and weight_decay=0, and a '
+                "learning rate for them",
+                stacklevel=2,
+            )
 
     def prepare(self, trainer: Trainer, forget: Iterable[Batch], retain: Iterable[Batch]) -> None:
         with evaluating(trainer.model):

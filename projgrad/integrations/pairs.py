@@ -17,16 +17,21 @@ EXTRA = ("labels", "label", "label_ids", "token_weights")  # columns that are no
 class Pairs(Dataset):
     """Forget samples, at 0 to len - 1, and behind them retain samples: an epoch passes over the forget set.
 
-    Items are (position, sample).
+    Items are (position, sample). Without retain samples (None) batches have the forget side alone.
     """
 
-    def __init__(self, forget: Sequence[Any], retain: Sequence[Any]) -> None:
+    def __init__(self, forget: Sequence[Any], retain: Sequence[Any] | None) -> None:
         for name, data in ("forget_dataset", forget), ("retain_dataset", retain):
+            if data is None and name == "retain_dataset":
+                continue
             if isinstance(data, Mapping) or not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
-                raise TypeError(f"{name} must have a length and items by number; got {type(data).__name__}")
+                raise TypeError(
+                    f"{name} must have a length and items by number; got {type(data).__name__}: make a list of its "
+                    "samples"
+                )
             if not len(data):
                 raise ValueError(f"{name} is empty")
-        self.forget, self.retain = forget, retain
+        self.forget, self.retain = forget, () if retain is None else retain
 
     def __len__(self) -> int:
         return len(self.forget)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..recording.fixed import evaluating
 from .pairs import Collator
-from .token_losses import IGNORED, Batch, sample_losses
+from .token_losses import IGNORED, Batch, logits_of, sample_losses
 
+MASKS = "completion_mask", "assistant_masks"  # columns of trl, which makes labels of them
 SCANNED = 10_000  # samples whose labels are looked at, of either side
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}  # of losses, relative, without tensor cores; else 1e-3
 COARSE = 5e-2  # in 16 bits
@@ -30,6 +31,17 @@ def check_columns(name: str, data: Sequence[Any], columns: frozenset[str] | None
         raise ValueError(
             f"samples of {name} have none of the model's arguments; they have {', '.join(first)}. Tokenize them, or "
             "set remove_unused_columns=False where a data_collator does it"
+        )
+    masks = [column for column in MASKS if column in first and "labels" not in first]
+    if columns is not None and masks:
+        raise ValueError(
+            f"samples of {name} have {' and '.join(masks)} and no labels: the mask is dropped before the collator, and "
+            f"prompts would count. Make labels of it, {IGNORED} where it is 0, or take the column out"
+        )
+    if columns is not None and "seq_lengths" in first and "position_ids" not in first:
+        raise ValueError(
+            f"samples of {name} are packed, and their seq_lengths are dropped before the collator: set "
+            "remove_unused_columns=False, with a collator that makes position_ids of them"
         )
     if not isinstance(first.get("labels"), (Sequence, Tensor)):
         return
@@ -57,12 +69,16 @@ def check_loss(model: nn.Module, batch: Batch) -> None:
     are not compared: the model's own loss may predict the first token of one from another.
     """
     kind = type(model).__name__
+    if not has_labels(batch):
+        raise ValueError(f"no token of the first samples has a label other than {IGNORED}: were the answers cut off?")
     with evaluating(model):
         try:
             found, *more = sample_losses(model, {k: v for k, v in batch.items() if k != "token_weights"}).tolist()
         except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+            _check_forward(model, batch)
+            reason = str(error).removesuffix(": give `losses`")
             raise ValueError(
-                f"the loss of a sample cannot be told for a {kind}: {error}. Give `losses`, a function of model and "
+                f"the loss of a sample cannot be told for a {kind}: {reason}. Give `losses`, a function of model and "
                 "batch that returns one loss per sample, (n,)"
             ) from error
         own = getattr(model(**{k: v for k, v in batch.items() if k != "token_weights"}), "loss", None)
@@ -91,6 +107,24 @@ def warn_of_company(model: nn.Module, collate: Collator, samples: Sequence[Any])
             f"position_ids, and packed rows in a model that does not keep them apart; this is a {type(model).__name__}",
             stacklevel=4,
         )
+
+
+def has_labels(batch: Batch) -> bool:
+    """Return whether any label of a batch counts."""
+    labels = batch.get("labels")
+    return not isinstance(labels, Tensor) or bool((labels != IGNORED).any())
+
+
+def _check_forward(model: nn.Module, batch: Batch) -> None:
+    """Check that a model runs on a batch at all; raises ValueError. What has no logits is not judged."""
+    try:
+        logits_of(model, batch)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"a {type(model).__name__} does not run on its first sample: {error}. The batch has {', '.join(batch)}"
+        ) from error
+    except AttributeError:
+        return
 
 
 def _is_labelled(labels: Any) -> bool:

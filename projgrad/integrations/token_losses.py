@@ -29,8 +29,9 @@ def sample_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     For causal models, whose labels are shifted here; for sequence-to-sequence models, masked ones and classifiers of
     tokens, whose labels are not; and for classifiers with one label per sample. Padding and prompts are labelled -100
-    and do not count; a sample without any label has loss 0. Logits are turned into float32 a thousand rows at a time.
-    A few models shift in their own way (BartForCausalLM, XLNet): compare with `model(**batch).loss` of one sample.
+    and do not count; a sample without any label has loss 0, and so has one whose weights are all 0. Logits are turned
+    into float32 a thousand rows at a time. A few models shift in their own way (BartForCausalLM, XLNet): compare with
+    `model(**batch).loss` of one sample.
 
     Args:
         model: one of transformers, also as peft or DistributedDataParallel wrap it.
@@ -43,7 +44,7 @@ def sample_losses(model: nn.Module, batch: Batch) -> Tensor:
             loss is no mean over tokens or samples.
     """
     sums = token_sums(model, batch)
-    return sums.losses / sums.weights.clamp_min(torch.finfo(sums.weights.dtype).tiny)
+    return sums.losses / sums.weights.masked_fill(sums.weights == 0, 1)  # over a tiny number gradients overflow
 
 
 def token_sums(model: nn.Module, batch: Batch) -> TokenSums:

@@ -62,6 +62,8 @@ class UnlearningSteps:
                 "checkpointing with use_reentrant=True cannot give the gradients of a batch apart: set "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError("no parameter of the model requires a gradient: thaw some, or add adapters")
         self.unlearning_method = METHODS[method](method, method_options or {}, losses or sample_losses)
         if self.unlearning_method.starts and not self.makes_batches:
             raise ValueError(f"method={method!r} reads all samples before the first step: use UnlearningTrainer")
@@ -82,7 +84,8 @@ class UnlearningSteps:
         """Hold a micro-batch; with the last one of a step set every `.grad`. Returns the step's loss, or 0."""
         if self.unlearning_method is None:
             raise RuntimeError("call unlearn_by before train")
-        if not {"forget", "retain"} <= set(inputs):
+        needed = {"forget", "retain"} if self.unlearning_method.needs_retain else {"forget"}
+        if not needed <= set(inputs):
             raise ValueError(
                 f'batches must be {{"forget": batch, "retain": batch}}; got {", ".join(inputs)}: give a data_collator '
                 "that makes them"
@@ -115,7 +118,8 @@ class UnlearningSteps:
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Return the operations of plain passes over both batches."""
-        return sum(super(UnlearningSteps, self).floating_point_ops(inputs[side]) for side in ("forget", "retain"))
+        sides = [inputs[side] for side in ("forget", "retain") if side in inputs]
+        return sum(super(UnlearningSteps, self).floating_point_ops(side) for side in sides)
 
 
 def _summary(steps: list[Numbers]) -> Iterator[tuple[str, float]]:

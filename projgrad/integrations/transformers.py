@@ -16,7 +16,7 @@ except ImportError as error:
 from .. import _options
 from .methods import Losses
 from .pairs import PairCollator, PairedBatches, Pairs, columns_of
-from .sample_checks import check_columns, check_labels, check_loss, warn_of_company
+from .sample_checks import check_columns, check_labels, check_loss, has_labels, warn_of_company
 from .token_losses import Batch, sample_losses, token_sums
 from .training_steps import UnlearningSteps
 
@@ -33,7 +33,8 @@ class UnlearningTrainer(UnlearningSteps, Trainer):
     Args:
         model, args, data_collator, eval_dataset, processing_class and others: as for `transformers.Trainer`.
             data_collator makes a batch with "labels" of samples of one side; the default pads them, with -100.
-        forget_dataset, retain_dataset: samples by number, as dictionaries or what data_collator takes.
+        forget_dataset, retain_dataset: samples by number, as dictionaries or what data_collator takes. Gradient ascent
+            needs no retain_dataset.
         method: "orthograd", "pgu", "feasible", "grad_ascent", "graddiff", "neggrad", "npo", "simnpo" or "finetune".
         method_options: options of the method, such as {"alpha": 0.8, "scope": "per_tensor"}: those of `OrthoGrad`, of
             `PGU` or of `FeasibleUpdates`; alpha and gamma, weights of the retain and of the forget loss, of graddiff,
@@ -59,7 +60,7 @@ class UnlearningTrainer(UnlearningSteps, Trainer):
         data_collator: Callable[[list[Any]], Batch] | None = None,
         *,
         forget_dataset: Any,
-        retain_dataset: Any,
+        retain_dataset: Any = None,
         method: str = "orthograd",
         method_options: Mapping[str, Any] | None = None,
         retain_batch_size: int | None = None,
@@ -80,7 +81,7 @@ class UnlearningTrainer(UnlearningSteps, Trainer):
         self._batches = PairedBatches(
             self._pairs,
             self.args.per_device_train_batch_size,
-            _options.check_integer("retain_batch_size", retain_batch_size, 1),
+            0 if retain_dataset is None else _options.check_integer("retain_batch_size", retain_batch_size, 1),
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             epoch=self._epoch,
             shuffle=strategy == "random",
@@ -91,8 +92,11 @@ class UnlearningTrainer(UnlearningSteps, Trainer):
         self._is_prepared = False
         if losses is None:
             self._check_samples("forget_dataset", forget_dataset, "forget", 0)
-            self._check_samples("retain_dataset", retain_dataset, "retain", len(self._pairs))
+            if retain_dataset is not None:
+                self._check_samples("retain_dataset", retain_dataset, "retain", len(self._pairs))
         self.unlearn_by(method, method_options, losses)
+        if retain_dataset is None and self.unlearning_method.needs_retain:
+            raise ValueError(f"method={method!r} takes its steps on retain samples too: give retain_dataset")
         if self.unlearning_method.starts and self.model_init is not None:
             raise ValueError(f"method={method!r} reads the model before it unlearns: give model, not model_init")
 
@@ -141,6 +145,10 @@ class UnlearningTrainer(UnlearningSteps, Trainer):
         check_columns(name, data, self._collate.columns)
         samples = [data[k] for k in range(min(8, len(data)))]
         batch = collate(samples[:1])
+        for sample in samples[1:]:  # a collator that masks at random may leave a short one without labels
+            if has_labels(batch):
+                break
+            batch = collate([sample])
         check_labels(name, batch)
         if not self.is_fsdp_enabled and device.type != "meta":  # else the weights may not be here yet
             check_loss(self.model, batch)
@@ -151,7 +159,9 @@ def _strategy(args: TrainingArguments) -> str:
     """Return how samples are drawn; raises ValueError for what is made for batches of one data set."""
     strategy = getattr(args, "train_sampling_strategy", "random")
     if strategy not in ("random", "sequential") or getattr(args, "group_by_length", False):
-        raise ValueError(f"samples are drawn at random or in sequence; got train_sampling_strategy={strategy!r}")
+        raise ValueError(
+            f"samples are drawn at random or in sequence, not by {strategy!r}: leave out what orders them by length"
+        )
     if args.auto_find_batch_size:
         raise ValueError("auto_find_batch_size changes one of two batch sizes: give per_device_train_batch_size")
     if getattr(args, "include_num_input_tokens_seen", "no") not in ("no", False):

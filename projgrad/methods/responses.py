@@ -223,6 +223,7 @@ class Custom(Response):
         self.diagonal = optimizer.diagonal
 
 
+ADVICE = "Any other one without momentum can say it in a method `diagonal(param, state, group) -> Tensor`"
 KNOWN = {torch.optim.SGD: SGD(), torch.optim.Adam: Adam(), torch.optim.AdamW: Adam(), torch.optim.RMSprop: RMSprop()}
 
 
@@ -231,10 +232,13 @@ def response_of(optimizer: SteppingOptimizer) -> Response:
     if callable(getattr(optimizer, "diagonal", None)):
         return Custom(optimizer)
     if type(optimizer) not in KNOWN:
+        got = f"{kind(optimizer)} of {type(optimizer).__module__}"  # others have an AdamW too
+        inside = getattr(optimizer, "optimizer", None)
+        wraps = type(inside) in KNOWN or callable(getattr(inside, "diagonal", None))
+        advice = "Give OrthoGrad the one inside of it, `optimizer.optimizer`" if wraps else ADVICE
         raise ValueError(
-            'metric="optimizer" must know the diagonal of the optimizer: torch.optim.SGD, Adam, AdamW '
-            f"and RMSprop are known; got {kind(optimizer)}. Any other one without momentum can say it in a method "
-            "`diagonal(param, state, group) -> Tensor`"
+            'metric="optimizer" must know the diagonal of the optimizer: torch.optim.SGD, Adam, AdamW and RMSprop are '
+            f"known; got {got}. {advice}"
         )
     return KNOWN[type(optimizer)]
 

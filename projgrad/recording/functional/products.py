@@ -95,7 +95,8 @@ def _note_matmul(call, y: Tensor, input: Tensor, other: Tensor, extra=None) -> T
     s1 = "".join(batch[len(batch) - (input.ndim - 2) :] if input.ndim > 2 else "") + ("ic"[2 - min(input.ndim, 2) :])
     s2 = "".join(batch[len(batch) - (other.ndim - 2) :] if other.ndim > 2 else "") + ("co" if other.ndim > 1 else "c")
     sy = "".join(batch) + ("i" if input.ndim > 1 else "") + ("o" if other.ndim > 1 else "")
-    (x, sx), (weight, sw) = ((input, s1), (other, s2)) if call.follows(other) else ((other, s2), (input, s1))
+    is_right = call.follows(other) or not call.follows(input)  # neither: of addmm's added bias, samples lie along input
+    (x, sx), (weight, sw) = ((input, s1), (other, s2)) if is_right else ((other, s2), (input, s1))
     for tensor, letters in ((x, sx), (weight, sw)):
         if any(s.isupper() and tensor.shape[d] == 1 != y.shape[sy.index(s)] for d, s in enumerate(letters)):
             return call.note(y, None, [], (), [])  # broadcast batches of size 1
