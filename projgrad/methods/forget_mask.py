@@ -60,14 +60,19 @@ def digest(mask: Mapping[str, Tensor]) -> list[tuple[str, int]]:
 
 def seen(mask: Mapping[str, Tensor]) -> Seen:
     """Return what `is_seen` needs to know a mask again."""
-    return {name: (m, version(m)) for name, m in mask.items()}
+    return {name: (m, _writes(m)) for name, m in mask.items()}
 
 
 def is_seen(mask: Mapping[str, Tensor], before: Seen) -> bool:
     """Return whether a mask is the same tensors, not written to, as it was for `seen`."""
     return mask.keys() == before.keys() and all(
-        m is before[name][0] and version(m) == before[name][1] for name, m in mask.items()
+        m is before[name][0] and _writes(m) == before[name][1] for name, m in mask.items()
     )
+
+
+def _writes(m: Tensor) -> int:
+    """Return how often a mask was written to; of one made in inference mode nobody knows."""
+    return 0 if m.is_inference() else version(m)
 
 
 def _hash(m: Tensor) -> int:
