@@ -25,7 +25,9 @@ def without_torch(tmp_path):
         path = os.pathsep.join([str(tmp_path), root, others])
         env = os.environ | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, "-m", "projgrad", *given], env=env, cwd=tmp_path, **pipes)
+        heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (what runs in the background ignores it)
+        options = {"env": env, "cwd": tmp_path, "preexec_fn": heard if os.name == "posix" else None}
+        return subprocess.Popen([sys.executable, "-m", "projgrad", *given], **options, **pipes)
 
     return start
 
