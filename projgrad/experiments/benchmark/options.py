@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ..cli.arguments import folder
+from ..cli.arguments import folder, number_of
 
 MODELS = ("mlp", "conv", "decoder", "encoder")  # of `subjects`, which imports torch
 OPS = ("project_out", "gram_solve", "feasible", "linear_gram", "linear_dot", "linear_combine", "linear_moments")
@@ -57,7 +57,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="some of those that a first run shows [all]")
     parser.add_argument("--threads", type=_threads, help="of the CPU [what torch would take]")
     parser.add_argument("--rounds", type=_rounds, default=15, help="times of every contender, at most [%(default)s]")
-    parser.add_argument("--seconds", type=_seconds, default=5.0, help="about, of every contender [%(default)s]")
+    parser.add_argument(
+        "--seconds", type=number_of("seconds"), default=5.0, help="about, of every contender [%(default)s]"
+    )
     parser.add_argument("--out", type=folder, default=Path("out/bench"), help="folder for results [%(default)s]")
     parser.add_argument("--again", action="store_true", help="measure what is there already once more")
     parser.add_argument("--compare", type=Path, metavar="CSV", help="an older steps.csv or ops.csv: what has changed?")
@@ -84,14 +86,4 @@ def _threads(text: str) -> int:
     value, most = _positive(text), max(64, 4 * (os.cpu_count() or 1))
     if value > most:  # with 100,000 OpenMP ends the process
         raise argparse.ArgumentTypeError(f"must be at most {most} here; got {value}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds; got {text!r}") from None
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"must be positive and finite; got {text}")
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -182,7 +182,7 @@ def _add_plan(made: argparse.ArgumentParser) -> None:
         default="chunked",
         help="float32: of all logits at once, as models of transformers compute it [%(default)s]",
     )
-    made.add_argument("--memory", type=_gigabytes, metavar="GB", help="also find the largest n that fits")
+    made.add_argument("--memory", type=number_of("gigabytes"), metavar="GB", help="also find the largest n that fits")
     _json(made)
 
 
@@ -216,11 +216,16 @@ def _positive(text: str) -> int:
     return value
 
 
-def _gigabytes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number of gigabytes; got {text!r}") from None
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"must be positive and finite; got {text}")
-    return value
+def number_of(unit: str) -> Callable[[str], float]:
+    """Return the type of an argument that is a positive number of something."""
+
+    def positive(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number of {unit}; got {text!r}") from None
+        if not 0 < value < 1e6:
+            raise argparse.ArgumentTypeError(f"must be positive and finite; got {text}")
+        return value
+
+    return positive
