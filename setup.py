@@ -1,5 +1,5 @@
-"""Builds projgrad._C where there is a C++ compiler: the C++ kernels always, the CUDA kernels when torch has CUDA and a
-complete toolkit is found."""
+"""Builds, where there is a C++ compiler, projgrad._C: the C++ kernels always, the CUDA kernels when torch has CUDA and
+a complete toolkit is found; and the module of csrc/recording.cpp for this release of torch."""
 
 import os
 import re
@@ -69,7 +69,7 @@ def toolkit() -> tuple[Path, Version, str]:
 
 
 def extension():
-    sources = sorted(map(str, Path("csrc").glob("*.cpp")))
+    sources = sorted(str(path) for path in Path("csrc").glob("*.cpp") if path.name != "recording.cpp")
     macros = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # stable ABI of torch 2.11: one binary serves later ones
     options = {
         "include_dirs": [pybind11.get_include()],
@@ -91,12 +91,31 @@ def extension():
     return built
 
 
+def recording():
+    """The one file that is written against torch's own headers, which no other release shares: it is in the name."""
+    name = "_recording_" + re.sub(r"\W", "_", torch.__version__)
+    options = {"define_macros": [("NAME", name)], "extra_compile_args": ["-O2"]}
+    return CppExtension(f"projgrad.{name}", ["csrc/recording.cpp"], include_dirs=[pybind11.get_include()], **options)
+
+
+class Build(BuildExtension):
+    """Goes on where `recording` does not compile: a later torch may have changed, and Python stands in."""
+
+    def build_extension(self, ext):
+        try:
+            super().build_extension(ext)
+        except Exception:
+            if not ext.name.startswith("projgrad._recording"):
+                raise
+            print(f"projgrad: {ext.name} does not compile with this torch: steps take a little longer", file=sys.stderr)
+
+
 def extensions() -> list:
-    """The extension; none without a compiler, which costs speed only. A compiler that fails is an error."""
+    """The extensions; none without a compiler, which costs speed only. A compiler that fails is an error."""
     compiler = cpp_extension.get_cxx_compiler()
     # On Windows setuptools finds one that is not in PATH.
     if os.name == "nt" or any(map(shutil.which, shlex.split(compiler)[:1])):
-        return [extension()]
+        return [extension(), recording()]
     print(
         f"projgrad: installing without the C++ extension: there is no compiler {compiler!r}. Everything works, slower; "
         "to have the extension install g++, or name another compiler in CXX, and install projgrad again",
@@ -105,4 +124,4 @@ def extensions() -> list:
     return []
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

@@ -129,9 +129,10 @@ def build_wheel(python: Path, sdist: Path, folder: Path, *, compiler: bool) -> P
     names = set(zipfile.ZipFile(path).namelist())
     wanted = {name for name in tracked() if name.startswith("projgrad/")}
     check(not wanted - names, f"the wheel lacks {sorted(wanted - names)}")
-    strange = [n for n in names - wanted if ".dist-info/" not in n and not n.startswith("projgrad/_C.")]
+    compiled = "projgrad/_C.", "projgrad/_recording_"
+    strange = [n for n in names - wanted if ".dist-info/" not in n and not n.startswith(compiled)]
     check(not strange, f"the wheel should not hold {strange}")
-    built = any(name.startswith("projgrad/_C.") for name in names)
+    built = all(any(name.startswith(start) for name in names) for start in compiled)
     check(built == compiler, "the extension is in the wheel" if built else "the extension is not in the wheel")
     check(("none-any" in path.name) != compiler, f"{path.name} has the wrong tag")
     check(compiler or "there is no compiler '/nonexistent/c++'. Everything works, slower" in printed, printed)

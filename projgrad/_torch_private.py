@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
+from threading import Lock
 
 import torch
 import torch.distributed as dist
@@ -19,7 +21,6 @@ from torch.utils._pytree import tree_unflatten as tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of all batch norms
-CompiledModule = torch._dynamo.eval_frame.OptimizedModule  # what `torch.compile` makes of a module
 Dropout = nn.modules.dropout._DropoutNd  # the base class of all dropouts
 without_torch_function = torch._C.DisableTorchFunction
 
@@ -164,14 +165,28 @@ def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
 # Modules and modes.
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Return whether a module was made by `torch.compile`."""
-    return isinstance(module, CompiledModule)
+class Uncompiled:
+    """Makes what `torch.compile` made run as it was written, in all threads, while somebody is inside."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+        self._stance: AbstractContextManager | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._stance is None and "torch._dynamo" in sys.modules:  # else nothing was compiled yet
+                self._stance = torch.compiler.set_stance("force_eager")
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._stance is not None:
+                stance, self._stance = self._stance, None
+                stance.__exit__(None, None, None)
 
 
-def compiles_itself(module: nn.Module) -> bool:
-    """Return whether `module.compile()` was called."""
-    return module._compiled_call_impl is not None
+uncompiled = Uncompiled()  # the stance of torch is one for all threads
 
 
 def is_active(mode: TorchFunctionMode) -> bool:

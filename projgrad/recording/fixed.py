@@ -7,20 +7,14 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from .._torch_private import compiles_itself, is_compiled
-
 USUAL = vars(nn.Module()).keys() | {"in_features", "out_features"}  # attributes that hold no tables
 
 
 def fixed_tensors(model: nn.Module, followed: Iterable[Tensor]) -> list[Tensor]:
-    """Return buffers, frozen parameters and tables of a model; refuse one of which a part is compiled."""
+    """Return buffers, frozen parameters and tables of a model."""
     ids = {id(p) for p in followed}
     fixed: list[Tensor] = []
     for module in modules_of(model):
-        if is_compiled(module):
-            raise ValueError("a compiled model hides its operations: pass the original module (`model._orig_mod`)")
-        if compiles_itself(module):
-            raise ValueError("model.compile() hides the model's operations: pass a module that was not compiled")
         attributes = vars(module)
         fixed += [b for b in attributes["_buffers"].values() if b is not None]
         for p in attributes["_parameters"].values():

@@ -13,6 +13,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from .._torch_private import outputs_of
 from . import carry
+from .compiled import compiled
 from .recording import Recording
 from .refusals import NESTED_TENSORS, REENTRANT
 
@@ -111,17 +112,21 @@ def fingerprint(recording: Recording, losses: Tensor) -> int:
     Raises:
         ValueError: no parameter that the tape follows is in it, or reentrant checkpointing.
     """
+    names = {id(p): name for name, p in recording.parameters.items()}
+    if compiled is not None:
+        found = compiled.fingerprint(losses, names, list(recording.site_of), _shaped, _setting)
+        if found is not None:
+            return found
     nodes = nodes_below([losses.grad_fn])
-    numbers: dict[Node | None, int] = {None: -1} | {node: k for k, node in enumerate(nodes)}
+    numbers: dict[Node | None, int] = {None: 0} | {node: k for k, node in enumerate(nodes, 1)}
     links: list[int] = []
     for node in nodes:
-        links.append(-2)  # where its edges begin
+        links.append(-1)  # where its edges begin
         for following, nr in node.next_functions:
             links += (numbers[following], nr)
     operations = [node.name() for node in nodes]
     if any("CheckpointFunctionBackward" in operation for operation in {*operations}):
         raise ValueError(REENTRANT)
-    names = {id(p): name for name, p in recording.parameters.items()}
     leaves = [node.variable for node, kind in zip(nodes, operations, strict=True) if kind == ACCUMULATE]
     used = [names.get(id(leaf)) for leaf in leaves]
     if not any(used):
@@ -133,7 +138,8 @@ def fingerprint(recording: Recording, losses: Tensor) -> int:
         raise ValueError(NESTED_TENSORS) from None
     values = [getattr(node, a) for node in nodes for a in _shaped(type(node))]
     settings = [value if value.__class__ in PLAIN else _setting(value) for value in values]
-    return hash(tuple(map(tuple, (links, operations, used, sites, outputs, settings))))
+    # As text: torch has 2^64 - 1 for -1, and the hash of that is the hash of 7.
+    return hash((*map(tuple, (links, operations, used, sites, outputs)), str(settings)))
 
 
 PLAIN = frozenset((int, bool, float, str, tuple, type(None)))

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .._torch_private import is_parallel_hook
+from .._torch_private import is_parallel_hook, uncompiled
 from . import functional as pf
 from . import torch_names as names
+from .compiled import compiled
 from .functional.elementwise import add_, spread, sub_, vmap_batch_first, vmap_broadcast
 from .functional.lookups import lookup
 from .functional.recurrent import CELLS, recurrent, recurrent_cell
@@ -42,6 +43,19 @@ class Interception(TorchFunctionMode):
     def __init__(self, recording: Recording) -> None:
         super().__init__()
         self.recording = recording
+        self.tables = _is_ordinary, recording.sources, *recording.constants  # for C++
+
+    def __enter__(self) -> Interception:
+        uncompiled.__enter__()
+        try:
+            return super().__enter__()
+        except BaseException:
+            uncompiled.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        uncompiled.__exit__()
+        super().__exit__(*error)
 
     def __torch_function__(self, func, _, args=(), kwargs=None):
         recording = self.recording
@@ -50,10 +64,19 @@ class Interception(TorchFunctionMode):
             # One tensor that depends on the samples is enough to tell: most calls end here.
             first = args[0] if args else None
             if (not isinstance(first, Tensor) or recording.is_constant(first)) and isinstance(out, Tensor):
-                tensors = tensors_in(args, kwargs or {})
-                if tensors and all(map(recording.is_constant, tensors)):
-                    recording.note_constant(out)
+                self.settle(out, args, kwargs)
             return out
+        return self.special(func, args, kwargs)
+
+    def settle(self, out: Tensor, args: tuple, kwargs: dict | None) -> None:
+        """Note a result as constant if all tensors are that it was made of."""
+        tensors = tensors_in(args, kwargs or {})
+        if tensors and all(map(self.recording.is_constant, tensors)):
+            self.recording.note_constant(out)
+
+    def special(self, func, args: tuple, kwargs: dict | None):
+        """Handle a call that meets a followed tensor, or that matters in another way."""
+        recording = self.recording
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if func == names.GRAD_FN:  # whoever asks for a node may register a hook on it
             recording.hooked = True
@@ -139,6 +162,10 @@ class Interception(TorchFunctionMode):
             elif isinstance(result, Tensor) and not result.requires_grad:
                 recording.note_constant(result)
         return None if name == "__setitem__" else out
+
+
+if compiled is not None:
+    Interception.__torch_function__ = compiled.torch_function
 
 
 @functools.cache

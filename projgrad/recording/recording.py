@@ -134,6 +134,7 @@ class Recording:
         self.host_reads = HostReads()
         self._fixed = {id(t): t for t in fixed}  # held: a module may drop one, and its id be used again
         self._constants: dict[int, weakref.ref] = {}  # tensors that depend on neither parameters nor samples
+        self.constants = self._constants, self._fixed
 
     def call(self, name: str, *tensors: object) -> Call:
         """Begin a call of these arguments."""

@@ -11,12 +11,14 @@ from .tape import Tape
 def per_sample(model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> Tape:
     """Return a tape that follows the parameters of a model through one forward pass, whatever the model is made of.
 
+    What `torch.compile` made runs as it was written while the tape records.
+
     Args:
         model: any module.
         parameters: those to follow, by name. Default: all that require gradients.
 
     Raises:
-        ValueError: a model from `torch.compile`, or no parameter that requires gradients.
+        ValueError: no parameter requires a gradient.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))

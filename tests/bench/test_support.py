@@ -12,10 +12,10 @@ from projgrad.experiments.benchmark.peers import PEERS, Peer
 from projgrad.experiments.benchmark.report import read_csv
 
 LOOPED = ("mixing", "function")  # exact with a warning that it is slow
-REFUSED = ("batch norm, train", "sparse embedding", "compiled")
+REFUSED = ("batch norm, train", "sparse embedding")
 
 
-HERE = [name for name, feature in FEATURES.items() if not feature.needs and name != "compiled"]  # torch.compile is slow
+HERE = [name for name, feature in FEATURES.items() if not feature.needs]
 
 
 @pytest.mark.parametrize("name", HERE)

@@ -54,12 +54,6 @@ def selective():
     return model, lambda x: model[2](checkpoint(model[1], model[0](x), use_reentrant=False, context_fn=contexts))
 
 
-def compiled():
-    model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 5)])
-    middle = torch.compile(lambda h: torch.tanh(h), backend="aot_eager")
-    return model, lambda x: model[1](middle(model[0](x)))
-
-
 def bags():
     model = nn.Sequential(nn.EmbeddingBag(5, 4, mode="sum", scale_grad_by_freq=True), nn.Linear(4, 5))
     return model, lambda x: model(x[:, :3].argsort())
@@ -80,7 +74,6 @@ REFUSED = {
     "selective_checkpoint": (selective, r"selective activation checkpointing.*without context_fn"),
     "own_checkpoint": (own("linear"), r"backward pass of its own.*use_reentrant=False"),
     "own_checkpoint_without_rules": (own("cdist"), r"backward pass of its own.*use_reentrant=False"),
-    "compiled_function": (compiled, r"torch\.compile lies between.*call the original function"),
     "bag_scaled_by_frequency": (bags, r"embedding_bag\(scale_grad_by_freq=True\)"),
     "jagged": (jagged, r"nested \(jagged\).*pad them"),
 }

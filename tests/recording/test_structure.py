@@ -289,11 +289,6 @@ def _twice(model, x):
         pass
 
 
-def _compiled(model, x):
-    model[0].compile()
-    projgrad.per_sample(model)
-
-
 def _hooked(model, x):
     model[0].weight.register_hook(lambda g: g / 2)
     projgrad.per_sample(model)
@@ -327,8 +322,6 @@ def _unknown_direction(model, x):
 REFUSED = {
     "batch_norm_in_training": (_train_batch_norm, "batch norm with batch statistics.*model.eval()"),
     "sparse": (_sparse, "embedding.sparse=True.*use sparse=False"),
-    "compiled_model": (lambda m, x: projgrad.per_sample(torch.compile(m)), "compiled model.*pass the original module"),
-    "compiled_part": (_compiled, "pass a module that was not compiled"),
     "complex": (
         lambda m, x: projgrad.per_sample(nn.Linear(8, 3, dtype=torch.complex128)),
         "parameter weight is complex",
@@ -356,13 +349,6 @@ def test_losses_out_of_a_compiled_function_are_refused():
     losses = torch.compile(lambda: to_ramp(model(x)), backend="aot_eager")()
     with pytest.raises(ValueError, match=r"from torch\.compile lies between.*call the original function"):
         projgrad.per_sample(model).gram(losses)
-
-
-def test_a_compiled_part_is_refused():
-    model, x = mlp(), torch.randn(5, 8)
-    model[0] = torch.compile(model[0], backend="aot_eager")
-    with pytest.raises(ValueError, match="compile"):
-        record(model, lambda: to_ramp(model(x)))
 
 
 def test_a_tape_records_once_at_a_time():
