@@ -57,7 +57,9 @@ def lay_out_grads(params: Mapping[str, nn.Parameter]) -> None:
     """Give every p.grad the strides of p: fused optimizers of torch walk through both as they lie in memory."""
     for p in params.values():
         g = p.grad
-        if g is not None and any(m > 1 and a != b for m, a, b in zip(p.shape, p.stride(), g.stride(), strict=True)):
+        if g is None or g.stride() == p.stride():
+            continue
+        if any(m > 1 and a != b for m, a, b in zip(p.shape, p.stride(), g.stride(), strict=True)):
             p.grad = torch.empty_like(p, dtype=g.dtype).copy_(g)
 
 

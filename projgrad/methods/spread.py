@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from ..recording.fixed import modules_of
 from ..recording.losses import check_shape
 from ..tape.processes import Processes
 from ..tape.project import check_gradients
@@ -56,7 +58,7 @@ def spread_model(model: nn.Module, group: dist.ProcessGroup | None = None) -> Re
     if not distributed():
         if group is not None:
             raise ValueError("process_group was given, but torch.distributed is not initialised")
-        if any(True for _ in wrappers(model)):
+        if any(isinstance(module, DistributedDataParallel) for module in modules_of(model)):
             raise ValueError(
                 "the model is in DistributedDataParallel, but torch.distributed is not initialised any more"
             )

@@ -20,8 +20,9 @@ def fixed_tensors(model: nn.Module, followed: Iterable[Tensor]) -> list[Tensor]:
         for p in attributes["_parameters"].values():
             if p is not None and not (p.requires_grad or id(p) in ids):
                 fixed.append(p)
-        for name in attributes.keys() - USUAL:
-            fixed += _tables(attributes[name])
+        for name, value in attributes.items():
+            if name not in USUAL and isinstance(value, (Tensor, dict)):
+                fixed += _tables(value)
     return fixed
 
 
@@ -37,15 +38,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def modules_of(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield every module once, in no order that matters; `modules()` takes five times as long."""
-    seen, waiting = set(), [model]
-    while waiting:
-        module = waiting.pop()
-        if module is not None and module not in seen:
-            seen.add(module)
-            yield module
-            waiting += vars(module)["_modules"].values()
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Return every module once, in no order that matters; `modules()` takes five times as long."""
+    found, modules = {model}, [model]
+    for module in modules:
+        for inner in vars(module)["_modules"].values():
+            if inner is not None and inner not in found:
+                found.add(inner)
+                modules.append(inner)
+    return modules
 
 
 def _tables(value: object) -> list[Tensor]:

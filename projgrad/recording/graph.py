@@ -46,7 +46,12 @@ def nodes_below(
 
 def coarser(*dtypes: torch.dtype) -> torch.dtype:
     """Return the type with the fewest digits."""
-    return max(dtypes, key=lambda d: torch.finfo(d).eps)
+    return max(dtypes, key=_eps)
+
+
+@functools.cache
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
 
 
 def coarsest_of(losses: Tensor, nodes: list[Node]) -> torch.dtype:

@@ -133,7 +133,9 @@ def lengths(tensors: Sequence[Tensor]) -> Tensor:
     device = tensors[0].device
     # One launch for hundreds of tensors. On a GPU float64 costs nothing, on the CPU little where they are small.
     if device.type == "cuda" or sum(t.numel() for t in tensors) < SMALL:
-        return torch.stack([norm.to(device) for norm in foreach_norms(tensors, torch.float64)])
+        norms = foreach_norms(tensors, torch.float64)
+        spread = len({norm.device for norm in norms}) > 1
+        return torch.stack([norm.to(device) for norm in norms] if spread else norms)
     return torch.tensor([_length(t) for t in tensors], dtype=torch.float64, device=device)
 
 

@@ -114,7 +114,7 @@ class Interception(TorchFunctionMode):
         if name == "__get__":  # a property: x.T, x.shape
             out = func(*args, **kwargs)
             return recording.derive(out, followed, "T") if isinstance(out, Tensor) and out.grad_fn is not None else out
-        if all(recording.source(t) is not None or recording.is_constant(t) for t in tensors):
+        if all(map(recording.is_constant, [t for t in tensors if id(t) not in recording.sources])):
             return self._derived(func, name, followed, args, kwargs)
         handler, python = _handler(func), isinstance(func, types.FunctionType)
         try:

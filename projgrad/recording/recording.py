@@ -28,11 +28,15 @@ class Call:
     """A call about to be made: what it follows, and where its other inputs come from."""
 
     def __init__(self, recording: Recording, name: str, tensors: Sequence[object]) -> None:
-        self.recording, self.name = weakref.ref(recording), name  # weakly: the recording holds sites, and they the call
+        self.recording, self.name = recording.weak, name  # weakly: the recording holds sites, and they the call
+        self.sources: dict[int, Source] = {}
+        self.stops: list[Node] = []
         followed = recording.sources
-        self.sources = {id(t): followed[id(t)] for t in tensors if id(t) in followed}
-        others = [t for t in tensors if isinstance(t, Tensor) and id(t) not in followed]
-        self.stops = [t.grad_fn for t in others if t.grad_fn is not None]
+        for t in tensors:
+            if id(t) in followed:
+                self.sources[id(t)] = followed[id(t)]
+            elif isinstance(t, Tensor) and (node := t.grad_fn) is not None:
+                self.stops.append(node)
 
     def follows(self, t: object) -> bool:
         """Return whether per-sample gradients of this argument are wanted."""
@@ -67,7 +71,7 @@ class Call:
             return y
         if y.is_nested:
             raise ValueError(NESTED_TENSORS)
-        if inside_transform() or any(t.is_complex() for t in (y, *saved)):
+        if inside_transform() or any([t.is_complex() for t in (y, *saved)]):
             return self.unknown(y)
         hooks = saved_tensors_hooks()
         if hooks is not None:  # of checkpointing or offloading: they keep what is saved, as for autograd
@@ -121,7 +125,7 @@ class Recording:
     def __init__(self, parameters: Mapping[str, Tensor], fixed: Iterable[Tensor] = ()) -> None:
         if not isinstance(parameters, Mapping):
             raise TypeError(f"parameters must be a dictionary of tensors by name; got {type(parameters).__name__}")
-        self.parameters = dict(parameters)
+        self.parameters, self.weak = dict(parameters), weakref.ref(self)
         self.sources: dict[int, Source] = {}
         for name, p in self.parameters.items():
             _check_parameter(name, p)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -30,7 +30,7 @@ class UsePlan:
         for site in sites:
             for source in site.sources:
                 if not source.settled or source.site is site:
-                    for name in source.names - loops.keys():
+                    for name in self._names(source):
                         used[name][id(source)] = source
         self.maps = {name for name, sources in used.items() if not _direct(recording, name, list(sources.values()))}
         while True:  # a source of several parameters makes all of them mapped
@@ -50,7 +50,11 @@ class UsePlan:
         }
 
     def _wants(self, source: Source) -> bool:
-        return not source.settled and bool(source.names - self.loops.keys())
+        return not source.settled and bool(self._names(source))
+
+    def _names(self, source: Source) -> Collection[str]:
+        """Return the parameters of a source that are not left to a loop."""
+        return source.names - self.loops.keys() if self.loops else source.names
 
     def _only_use(self, source: Source) -> str | None:
         if not source.whole or self.mapped(source):
@@ -73,6 +77,8 @@ def _part(source: Source) -> object:
 
 def _direct(recording: Recording, name: str, sources: list[Source]) -> bool:
     """Return whether the parameter is used only through disjoint parts of itself (or the same part again)."""
+    if len(sources) == 1 and sources[0].whole:
+        return True
     if any(len(s.names) > 1 or not (s.whole or s.window or s.rows is not None) for s in sources):
         return False
     sources = [undo_transpose(recording, source, None)[0] for source in sources]

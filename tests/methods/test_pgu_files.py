@@ -75,8 +75,9 @@ def test_every_flipped_bit_is_noticed(saved, tmp_path):
 def test_other_damage_is_noticed(saved, tmp_path):
     model, whole = saved
     cuts = [whole[:n] for n in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1)]
-    swapped = bytearray(whole)
-    swapped[-24:-16], swapped[-8:] = whole[-8:], whole[-24:-16]  # two numbers of the last matrix
+    swapped, last = bytearray(whole), whole[-8:]
+    k = next(k for k in range(16, len(whole), 8) if whole[-k : 8 - k] != last)
+    swapped[-k : 8 - k], swapped[-8:] = last, whole[-k : 8 - k]  # two numbers of the last matrix
     zeroed = whole[:-64] + bytes(64)
     for damaged in (*cuts, whole + b"x", whole + whole, b"x" + whole, swapped, zeroed, whole[::-1]):
         (tmp_path / "damaged").write_bytes(damaged)
