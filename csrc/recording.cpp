@@ -160,6 +160,20 @@ PyObject* torch_function(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return out;
 }
 
+// `_attributes` of recording/fixed.py.
+py::list attributes(const py::iterable& modules, const py::handle& usual) {
+  auto* tensor = reinterpret_cast<PyTypeObject*>(THPVariableClass);
+  py::list found;
+  for (const auto& module : modules) {
+    const auto held = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
+    PyObject *name = nullptr, *value = nullptr;
+    for (Py_ssize_t at = 0; PyDict_Next(held.ptr(), &at, &name, &value);)
+      if ((PyDict_Check(value) || PyType_IsSubtype(Py_TYPE(value), tensor)) && !PySet_Contains(usual.ptr(), name))
+        found.append(py::handle(value));
+  }
+  return found;
+}
+
 PyMethodDef torch_function_method{"__torch_function__",
                                   reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(torch_function)), METH_FASTCALL,
                                   nullptr};
@@ -168,6 +182,7 @@ PyMethodDef torch_function_method{"__torch_function__",
 
 PYBIND11_MODULE(NAME, m) {
   m.def("fingerprint", &fingerprint);
+  m.def("attributes", &attributes);
   const auto function = py::reinterpret_steal<py::object>(PyCFunction_New(&torch_function_method, nullptr));
   m.attr("torch_function") = py::reinterpret_steal<py::object>(PyInstanceMethod_New(function.ptr()));
 }

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .._options import kind
 from .._torch_private import BatchNorm
-from ..recording.fixed import modules_of
+from ..recording.fixed import modules_of, parameters_of
 from ..recording.host_reads import lengths, to_host
 from ..recording.losses import instead
 from .protocol import SteppingOptimizer
@@ -29,7 +29,7 @@ def trainable_parameters(model: nn.Module, optimizer: SteppingOptimizer) -> dict
     """
     check_types(model, optimizer)
     held = set(map(id, held_parameters(optimizer)))
-    params = dict(model.named_parameters())
+    params = parameters_of(model)
     trainable = {name: p for name, p in params.items() if p.requires_grad and id(p) in held}
     foreign = len(held.difference(map(id, params.values())))
     if not trainable:

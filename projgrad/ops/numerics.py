@@ -1,7 +1,11 @@
 """Precision and tolerances: the dtype in which products are formed, and which digits of a result count."""
 
+import functools
+
 import torch
 from torch import Tensor
+
+finfo = functools.cache(torch.finfo)  # which makes an object every time
 
 
 def product_dtype(*dtypes: torch.dtype, float64: bool = False) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from .._torch_private import outputs_of
+from ..ops.numerics import finfo
 from . import carry
 from .compiled import compiled
 from .recording import Recording
@@ -46,12 +47,7 @@ def nodes_below(
 
 def coarser(*dtypes: torch.dtype) -> torch.dtype:
     """Return the type with the fewest digits."""
-    return max(dtypes, key=_eps)
-
-
-@functools.cache
-def _eps(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps
+    return max(dtypes, key=lambda d: finfo(d).eps)
 
 
 def coarsest_of(losses: Tensor, nodes: list[Node]) -> torch.dtype:

@@ -78,12 +78,17 @@ class Interception(TorchFunctionMode):
         """Handle a call that meets a followed tensor, or that matters in another way."""
         recording = self.recording
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if _is_ordinary(func):
+            return self._handle(func, name, args, kwargs)
         if func == names.GRAD_FN:  # whoever asks for a node may register a hook on it
             recording.hooked = True
         if name == "register_hook" and torch.is_grad_enabled() and not is_parallel_hook(args[-1]):
             recording.hooked = True
         if is_in_place(name) and args and isinstance(args[0], Tensor):
             return self._in_place(func, name, args, kwargs)
+        if func in names.BACKWARD:  # what checkpointing runs again in there is to be seen
+            with self:
+                return opened(func)(*args, **kwargs)
         return self._handle(func, name, args, kwargs)
 
     def _in_place(self, func, name: str, args: tuple, kwargs: dict):
@@ -100,9 +105,6 @@ class Interception(TorchFunctionMode):
 
     def _handle(self, func, name: str, args: tuple, kwargs: dict):
         recording = self.recording
-        if func in names.BACKWARD:  # what checkpointing runs again in there is to be seen
-            with self:
-                return opened(func)(*args, **kwargs)
         tensors = tensors_in(args, kwargs)
         followed = [recording.sources[id(t)] for t in tensors if id(t) in recording.sources]
         if not followed or not torch.is_grad_enabled():

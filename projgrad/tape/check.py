@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.numerics import finfo
 from ..recording.host_reads import HostReads, Script
 
 
@@ -116,7 +117,7 @@ class Checks(HostReads):
 
         def compare(values: list[float]) -> None:
             *stats, squared_norm, total = values
-            floor = 100 * torch.finfo(precision.products).eps * total
+            floor = 100 * finfo(precision.products).eps * total
             blame = lambda: f", in {name}"  # noqa: E731
             error = check_relative_error(
                 "squared_norm", squared_norm, WeightStats(*stats), 0.0, limit, precision.products, blame, floor
@@ -185,7 +186,7 @@ def check_relative_error(
         "product": (weights.product, scale * u),
         "square": (weights.squared_norm + 2 * weights.product, (scale + u) ** 2),  # by how much it grew
     }[quantity]
-    lost = weights.sum_abs * 1e3 * torch.finfo(dtype).tiny  # near the smallest numbers digits are missing
+    lost = weights.sum_abs * 1e3 * finfo(dtype).tiny  # near the smallest numbers digits are missing
     error = abs(value - expected)
     if not math.isfinite(value):
         raise FloatingPointError(f"the projection overflowed{blame()}: gradients are too large, or differ too much")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _options
+from ..ops.numerics import finfo
 from ..ops.refinement import TAPE_PASSES, starts_in_float64
 from ..recording.host_reads import HostReads, lengths
 from ..recording.losses import check_shape, check_weights
@@ -160,15 +161,15 @@ def steps_of(block: Block, solver: Solver, squares: Mapping[str, float]) -> Step
     u2 = block.square = sum(rates.get(name, 1.0) * squares.get(name, 0.0) for name in block.parameters)
     if not solved.finite:
         solver.check_finite(block.name)
-    eps = torch.finfo(block.dtype).eps / 2
-    limit = RESIDUAL if block.dtype != torch.float64 else 64 * torch.finfo(torch.float64).eps
+    eps = finfo(block.dtype).eps / 2
+    limit = RESIDUAL if block.dtype != torch.float64 else 64 * finfo(torch.float64).eps
     noise = 16 * n * eps * (u2**0.5 + solved.projection.weighted_norms)  # a result this short has no direction
     after = predicted_norm()
     if plain and not float64 and solved.rank < solved.used and solved.residual / (max(after, noise) or 1.0) > limit:
         float64 = True  # rows that look dependent in float32 and are not
         solved = yield Solve(True)
         after = predicted_norm()
-    coarse = torch.finfo(block.stored).eps / 2  # what p.grad is rounded to
+    coarse = finfo(block.stored).eps / 2  # what p.grad is rounded to
     rounding = coarse * (u2**0.5 + solved.spread) if plain else 0.0
     residual = (solved.residual + rounding) / (max(after, noise) or 1.0)
     rank, refinements, before = solved.rank, 0, float("inf")

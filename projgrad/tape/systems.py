@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.gram_solve import gram_solve_op
-from ..ops.numerics import in_range
+from ..ops.numerics import finfo, in_range
 from ..ops.refinement import rank_tolerance
 from ..recording.host_reads import Differs, HostReads
 from .check import Checks, WeightStats, check_finite, weight_stats
@@ -271,7 +271,7 @@ def without_underflow(K: Tensor, v: Tensor, blocks: Sequence[Block]) -> tuple[Te
 
     Some of their digits are below the smallest number, and their weights would be near the largest.
     """
-    least = [torch.finfo(block.dtype).tiny / torch.finfo(block.dtype).eps for block in blocks]
+    least = [finfo(block.dtype).tiny / finfo(block.dtype).eps for block in blocks]
     limit = least[0] if len(set(least)) == 1 else K.new_tensor(least)[:, None]
     lost = K.diagonal(dim1=1, dim2=2).sqrt() < limit
     return K.masked_fill(lost[:, None] | lost[..., None], 0.0), v.masked_fill(lost, 0.0)
