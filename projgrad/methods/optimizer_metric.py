@@ -24,9 +24,9 @@ from ..recording.host_reads import lengths, to_host
 from ..tape.project import check_gradients
 from ..tape.weighted import RetainSide
 from .before import Before
-from .common import clip_, lay_out_grads, stepping, whole
+from .common import clip_, is_sharded, lay_out_grads, stepping, whole
 from .protocol import SteppingOptimizer
-from .responses import KNOWN, Custom, Diagonal, State, response_of
+from .responses import Custom, Diagonal, State, known_response, response_of
 from .written import Written
 
 FLOOR = 0.1  # of the root mean square of 1 / D in a tensor, which the metric adds to 1 / D
@@ -39,7 +39,7 @@ _stepping: weakref.WeakSet[SteppingOptimizer] = weakref.WeakSet()  # those that 
 
 def follow(optimizer: SteppingOptimizer) -> None:
     """Let M decay in steps that somebody else takes with an optimizer: nothing is forgotten in them."""
-    if type(optimizer) in KNOWN and optimizer not in _followed:
+    if known_response(optimizer) is not None and optimizer not in _followed:
         _followed.add(optimizer)
         optimizer.register_step_post_hook(_decay)
 
@@ -48,9 +48,10 @@ def follow(optimizer: SteppingOptimizer) -> None:
 def _decay(optimizer: torch.optim.Optimizer, _: object, __: object) -> None:
     if optimizer in _stepping:
         return
+    response = response_of(optimizer)
     skips = getattr(optimizer, "found_inf", None)  # by which a scaler tells a fused optimizer to leave all as it is
     for group in optimizer.param_groups:
-        decay = KNOWN[type(optimizer)].decay(group)
+        decay = response.decay(group)
         for p in group["params"]:
             state = optimizer.state.get(p, {})
             if p.grad is not None and MOMENTUM in state:
@@ -341,7 +342,7 @@ class MetricStep:
 
     def _check_diagonals(self, names: list[str]) -> None:
         """Check what an optimizer says of itself, in one transfer."""
-        smallest, largest = [], []
+        numbers, zero = [], torch.zeros((), dtype=torch.float64)
         for name in names:
             p, D = self.params[name], self._diagonal(name)
             if isinstance(D, Tensor) and D.ndim and D.shape != p.shape:
@@ -349,17 +350,41 @@ class MetricStep:
                     f"diagonal() returned shape {tuple(D.shape)} for {name}, which has {tuple(p.shape)}; "
                     "nothing was changed"
                 )
+            moved = [zero] * 4 if is_sharded(p) else self._unexplained(name, D)
             D = whole(torch.as_tensor(D, device=p.device))
-            smallest.append(D.amin().double() if D.numel() else D.new_ones((), dtype=torch.float64))
-            largest.append(D.amax().double() if D.numel() else D.new_ones((), dtype=torch.float64))
-        numbers = to_host(*smallest, *largest)
-        for name, low, high in zip(names, numbers[: len(names)], numbers[len(names) :], strict=True):
+            numbers += [D.amin().double(), D.amax().double()] if D.numel() else [zero + 1] * 2
+            numbers += moved
+        values = iter(to_host(*numbers))
+        totals = [0.0] * 4
+        for name, low, high, *moved in zip(names, *[values] * 6, strict=True):
             usable = 0 < low <= high < float("inf") or (low == high == 0 and self.groups[name].get("lr") == 0)
             if not usable:
                 raise ValueError(
                     f"the optimizer's diagonal of {name} must be positive and finite; got values from {low} to {high}. "
                     "Nothing was changed"
                 )
+            totals = [total + one for total, one in zip(totals, moved, strict=True)]
+        said, error, product, rounding = totals
+        if error > 1e-4 * said + rounding and product**2 > 0.25 * said * error:
+            raise ValueError(
+                "the optimizer did not move the parameters by -diagonal() * gradient, but by about "
+                f"{1 - product / said:.3g} times that: its method diagonal() is wrong, or it has momentum. "
+                "Nothing was changed"
+            )
+
+    def _unexplained(self, name: str, D: Diagonal) -> list[Tensor]:
+        """Return ‖s‖², ‖e‖², ⟨e, s⟩ and the square of the rounding of e, for the change s - e of a parameter.
+
+        s is what D says it is. What lies along the parameter is in neither: it may be weight decay.
+        """
+        p = self.params[name]
+        before = self.before.params[name].to(p.device, torch.float64)
+        s = torch.as_tensor(D, device=p.device).double() * -p.grad.double()
+        e = s - (p.double() - before)
+        square = before.square().sum()
+        for t in (s, e):
+            t -= (t * before).sum() / square.clamp_min(1e-300) * before
+        return [s.square().sum(), e.square().sum(), (e * s).sum(), (4 * torch.finfo(p.dtype).eps) ** 2 * square]
 
 
 def _check_group(group: State) -> None:

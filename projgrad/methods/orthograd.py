@@ -84,7 +84,7 @@ class OrthoGrad:
         process_group: the processes that take the steps together, each with some of the samples. Default: those over
             which the model is spread, by DistributedDataParallel or `fully_shard`; see docs/processes.md.
         metric: "gradient" projects the gradient. "optimizer" makes the forgetting part of what the optimizer applies
-            orthogonal, for SGD, Adam, AdamW, RMSprop in all variants, or one with a method
+            orthogonal, for SGD, Adam, AdamW, RMSprop, Adagrad in all variants, or one with a method
             `diagonal(param, state, group) -> Tensor`; `.grad` then holds that part. See docs/optimizer_metric.md.
         mask: with metric="optimizer": the coordinates that forgetting may change, boolean tensors by the names of the
             parameters, one for each that is updated. u is masked and its projection stays in the mask: m ∘ u_perp is

@@ -5,6 +5,7 @@ The letters are those of `optimizer_metric`.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -202,18 +203,46 @@ class RMSprop(Response):
         group: State,
         updated: bool = False,
     ) -> Tensor:
-        root = self._root(state, group)
-        scaled = u / root
-        if not group["centered"] and not group["weight_decay"]:
-            rest = (h - u).to(root.dtype)
-            lifted = _lifted(root - group["eps"], u, rest, (1 - group["alpha"]) ** 0.5) + group["eps"]
-            scaled += rest / root - rest / lifted
+        plain = not group["centered"] and not group["weight_decay"]
+        least = (1 - group["alpha"]) ** 0.5 if plain else 0.0
+        scaled = _scaled(u, h, self._root(state, group), group["eps"], least)
         if M is not None:
             scaled = M if updated else M.mul_(group["momentum"]).add_(scaled)
         return -group["lr"] * scaled.to(product_dtype(u.dtype))
 
     def carry(self, M: Tensor, share: Tensor, state: State, group: State) -> None:
         self.take_out(share / self._root(state, group), M, state)
+
+
+class Adagrad(Response):
+    """D = lr / (1 + (k - 1) lr_decay) / (√s + eps) in step k, with s the sum of all squares; F = -D u - (D - E) r.
+
+    E is D with coupled decay.
+    """
+
+    def diagonal(self, p: Tensor, state: State, group: State) -> Diagonal:
+        return self._rate(state, group) / self._root(state, group)
+
+    def _rate(self, state: State, group: State) -> Diagonal:
+        return group["lr"] / (1 + (_steps(state) - 1) * group["lr_decay"])
+
+    def _root(self, state: State, group: State) -> Tensor:
+        return state["sum"].to(product_dtype(state["sum"].dtype)).sqrt() + group["eps"]
+
+    def change(
+        self,
+        u: Tensor,
+        h: Tensor,
+        M: Tensor | None,
+        D: Diagonal,
+        first: bool,
+        state: State,
+        group: State,
+        updated: bool = False,
+    ) -> Tensor:
+        least = 0.0 if group["weight_decay"] else 1.0
+        scaled = _scaled(u, h, self._root(state, group), group["eps"], least)
+        return -self._rate(state, group) * scaled.to(product_dtype(u.dtype))
 
 
 class Custom(Response):
@@ -224,23 +253,54 @@ class Custom(Response):
 
 
 ADVICE = "Any other one without momentum can say it in a method `diagonal(param, state, group) -> Tensor`"
-KNOWN = {torch.optim.SGD: SGD(), torch.optim.Adam: Adam(), torch.optim.AdamW: Adam(), torch.optim.RMSprop: RMSprop()}
+KNOWN: dict[type, Response] = {
+    torch.optim.SGD: SGD(),
+    torch.optim.Adam: Adam(),
+    torch.optim.AdamW: Adam(),
+    torch.optim.RMSprop: RMSprop(),
+    torch.optim.Adagrad: Adagrad(),
+}
+
+
+def known_response(optimizer: object) -> Response | None:
+    """Return how one of torch's optimizers answers, or a subclass that changes only how it is made; None of others."""
+    kinds = type(optimizer).__mro__
+    base = next((k for k in kinds if k in KNOWN), None)
+    if base is None:
+        return None
+    names = {name for k in kinds[: kinds.index(base)] for name in vars(k) if not name.startswith("__")}
+    # torch wraps `step` in every class of which it makes an optimizer.
+    same = [inspect.unwrap(getattr(kinds[0], n)) is inspect.unwrap(getattr(base, n)) for n in names if hasattr(base, n)]
+    return KNOWN[base] if all(same) else None
 
 
 def response_of(optimizer: SteppingOptimizer) -> Response:
     """Return how an optimizer answers gradients; raises ValueError where it is not known."""
     if callable(getattr(optimizer, "diagonal", None)):
         return Custom(optimizer)
-    if type(optimizer) not in KNOWN:
+    known = known_response(optimizer)
+    if known is None:
         got = f"{kind(optimizer)} of {type(optimizer).__module__}"  # others have an AdamW too
         inside = getattr(optimizer, "optimizer", None)
-        wraps = type(inside) in KNOWN or callable(getattr(inside, "diagonal", None))
+        wraps = known_response(inside) is not None or callable(getattr(inside, "diagonal", None))
         advice = "Give OrthoGrad the one inside of it, `optimizer.optimizer`" if wraps else ADVICE
         raise ValueError(
-            'metric="optimizer" must know the diagonal of the optimizer: torch.optim.SGD, Adam, AdamW and RMSprop are '
-            f"known; got {got}. {advice}"
+            'metric="optimizer" must know the diagonal of the optimizer: torch.optim.SGD, Adam, AdamW, RMSprop and '
+            f"Adagrad are known; got {got}. {advice}"
         )
-    return KNOWN[type(optimizer)]
+    return known
+
+
+def _scaled(u: Tensor, h: Tensor, root: Tensor, eps: float, least: Diagonal) -> Tensor:
+    """Return u / (√v + eps) + r / (√v + eps) - r / (√v' + eps) for root = √v + eps and h = u + r; see `_lifted`.
+
+    least: 0 where √v' has no lower bound, and is √v.
+    """
+    scaled = u / root
+    if least:
+        rest = (h - u).to(root.dtype)
+        scaled += rest / root - rest / (_lifted(root - eps, u, rest, least) + eps)
+    return scaled
 
 
 def _lifted(root: Tensor, u: Tensor, r: Tensor, least: Diagonal) -> Tensor:

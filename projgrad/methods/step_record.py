@@ -23,7 +23,8 @@ class StepRecord:
     forget_loss, retain_loss: before the step; the retain loss is the mean over samples.
     seconds: wall time of the whole step.
     iterations, micro_batches, estimated_error: of a retain set in micro-batches: iterations of conjugate gradients, and
-        ‖u_perp - exact‖ / ‖u_perp‖ as far as they tell; the rank is None then.
+        ‖u_perp - exact‖ / ‖u_perp‖ as far as they tell, where gradients that differ by less than about
+        union_tolerance, relative, may count as one; the rank is None then.
     skipped: a gradient scaler found NaN or Inf: nothing was updated but its scale.
     tensors: the same for every parameter, with scope="per_tensor"; empty otherwise.
     """

@@ -55,10 +55,17 @@ def gram_of_chunks(a: Tensor, b: Tensor, u: Tensor, float64: bool, route: GramRo
     return parts or tuple(a.new_zeros((len(a), k), dtype=torch.float64) for k in (len(a), len(u)))
 
 
-def gram_of_chunks_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, route: GramRoute) -> Tensor:
+def _gram_of_chunks_in_float64(a: Tensor, b: Tensor) -> Tensor:
+    route = gram_route(a, b, float64=True, only="chunks")
+    return gram_of_chunks(a, b, a.new_empty(0, b.shape[2], a.shape[2]), True, route)[0]
+
+
+def gram_of_chunks_across(
+    a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, route: GramRoute, float64: bool = False
+) -> Tensor:
     """Return K [n, n2] between two groups of samples, block by block."""
     K = a.new_zeros((a.shape[0], a2.shape[0]), dtype=torch.float64)
-    dtype = product_dtype(a.dtype, b.dtype)
+    dtype = product_dtype(a.dtype, b.dtype, float64=float64)
     blocks = (_blocks(*factors, route.rows, route.columns, dtype) for factors in ((a, b), (a2, b2)))
     for (_, g), (_, g2) in zip(*blocks, strict=True):
         K += gram_pass(g.flatten(1), g2.flatten(1), dtype == torch.float64)[1]
@@ -66,6 +73,15 @@ def gram_of_chunks_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, route: G
 
 
 # Factors: <b aᵀ, b' a'ᵀ> = (a · a') (b · b') for every pair of tokens, in tiles of some samples against the others.
+# Where the tokens of a sample cancel so do the products of its pairs, quadratically: they lose digits that g_j has.
+
+
+def _cancelled(squares: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return where ‖g_j‖² is too small beside (Σ_t ‖a_t‖ ‖b_t‖)² for products of pairs in `dtype`.
+
+    lengths: Σ_t ‖a_t‖ ‖b_t‖. The bound leaves K 4 digits of float32 at worst, 6 as a rule.
+    """
+    return squares < 2**14 * torch.finfo(dtype).eps * lengths.square()
 
 
 def _pair_sums(a: Tensor, b: Tensor, n: int, m: int) -> Tensor:
@@ -78,18 +94,26 @@ def _pair_sums(a: Tensor, b: Tensor, n: int, m: int) -> Tensor:
 
 
 def token_gram(a: Tensor, b: Tensor, float64: bool, samples: int) -> Tensor:
-    """Return K [n, n], from tiles of `samples` samples with themselves and the samples after them."""
+    """Return K [n, n], from tiles of `samples` samples with themselves and the samples after them.
+
+    Where tokens cancel it is computed again: in float64, and from chunks if that is not enough.
+    """
     n, t = a.shape[:2]
     A, B = a.flatten(0, 1), b.flatten(0, 1)
-    K = a.new_empty((n, n), dtype=torch.float64)
+    K, lengths = (a.new_empty(shape, dtype=torch.float64) for shape in ((n, n), n))
     for s in range(0, n, samples):
         e = min(n, s + samples)
         (own_a, rest_a), (own_b, rest_b) = (gram_pass(x[s * t : e * t], x[e * t :], float64) for x in (A, B))
+        lengths[s:e] = (own_a.diagonal() * own_b.diagonal()).sqrt().view(e - s, t).sum(1)
         own = _pair_sums(own_a, own_b, e - s, e - s)
         K[s:e, s:e] = own if t == 1 else (own + own.mT) / 2  # sums of tokens round differently
         if e < n:
             rest = _pair_sums(rest_a, rest_b, e - s, n - e)
             K[s:e, e:], K[e:, s:e] = rest, rest.mT
+    # Of a GPU the host does not ask.
+    dtype = product_dtype(float64=float64)
+    if t > 1 and not a.is_cuda and _cancelled(K.diagonal(), lengths, dtype).any():
+        return _gram_of_chunks_in_float64(a, b) if float64 else token_gram(a, b, True, samples)
     return K
 
 
@@ -141,20 +165,30 @@ def gram_of_layer(
 def squares_of_layer(a: Tensor, b: Tensor, float64: bool = False) -> Tensor:
     """Return ‖g_j‖² [n] in float64 from the products of every sample's tokens with one another.
 
-    Where tokens cancel down to the rounding of their products, it is that rounding: nobody may take g_j for zero.
+    Where tokens cancel it is computed again, as in `token_gram`.
     """
-    dtype, t = product_dtype(a.dtype, b.dtype, float64=float64), a.shape[1]
-    step = max(1, chunk_bytes(a.device.type) // (2 * max(1, t * t) * dtype.itemsize))
-    squares = [a.new_empty(0, dtype=torch.float64)]
+    dtype = product_dtype(a.dtype, b.dtype, float64=float64)
+    squares, cancelled = _squares_of_pairs(a, b, dtype)
+    if cancelled.any():
+        a, b = a[cancelled], b[cancelled]
+        exact = dtype == torch.float64
+        squares[cancelled] = _gram_of_chunks_in_float64(a, b).diagonal() if exact else squares_of_layer(a, b, True)
+    return squares
+
+
+def _squares_of_pairs(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return ‖g_j‖² [n] in float64, multiplied in `dtype`, and where tokens cancel."""
+    step = max(1, chunk_bytes(a.device.type) // (2 * max(1, a.shape[1] ** 2) * dtype.itemsize))
+    squares, cancelled = [a.new_empty(0, dtype=torch.float64)], [a.new_empty(0, dtype=torch.bool)]
     for x, y in zip(a.split(step), b.split(step), strict=True):
         e, f = exponents(x), exponents(y)
         A, B = (z.to(dtype) * _power_of_two(-k, dtype)[:, None, None] for z, k in ((x, e), (y, f)))
         pairs = torch.bmm(A, A.mT).mul_(torch.bmm(B, B.mT))
-        lengths = pairs.diagonal(dim1=1, dim2=2).double().sqrt().sum(1)  # Σ_t ‖a_t‖ ‖b_t‖, were there no angles
-        rounding = torch.finfo(dtype).eps / 64 * lengths.square()  # about what the sum is off by
-        total = torch.maximum(pairs.sum((1, 2), dtype=torch.float64), rounding)
+        lengths = pairs.diagonal(dim1=1, dim2=2).double().sqrt().sum(1)
+        total = pairs.sum((1, 2), dtype=torch.float64)
         squares.append(torch.ldexp(total, 2 * (e + f)))
-    return torch.cat(squares)
+        cancelled.append(_cancelled(total, lengths, dtype))
+    return torch.cat(squares), torch.cat(cancelled)
 
 
 def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,6 +204,9 @@ def linear_gram_across(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
         return gram_of_chunks_across(a, b, a2, b2, route)
     if _on_cuda(a, b) and 0 not in (*a.shape, *b.shape, *a2.shape):
         return linear_cuda.token_gram_across(a[None], b[None], a2[None], b2[None], route.rows)[0]
+    dtype = product_dtype(a.dtype, b.dtype)
+    if not a.is_cuda and any(_squares_of_pairs(*factors, dtype)[1].any() for factors in ((a, b), (a2, b2))):
+        return gram_of_chunks_across(a, b, a2, b2, gram_route(a, b, a2, float64=True, only="chunks"), True)
     return token_gram_across(a, b, a2, b2, route.rows)
 
 

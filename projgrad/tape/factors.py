@@ -29,8 +29,11 @@ class FactoredGradient(NamedTuple):
         return ((self.p @ self.p.mT) * (self.q @ self.q.mT)).sum(dtype=torch.float64)
 
     def dot(self, rule: Product, float64: bool) -> Tensor:
-        """Return ⟨g_j, Σ_r p_r q_rᵀ⟩ [n, 1]: few operations where there are few positions."""
-        dtype = torch.float64 if float64 else rule.dtype
+        """Return ⟨g_j, Σ_r p_r q_rᵀ⟩ [n, 1]: few operations where there are few positions.
+
+        Multiplied in float64, for pairs of positions lose digits where these cancel; factors of 16 bits have none.
+        """
+        dtype = rule.dtype if rule.has_16bit_factor and not float64 else torch.float64
         pairs = [f.flatten(0, 1).flatten(1).to(dtype) @ o.to(dtype).mT for f, o in ((rule.p, self.p), (rule.q, self.q))]
         return (pairs[0] * pairs[1]).view(rule.n, -1).sum(1, keepdim=True, dtype=torch.float64)
 

@@ -41,7 +41,8 @@ class UnionProjection(Projection):
     """What a projection on the complement of many micro-batches did; rank is None: that of the union is not known.
 
     samples: in all micro-batches. iterations: of conjugate gradients. passes: visits to every micro-batch.
-    estimated_error: ‖result - exact result‖ / ‖result‖, estimated from how the iteration converged.
+    estimated_error: ‖result - exact result‖ / ‖result‖, estimated from how the iteration converged. Gradients that
+        differ by less than about the tolerance, relative, may count as one: no direction that tells them apart is met.
     """
 
     samples: int = 0

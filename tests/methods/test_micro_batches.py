@@ -121,6 +121,26 @@ def test_the_default_tolerance_holds_for_the_answer_and_the_record_says_so(monke
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("distance", [1e-2, 1e-3, 1e-5, 1e-6])
+@pytest.mark.filterwarnings("ignore:after 100 passes")
+def test_samples_that_nearly_repeat_may_count_as_one(distance, dtype, monkeypatch):
+    """The estimated error is that to the exact result with or without the directions that tell them apart."""
+    monkeypatch.setattr(union, "SMALL", 0)
+    problem = Problem(dtype, (8,) * 4, width=40, inputs=30)
+    problem.x[16:], problem.y[16:] = problem.x[:16] + distance * torch.randn_like(problem.x[16:]), problem.y[:16]
+    problem.xf[:], problem.yf[:] = problem.x[:6] + torch.randn_like(problem.xf), problem.y[:6]
+    found, record = problem.update(problem.forget, problem.parts(), alpha=0.0)
+    errors = [relative(found, written_out(problem, 0.0))]
+    problem.x, problem.y, problem.scales = problem.x[:16], problem.y[:16], problem.scales[:16]
+    errors.append(relative(found, written_out(problem, 0.0)))
+    assert max(errors) > 1e-2  # those directions are a part of the gradient
+    if distance > 1e-3:
+        assert errors[0] < errors[1]
+    rounding = torch.finfo(dtype).eps / distance  # of what tells them apart
+    assert min(errors) <= 10 * record.estimated_error + min(distance, rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("scope", ["global", "per_tensor"])
 def test_repeated_zero_tiny_and_huge_gradients(path, dtype, scope):
     """Samples repeat in other micro-batches and within one; some have no gradient, some one of 1e-20 or 1e15."""

@@ -9,6 +9,7 @@ from metric_problems import SGD, AdamW, Halves, gradients
 from subjects import Subject
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import Adagrad
 from unlearners import classifier, flat_parameters
 
 import projgrad
@@ -171,6 +172,60 @@ def test_a_diagonal_that_cannot_be_used_changes_nothing(factor):
     assert all(p.grad is None for p in model.parameters())
 
 
+class Moving(Halves):
+    """What `Halves` does, and what `more` makes of a parameter, its gradient and its diagonal."""
+
+    def __init__(self, params, more):
+        super().__init__(params)
+        self.more = more
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                D = self.diagonal(p, {}, group)
+                p += self.more(p, p.grad, D) - D * p.grad
+
+
+WRONG = {
+    "half": lambda p, g, D: 0.5 * D * g,
+    "ten times": lambda p, g, D: -9 * D * g,
+    "another sign": lambda p, g, D: 2 * D * g,
+    "a root": lambda p, g, D: D * g - D * g / (g.abs().sqrt() + 1e-8),
+    "sign": lambda p, g, D: D * g - D * g.sign(),
+}
+RIGHT = {
+    "decay": lambda p, g, D: -0.5 * p,
+    "noise": lambda p, g, D: 0.1 * torch.randn_like(p),
+    "rounding": lambda p, g, D: 0 * p,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_diagonal_that_is_not_what_the_step_did_changes_nothing(name):
+    model, forget, retain = classifier()
+    optimizer = Moving(model.parameters(), lambda p, g, D: 0 * p)
+    unlearner = unlearner_of(model, optimizer)
+    unlearner.step(forget, retain)
+    before = flat_parameters(model)
+    optimizer.more = WRONG[name]
+    with pytest.raises(ValueError, match="did not move the parameters by -diagonal"):
+        unlearner.step(forget, retain)
+    assert torch.equal(flat_parameters(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_the_gradient_does_not_enter_is_no_wrong_diagonal(name, dtype):
+    model, forget, retain = (part.to(dtype) if k == 0 else part for k, part in enumerate(wide(dtype)))
+    optimizer = Moving(model.parameters(), RIGHT[name])
+    if name == "rounding":
+        optimizer.param_groups[0]["lr"] = 1e-9  # weights in float32 and less hardly move
+    along = lambda: forget() - sum(p.square().sum() for p in model.parameters())  # noqa: E731
+    for closure in (forget, along):
+        assert unlearner_of(model, optimizer).step(closure, retain).preserved_norm <= 1.01
+
+
 def test_a_diagonal_of_another_shape_is_named():
     model, forget, retain = classifier()
     optimizer = Halves(model.parameters())
@@ -179,8 +234,51 @@ def test_a_diagonal_of_another_shape_is_named():
         unlearner_of(model, optimizer).step(forget, retain)
 
 
+@pytest.mark.parametrize("options", [{}, {"lr_decay": 0.5, "initial_accumulator_value": 1e-4}, {"weight_decay": 0.1}])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_the_forgetting_part_of_adagrad(options, foreach):
+    model, forget, retain = classifier()
+    params = list(model.parameters())
+    unlearner = unlearner_of(model, Adagrad(params, 0.01, foreach=foreach, **options), 0.3)
+    for step in range(3):
+        G, before = torch.stack([gradients(loss, params) for loss in retain()]), flat_parameters(model)
+        r = 0.3 * G.mean(0) + options.get("weight_decay", 0.0) * before
+        u = -0.7 * gradients(forget(), params)
+        record = unlearner.step(forget, retain)
+        root = torch.cat([unlearner.optimizer.state[p]["sum"].flatten() for p in params]).sqrt()
+        if "weight_decay" not in options:
+            root = torch.maximum(root, 0.999 * torch.maximum(u.abs(), r.abs()))  # had one of them come alone
+        F = flat_parameters(model) - before + 0.01 / (1 + step * options.get("lr_decay", 0.0)) * r / (root + 1e-10)
+        assert (G @ F / G.norm(dim=1) / F.norm()).abs().max() < 1e-9 and record.residual < 1e-9
+        assert 0.01 < record.preserved_norm < 0.99
+
+
+def changed(name):
+    """A class of optimizers that has a function of its own."""
+    return type("Changed", (SGD,), {name: lambda self, *given: getattr(SGD, name)(self, *given)})
+
+
+def test_a_subclass_that_changes_nothing_is_what_it_is_made_of():
+    class Mine(AdamW):
+        def __init__(self, params):
+            super().__init__(params, 1e-2, weight_decay=0.0)
+
+    results = []
+    for make in (Mine, lambda params: AdamW(params, 1e-2, weight_decay=0.0)):
+        torch.manual_seed(0)
+        model, forget, retain = classifier()
+        unlearner = unlearner_of(model, make(model.parameters()))
+        for _ in range(3):
+            unlearner.step(forget, retain)
+        unlearner.optimizer.step()  # of somebody else
+        results.append((flat_parameters(model), unlearner.optimizer.state[model[0].weight][MOMENTUM]))
+    assert all(map(torch.equal, *results))
+
+
 REFUSED = {
-    "unknown": (lambda p: torch.optim.Adagrad(p), {}, "can say it in a method"),
+    "unknown": (lambda p: torch.optim.Adamax(p), {}, "can say it in a method"),
+    "another step": (lambda p: changed("step")(p, 0.1), {}, "Adagrad are known; got a Changed"),
+    "another state": (lambda p: changed("_init_group")(p, 0.1), {}, "Adagrad are known; got a Changed"),
     "projector": (lambda p: SGD(p, 0.1), {"projector": projgrad.projectors.qr}, "cannot be used with projector"),
     "two_passes": (lambda p: SGD(p, 0.1), {"keep_output_gradients": False}, "cannot be used with"),
 }
@@ -349,12 +447,12 @@ def test_an_alpha_out_of_its_range_is_refused_later_too():
         unlearner.step(*plain_closures(model))
 
 
-@pytest.mark.parametrize("make", [AdamW, torch.optim.RMSprop])
+@pytest.mark.parametrize("make", [AdamW, torch.optim.RMSprop, Adagrad])
 def test_no_weight_is_thrown_far_where_both_parts_of_a_first_gradient_cancel(make):
     """The diagonal of the optimizer is lr / 0 there: each part alone would be 10,000 times lr."""
     model = mlp(0)
     unlearner = unlearner_of(model, make(model.parameters(), lr=1e-3), 0.5)
-    usual = 1e-3 if make is AdamW else 1e-2  # the largest change of a plain first step
+    usual = 1e-2 if make is torch.optim.RMSprop else 1e-3  # the largest change of a plain first step
     for _ in range(3):
         before = flat_parameters(model)
         record = unlearner.step(*plain_closures(model))
@@ -362,7 +460,7 @@ def test_no_weight_is_thrown_far_where_both_parts_of_a_first_gradient_cancel(mak
         assert (flat_parameters(model) - before).abs().max() < 10 * usual
 
 
-@pytest.mark.parametrize("make", [torch.optim.Adam, AdamW, torch.optim.RMSprop])
+@pytest.mark.parametrize("make", [torch.optim.Adam, AdamW, torch.optim.RMSprop, Adagrad])
 def test_a_step_without_a_forget_part_changes_what_the_optimizer_alone_would(make):
     models = [mlp(0), mlp(0)]
     optimizers = [make(model.parameters(), lr=0.01, weight_decay=0.1) for model in models]

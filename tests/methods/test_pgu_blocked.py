@@ -83,6 +83,17 @@ def test_every_request_is_said_once(trained):
             pgu.step(lambda rows=rows: (pgu.model(x[rows]), y[rows]))
 
 
+def test_the_published_loss_is_judged_where_it_is_zero_too():
+    """It is positive where the labels are likely, and negative where they are not."""
+    pgu, x, y = fitted(gamma=0.5)
+    losses = []
+    for scale in torch.linspace(-3, 3, 13).tolist():  # from unlikely labels to likely ones
+        record = pgu.step(lambda scale=scale: (scale * pgu.model(x[:1]).softmax(1), y[:1]))
+        losses.append(record.forget_loss)
+        assert dataclasses.replace(record, preserved_norm=0.05, expected_change=4e-4).blocked
+    assert min(map(abs, losses)) < 0.1
+
+
 @pytest.mark.parametrize("max_norm", [None, 1e-3])
 def test_the_expected_change_is_that_of_a_small_step(max_norm):
     pgu, x, y = fitted(gamma=0.5, max_norm=max_norm)
@@ -96,6 +107,8 @@ def test_the_expected_change_is_that_of_a_small_step(max_norm):
 def test_what_counts_as_blocked():
     record = PGURecord(3, 9, {}, 0.05, 0.0, 0.1, 1e-4, 2.0, 0.0)
     assert record.blocked
+    near_zero = dataclasses.replace(record, forget_loss=-1e-5)
+    assert not near_zero.blocked and dataclasses.replace(near_zero, unit=1.0).blocked
     for change in (
         {"preserved_norm": 0.2},
         {"expected_change": 2e-3},

@@ -130,15 +130,24 @@ def test_linear_moments_equal_the_loop_over_positions(name, dtypes, device):
 
 
 @pytest.mark.same_without_extension
-@pytest.mark.parametrize("variation, most", [(1.0, 1.01), (1e-2, 1.01), (1e-3, 1.3), (1e-5, 200.0)])
-def test_a_length_is_not_zero_where_tokens_nearly_cancel(variation, most):
-    """Products of tokens in float32 lose a gradient that a sum of their outer products still has to four digits."""
-    a = torch.randn(64, 1, 64, dtype=torch.float64) + variation * torch.randn(64, 16, 64, dtype=torch.float64)
-    b = torch.randn(64, 16, 64, dtype=torch.float64)
-    a, b = a.float(), (b - b.mean(1, keepdim=True)).float()
+@pytest.mark.parametrize("variation", [1.0, 1e-2, 1e-3, 1e-5, 1e-7])
+def test_products_of_gradients_whose_tokens_nearly_cancel(variation):
+    """Products of tokens in float32 lose a gradient that a sum of their outer products still has."""
+    n, t, size = 6, 4, 256
+    x = torch.randn(n, 1, size, dtype=F64) + variation * torch.randn(n, t, size, dtype=F64)
+    y = torch.randn(n, t, size, dtype=F64)
+    a, b = x.float(), (y - y.mean(1, keepdim=True)).float()
     a[0] = 0
-    ratio = implementation.squares_of_layer(a, b).sqrt() / (b.double().mT @ a.double()).flatten(1).norm(dim=1)
-    assert ratio[0].isnan() and ratio[1:].min() > 0.7 and ratio[1:].max() < most
+    g = truth(a, b).flatten(1)
+    K, lengths = g @ g.mT, g.norm(dim=1).clamp_min(1e-300)
+    assert linear_route(n, t, size, size).name == "factors"
+    across = projgrad.linear_gram(a[:3], b[:3], a[3:], b[3:])
+    for found, wanted, rows, columns in (
+        (projgrad.linear_gram(a, b), K, lengths, lengths),
+        (across, K[:3, 3:], lengths[:3], lengths[3:]),
+    ):
+        assert ((found - wanted).abs() <= 2e-5 * rows[:, None] * columns).all()
+    torch.testing.assert_close(implementation.squares_of_layer(a, b), K.diagonal(), rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("only", ["factors", "chunks"])

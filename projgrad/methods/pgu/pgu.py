@@ -205,6 +205,7 @@ class PGU:
             ranks={name: b.rank for name, b in self.bases.items()},
             expected_change=expected_change(self.optimizer, projected.gradient_norm, self.max_norm),
             forget_loss=value,
+            unit=float(is_pair),
             seconds=time.perf_counter() - start,
             **projected._asdict(),
         )

@@ -31,6 +31,8 @@ class PGURecord:
         optimizers.
     forget_loss: what was minimised or, with a scalar and ascend=True, maximised; before the step.
     seconds: wall time of the whole step.
+    unit: what takes the place of a smaller forget_loss in `blocked`: 1 for `unlearning_loss`, which passes through
+        zero, 0 for a scalar, which is not judged where it does.
     """
 
     rank: int
@@ -42,20 +44,26 @@ class PGURecord:
     expected_change: float
     forget_loss: float
     seconds: float
+    unit: float = 0.0
 
     @property
     def blocked(self) -> bool:
         """Whether the kept directions leave so little that such steps do nothing.
 
-        preserved_norm < 0.1 and expected_change < 5e-4 |forget_loss|: 2,000 steps for a change of its own size.
+        preserved_norm < 0.1 and expected_change < 5e-4 max(|forget_loss|, unit): 2,000 steps for a change of its own
+        size.
         """
-        return self.preserved_norm < LITTLE_LEFT and self.expected_change < LITTLE_DONE * abs(self.forget_loss)
+        return self.preserved_norm < LITTLE_LEFT and self.expected_change < LITTLE_DONE * self._size
+
+    @property
+    def _size(self) -> float:
+        return max(abs(self.forget_loss), self.unit)
 
     def warn_if_blocked(self) -> None:
         """Say that a step was blocked, and what helps; not at a learning rate of 0, with which a warm-up begins."""
         if not self.blocked or (self.gradient_norm and not self.expected_change):
             return
-        steps = f"{abs(self.forget_loss) / self.expected_change:,.0f}" if self.expected_change else "infinitely many"
+        steps = f"{self._size / self.expected_change:,.0f}" if self.expected_change else "infinitely many"
         warnings.warn(
             f"PGU: the kept directions leave {self.preserved_norm:.2g} of the forget gradient's length. At this "
             f"learning rate it takes {steps} steps to change the forget loss by its own size: unless the gradient "
