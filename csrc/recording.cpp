@@ -160,7 +160,7 @@ PyObject* torch_function(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return out;
 }
 
-// `_attributes` of recording/fixed.py.
+// `attributes_in_python` of recording/fixed.py.
 py::list attributes(const py::iterable& modules, const py::handle& usual) {
   auto* tensor = reinterpret_cast<PyTypeObject*>(THPVariableClass);
   py::list found;

@@ -26,7 +26,7 @@ def fixed_tensors(model: nn.Module, followed: Iterable[Tensor]) -> list[Tensor]:
     return fixed
 
 
-def _attributes(modules: Iterable[nn.Module], usual: Collection[str]) -> list[Tensor | dict]:
+def attributes_in_python(modules: Iterable[nn.Module], usual: Collection[str]) -> list[Tensor | dict]:
     """Return the tensors and dictionaries that modules hold in attributes of other names than the usual ones.
 
     Integer tensors among them are tables that no sample changes, such as the ids of virtual tokens.
@@ -39,7 +39,7 @@ def _attributes(modules: Iterable[nn.Module], usual: Collection[str]) -> list[Te
     ]
 
 
-attributes_of = _attributes if compiled is None else compiled.attributes
+attributes_of = attributes_in_python if compiled is None else compiled.attributes
 
 
 @contextmanager

@@ -166,6 +166,7 @@ class Interception(TorchFunctionMode):
         return None if name == "__setitem__" else out
 
 
+in_python = Interception.__torch_function__
 if compiled is not None:
     Interception.__torch_function__ = compiled.torch_function
 
