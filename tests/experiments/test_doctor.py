@@ -139,12 +139,13 @@ def test_who_computes_a_part_of_an_op_is_named(monkeypatch, capsys):
         ({}, "nothing to install"),
         ({"extension": None}, "a C++ compiler"),
         ({"cuda": "a GPU", "triton": None}, "pip install triton"),
+        ({"recording": "Python"}, "install projgrad again (pip"),
         ({"cuda": "a GPU", "extension": {"cuda": False}}, "CUDA_HOME"),
     ],
 )
 def test_doctor_says_what_to_install_to_be_faster(changes, advice, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    about = {"extension": {"cuda": True}, "cuda": None, "triton": "3.6"} | changes
+    about = {"extension": {"cuda": True}, "cuda": None, "triton": "3.6", "recording": "C++", "torch": "2.13"} | changes
     assert advice in doctor.advice(about)
 
 

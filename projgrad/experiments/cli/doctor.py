@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...recording.compiled import compiled
 from ..comparison.environment import environment
 from .dispatch import PLAIN, computed_by
 from .problems import first_line
@@ -22,7 +23,7 @@ COMPILER = f"a C++ compiler such as g++ (or name one in CXX); then {AGAIN}"
 
 def doctor(args: argparse.Namespace) -> int:
     """Print all of it; returns 1 where the self-test fails. Needs no package beyond those that projgrad requires."""
-    about = environment()
+    about = environment() | {"recording": "Python" if compiled is None else "C++"}
     devices = ["cpu", *(["cuda"] if about["cuda"] else [])]
     start = time.monotonic()
     found = [line for device in devices for line in self_test(device, time.monotonic() + BUDGET[device])]
@@ -61,6 +62,10 @@ def advice(about: dict[str, Any]) -> str:
         return "pip install triton: the GPU computes all ops in plain PyTorch"
     if extension is None:
         return COMPILER
+    if about["recording"] == "Python":
+        return (
+            f"{AGAIN}: a part of the extension, which saves time in every step, is not there for torch {about['torch']}"
+        )
     if has_gpu and not extension["cuda"]:
         return f"the CUDA toolkit that torch was built with, and CUDA_HOME set to it; then {AGAIN}"
     return "nothing to install: all kernels that there are for this machine are in use"
