@@ -18,7 +18,7 @@ from ..methods.pgu.pgu import PGU
 from ..methods.responses import response_of
 from ..recording.fixed import evaluating
 from .objectives import Terms, finetune, grad_ascent, graddiff, neggrad, npo, simnpo
-from .token_losses import Batch, logits_of, sample_losses, token_sums
+from .token_losses import Batch, outputs_of, sample_losses, token_sums
 
 Losses = Callable[[nn.Module, Batch], Tensor]
 Numbers = dict[str, Any]  # of one step, "loss" among them; or a view of its record, which a later step completes
@@ -210,7 +210,7 @@ class ProjectedOntoInputs(Method):
     def _new(self, model: nn.Module) -> PGU:
         """Make a PGU of all that is trained: there may be no optimizer yet, and this one takes no step."""
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-        return PGU(model, optimizer, **self.options, forward=logits_of, check_samples=False)
+        return PGU(model, optimizer, **self.options, forward=outputs_of, check_samples=False)
 
 
 class Masked(Method):

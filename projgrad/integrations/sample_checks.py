@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..recording.fixed import evaluating
+from .label_losses import POSITIONS
 from .pairs import Collator
-from .token_losses import IGNORED, Batch, logits_of, sample_losses
+from .token_losses import IGNORED, Batch, answers_of, counts, outputs_of, sample_losses
 
 MASKS = "completion_mask", "assistant_masks"  # columns of trl, which makes labels of them
 SCANNED = 10_000  # samples whose labels are looked at, of either side
@@ -51,13 +52,16 @@ def check_columns(name: str, data: Sequence[Any], columns: frozenset[str] | None
         raise ValueError(f"{name} has samples without any label other than {IGNORED}: {few}. Leave them out")
 
 
-def check_labels(name: str, batch: Batch) -> None:
-    """Check that a collator has made labels; raises ValueError."""
-    if batch.get("labels") is None:
+def check_labels(name: str, batch: Batch, model: nn.Module) -> None:
+    """Check that a collator has made what the model's loss needs; raises ValueError."""
+    needed = answers_of(model)
+    if any(batch.get(key) is None for key in needed):
         made = ", ".join(key for key, value in batch.items() if value is not None)
+        hint = f" ({IGNORED} where a token does not count)" if needed == ("labels",) else ""
+        names = " and ".join(needed)
         raise ValueError(
-            f"samples of {name} have no labels: the collator made {made} of the first one. Add labels ({IGNORED} where "
-            "a token does not count), or a data_collator that does"
+            f"samples of {name} have no {names}: the collator made {made} of the first one. Add {names}{hint}, or a "
+            "data_collator that does"
         )
 
 
@@ -101,10 +105,13 @@ def warn_of_company(model: nn.Module, collate: Collator, samples: Sequence[Any])
         together = sample_losses(model, collate([first, last])).tolist()
     worst = max(zip(alone, together, strict=False), key=lambda pair: abs(pair[0] - pair[1]))
     if len(alone) == len(together) and abs(worst[0] - worst[1]) > _relative(model) * max(1.0, abs(worst[0])):
+        causes = "padding on the left without position_ids, and packed rows in a model that does not keep them apart"
+        if answers_of(model) == POSITIONS:
+            causes = "padding, where answers might be as well: pad all samples to one length"
         warnings.warn(
             f"the loss of a sample depends on the samples beside it: {worst[0]:.6g} alone, {worst[1]:.6g} in a batch "
-            "of two. What is protected is its gradient in the batch. Common causes: padding on the left without "
-            f"position_ids, and packed rows in a model that does not keep them apart; this is a {type(model).__name__}",
+            f"of two. What is protected is its gradient in the batch. Common causes: {causes}; this is a "
+            f"{type(model).__name__}",
             stacklevel=4,
         )
 
@@ -112,13 +119,13 @@ def warn_of_company(model: nn.Module, collate: Collator, samples: Sequence[Any])
 def has_labels(batch: Batch) -> bool:
     """Return whether any label of a batch counts."""
     labels = batch.get("labels")
-    return not isinstance(labels, Tensor) or bool((labels != IGNORED).any())
+    return not isinstance(labels, Tensor) or counts(labels)
 
 
 def _check_forward(model: nn.Module, batch: Batch) -> None:
-    """Check that a model runs on a batch at all; raises ValueError. What has no logits is not judged."""
+    """Check that a model runs on a batch at all; raises ValueError."""
     try:
-        logits_of(model, batch)
+        outputs_of(model, batch)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         raise ValueError(
             f"a {type(model).__name__} does not run on its first sample: {error}. The batch has {', '.join(batch)}"
@@ -129,7 +136,7 @@ def _check_forward(model: nn.Module, batch: Batch) -> None:
 
 def _is_labelled(labels: Any) -> bool:
     if isinstance(labels, Tensor):
-        return bool((labels != IGNORED).any())
+        return counts(labels)
     return not isinstance(labels, Sequence) or any(label != IGNORED for label in labels)
 
 

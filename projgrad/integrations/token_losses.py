@@ -1,4 +1,4 @@
-"""One loss per sample from the tokens of a language model: padded, masked, weighted or packed."""
+"""One loss per sample of a model of transformers; of language models from tokens padded, masked, weighted or packed."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
+from .label_losses import CLASSIFIERS, POSITIONS, SINGLE, SPANS, class_sums, span_sums
+
 Batch = Mapping[str, Any]
 IGNORED = -100  # a label that does not count
 UNSHIFTED = ("ForMaskedLM", "ForTokenClassification")  # kinds of losses in transformers: a label is of its own token
 MEANS = (None, "ForCausalLM", "ForConditionalGeneration", "CsmForConditionalGeneration", *UNSHIFTED)
-MEANS += tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Video", "Audio"))
+MEANS += (*CLASSIFIERS, SPANS)
 ROWS = 1024  # of logits that are float32 at a time
 
 
@@ -28,20 +30,24 @@ def sample_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Return the loss of every sample, (n,): the mean over the sample's own labelled tokens.
 
     For causal models, whose labels are shifted here; for sequence-to-sequence models, masked ones and classifiers of
-    tokens, whose labels are not; and for classifiers with one label per sample. Padding and prompts are labelled -100
-    and do not count; a sample without any label has loss 0, and so has one whose weights are all 0. Logits are turned
-    into float32 a thousand rows at a time. A few models shift in their own way (BartForCausalLM, XLNet): compare with
-    `model(**batch).loss` of one sample.
+    tokens, whose labels are not. Padding and prompts are labelled -100 and do not count; a sample without any label
+    has loss 0, and so has one whose weights are all 0. Logits are turned into float32 a thousand rows at a time. A few
+    models shift in their own way (BartForCausalLM, XLNet): compare with `model(**batch).loss` of one sample.
+
+    Also for classifiers and regressions, by `config.problem_type` as in transformers (of several labels or numbers a
+    sample: their mean), and for answers marked in a text, the mean of start and end; a position outside of the text
+    counts 0.
 
     Args:
         model: one of transformers, also as peft or DistributedDataParallel wrap it.
-        batch: its inputs, "labels" (n, t) or (n,), and perhaps "token_weights" (n, t), weights of the labels in the
-            mean. With "position_ids" and without "attention_mask" rows may be packed: where positions do not go on
-            by one, another sample begins, as in transformers' own masks. Then n counts samples with a label, in order.
+        batch: its inputs, and "labels" (n, t), (n,) or (n, k), or "start_positions" and "end_positions" (n,). Perhaps
+            "token_weights" (n, t), weights of the labels in the mean. With "position_ids" and without "attention_mask"
+            rows may be packed: where positions do not go on by one, another sample begins, as in transformers' own
+            masks. Then n counts samples with a label, in order.
 
     Raises:
         ValueError: no labels, or none other than -100; labels that are not of the shape of the logits; a model whose
-            loss is no mean over tokens or samples.
+            loss is none of these.
     """
     sums = token_sums(model, batch)
     return sums.losses / sums.weights.masked_fill(sums.weights == 0, 1)  # over a tiny number gradients overflow
@@ -49,27 +55,31 @@ def sample_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 def token_sums(model: nn.Module, batch: Batch) -> TokenSums:
     """Return the sums whose quotients `sample_losses` are; it has the arguments and errors."""
-    if batch.get("labels") is None:
-        raise ValueError(f"the batch has no labels, only {', '.join(batch)}: the collator must make them")
-    labels = batch["labels"]
-    labels = labels if labels.is_floating_point() else labels.long()
-    if bool((labels == IGNORED).all()):
-        raise ValueError(f"no token of the batch has a label other than {IGNORED}: were the answers cut off?")
-    kind = getattr(_inner(model), "loss_type", None)
+    kind = _kind(model)
     if kind not in MEANS:
         raise ValueError(f"the loss of a {type(_inner(model)).__name__} ({kind}) is no mean over tokens: give `losses`")
-    logits = logits_of(model, batch)
-    if labels.ndim == 1:
-        if labels.is_floating_point() or logits.ndim != 2 or logits.shape[1] < 2:
-            raise ValueError(
-                f"labels {labels.dtype} for logits of {tuple(logits.shape)} are of no classifier: give `losses`"
-            )
-        return TokenSums(cross_entropy(logits.float(), labels, reduction="none"), logits.new_ones(len(labels)).float())
+    if missing := [name for name in answers_of(model) if batch.get(name) is None]:
+        raise ValueError(
+            f"the batch has no {' and '.join(missing)}, only {', '.join(batch)}: the collator must make them"
+        )
+    if kind == SPANS:
+        outputs = outputs_of(model, batch)
+        return TokenSums(*span_sums(outputs.start_logits, outputs.end_logits, batch))
+    labels = batch["labels"]
+    labels = labels if labels.is_floating_point() else labels.long()
+    if not counts(labels):
+        raise ValueError(f"no token of the batch has a label other than {IGNORED}: were the answers cut off?")
+    logits = outputs_of(model, batch).logits
+    if labels.ndim == 1 or kind in CLASSIFIERS:
+        problem = getattr(_inner(model).config, "problem_type", None) if kind in CLASSIFIERS else SINGLE
+        return TokenSums(*class_sums(logits, labels, problem))
     shifts = not _is_pair(model) and kind not in UNSHIFTED
     if not _is_pair(model) and "input_ids" in batch and batch["input_ids"].shape == labels.shape:
         logits = logits[:, -labels.shape[1] :]  # virtual tokens of a learned prompt come before
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"labels of shape {tuple(labels.shape)} for logits of {tuple(logits.shape)}")
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} for logits of {tuple(logits.shape)}: a label needs a row of logits"
+        )
     owners = None if _is_pair(model) else _owners(batch)
     if owners is not None and shifts:
         labels = labels.masked_fill(owners.diff(prepend=owners[:, :1] - 1) != 0, IGNORED)
@@ -87,16 +97,26 @@ def token_sums(model: nn.Module, batch: Batch) -> TokenSums:
     return TokenSums(*(t[labelled] for t in sums))
 
 
-def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Run a model on a batch without its own loss, which is a mean over samples; return the logits."""
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "token_weights")}
+def outputs_of(model: nn.Module, batch: Batch) -> Any:
+    """Run a model on a batch without its own loss, which is a mean over samples; return its outputs."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "token_weights", *POSITIONS)}
     if _is_pair(model) and batch["labels"].ndim > 1 and "decoder_input_ids" not in inputs:
         make = getattr(_inner(model), "prepare_decoder_input_ids_from_labels", None)
         # Models without such a method do it in their forward pass.
         inputs |= {"labels": batch["labels"]} if make is None else {"decoder_input_ids": make(labels=batch["labels"])}
     if "use_cache" in inspect.signature(forward_of(model)).parameters:
         inputs["use_cache"] = False  # transformers' masks do not keep packed samples apart with a cache
-    return model(**inputs).logits
+    return model(**inputs)
+
+
+def answers_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of what a batch must have, besides inputs, for losses of its samples."""
+    return POSITIONS if _kind(model) == SPANS else ("labels",)
+
+
+def counts(labels: Tensor) -> bool:
+    """Return whether any label counts; numbers all do."""
+    return labels.is_floating_point() or bool((labels != IGNORED).any())
 
 
 def forward_of(model: nn.Module) -> Callable[..., object]:
@@ -107,7 +127,13 @@ def forward_of(model: nn.Module) -> Callable[..., object]:
 
 def _is_pair(model: nn.Module) -> bool:
     """Return whether a model has a decoder of its own for the labels, which are not shifted then."""
-    return bool(getattr(_inner(model).config, "is_encoder_decoder", False))
+    whole = _kind(model) in (*CLASSIFIERS, SPANS)  # which give the decoder their inputs
+    return not whole and bool(getattr(_inner(model).config, "is_encoder_decoder", False))
+
+
+def _kind(model: nn.Module) -> str | None:
+    """Return what transformers calls the kind of a model's loss."""
+    return getattr(_inner(model), "loss_type", None)
 
 
 def _inner(model: nn.Module) -> nn.Module:

@@ -52,7 +52,9 @@ class UnlearningSteps:
                 f"{type(self).__name__}.compute_loss is not called in a step, which is made of losses of samples: give "
                 "`losses`, a function of model and batch that returns one loss per sample, (n,)"
             )
-        if self.args.label_smoothing_factor or getattr(self, "compute_loss_func", None) is not None:
+        if losses is None and (
+            self.args.label_smoothing_factor or getattr(self, "compute_loss_func", None) is not None
+        ):
             raise ValueError("label_smoothing_factor and compute_loss_func make no losses of samples: give `losses`")
         if self.args.torch_compile:
             raise ValueError("gradients of single samples are not found in a compiled model: set torch_compile=False")

@@ -8,7 +8,13 @@ from torch.utils.data import DataLoader
 
 try:
     from accelerate.utils import send_to_device
-    from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, TrainingArguments
+    from transformers import (
+        DataCollatorForSeq2Seq,
+        DataCollatorWithPadding,
+        PreTrainedTokenizerBase,
+        Trainer,
+        TrainingArguments,
+    )
     from transformers.utils.logging import tqdm
 except ImportError as error:
     raise ImportError("projgrad.integrations.transformers needs transformers: pip install 'projgrad[hf]'") from error
@@ -149,7 +155,7 @@ class UnlearningTrainer(UnlearningSteps, Trainer):
             if has_labels(batch):
                 break
             batch = collate([sample])
-        check_labels(name, batch)
+        check_labels(name, batch, self.model)
         if not self.is_fsdp_enabled and device.type != "meta":  # else the weights may not be here yet
             check_loss(self.model, batch)
             warn_of_company(self.model, collate, samples)
@@ -175,11 +181,15 @@ def _collator(tokenizer: object) -> Callable[[list[Any]], Batch] | None:
         return None
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token")
-    pad = DataCollatorForSeq2Seq(tokenizer)
+    pad_with_labels, pad = DataCollatorForSeq2Seq(tokenizer), DataCollatorWithPadding(tokenizer)
 
     def collate(samples: list[Any]) -> Batch:
+        labels = torch.as_tensor(samples[0].get("labels", samples[0].get("label", 0)))
+        if not labels.ndim or labels.is_floating_point():  # of a sample as a whole
+            return pad(samples)
         weights = [list(sample["token_weights"]) for sample in samples if "token_weights" in sample]
-        batch = pad([{name: value for name, value in sample.items() if name != "token_weights"} for sample in samples])
+        plain = [{name: value for name, value in sample.items() if name != "token_weights"} for sample in samples]
+        batch = pad_with_labels(plain)
         if weights:
             fills = [[0.0] * (batch["labels"].shape[1] - len(row)) for row in weights]
             is_right = tokenizer.padding_side == "right"

@@ -166,7 +166,16 @@ class OrthoGrad:
         self._factors = ForgetFactors()
         self._script: Script | None = None
         self._unused: list[tuple[int, int]] = []  # gradients that backward wrote, and the weights that they are for
-        self._stop: Callable[[], None] = lambda: None  # correcting the optimizer's next step
+        self._stop: Callable[[], None] = _nothing_to_stop  # correcting the optimizer's next step
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: the correction of the optimizer's next step stays with this one."""
+        return vars(self) | {"_stop": _nothing_to_stop, "_unused": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.metric == "optimizer":
+            follow(self.optimizer)  # of which a copy has no hooks
 
     def step(self, forget: Closed, retain: Closed) -> StepRecord:
         """Make one update.
@@ -485,3 +494,7 @@ class OrthoGrad:
                 nn.utils.clip_grad_norm_(list(params.values()), self.max_norm)
             lay_out_grads(params)
             step()
+
+
+def _nothing_to_stop() -> None:
+    """Stand in for what stops the correction of a step where there is none."""

@@ -113,13 +113,6 @@ def test_a_decoder_whose_model_makes_its_inputs():
     torch.testing.assert_close(sample_losses(net, batch)[0], net(**batch).loss)
 
 
-def test_classifiers_with_one_label_a_sample():
-    config = transformers.GPT2Config(vocab_size=120, n_embd=16, n_layer=1, n_head=2, num_labels=3, pad_token_id=0)
-    net, batch = transformers.GPT2ForSequenceClassification(config).eval(), padded(samples(3))
-    batch["labels"] = torch.tensor([2, 0, 1])
-    torch.testing.assert_close(sample_losses(net, batch).mean(), net(**batch).loss)
-
-
 def test_batches_that_have_no_losses():
     net, batch = model(), padded(samples(2))
     with pytest.raises(ValueError, match="no token of the batch has a label other than -100"):
@@ -134,7 +127,12 @@ def test_batches_that_have_no_losses():
         sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
         sample_losses(transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**sizes)), batch)
     with pytest.raises(ValueError, match=r"labels torch.float32 for logits of \(2, 1\) are of no classifier"):
-        net = transformers.BertForSequenceClassification(bert(num_labels=1))
-        sample_losses(net, batch | {"labels": torch.ones(2)})
+        net = transformers.BertForMultipleChoice(bert())
+        sample_losses(net, {"input_ids": torch.ones(2, 1, 3, dtype=torch.long), "labels": torch.ones(2)})
+    with pytest.raises(ValueError, match="has no start_positions and end_positions, only input_ids"):
+        sample_losses(transformers.BertForQuestionAnswering(bert()), batch)
+    with pytest.raises(ValueError, match=r"labels of shape \(2, 2\) for logits of \(2, 3\)"):
+        net = transformers.BertForSequenceClassification(bert(num_labels=3))
+        sample_losses(net, batch | {"labels": torch.ones(2, 2)})
     with pytest.raises(ValueError, match="Linear has no config"):
         sample_losses(torch.nn.Linear(2, 2), batch)

@@ -171,6 +171,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, method):
         assert logged(again, "loss") == logged(whole, "loss")
 
 
+def test_from_weights_alone_a_run_begins_anew(tmp_path):
+    """As in transformers: rates and the optimizer, and with it what was forgotten so far, of its momentum."""
+    options = dict(steps=6, save_strategy="steps", save_steps=3, save_only_model=True)
+    run(tmp_path, model(), **options)
+    made = run(tmp_path, model(), **options, resume=str(tmp_path / "checkpoint-3"))
+    assert made.state.global_step == 6
+    rates, residuals = logged(made, "learning_rate"), logged(made, "residual")
+    assert rates[3:] == rates[:3] and len(residuals) == 6 and max(residuals) < 1e-4
+
+
 def test_adapters_on_a_16_bit_base(tmp_path):
     def net():
         base = model().bfloat16()

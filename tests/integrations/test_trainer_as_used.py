@@ -145,9 +145,9 @@ def test_a_reason_is_given_once(tmp_path):
     config = transformers.LlamaConfig(
         vocab_size=120, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=1
     )
-    config.pad_token_id = tokenizer().pad_token_id
+    config.pad_token_id, config.problem_type = tokenizer().pad_token_id, "single_label_classification"
     net = transformers.LlamaForSequenceClassification(config)
-    rows = [{"input_ids": [3, 4, 5], "labels": 0.5}] * 4
+    rows = [{"input_ids": [3, 4, 5], "labels": 0}] * 4
     with pytest.raises(ValueError) as caught:
         trainer(tmp_path, net, collator=None, data=(rows, rows))
     assert str(caught.value).lower().count("give `losses`") == 1

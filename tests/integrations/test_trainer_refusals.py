@@ -136,6 +136,14 @@ def test_what_is_wrong_is_said_before_anything_is_trained(tmp_path, options, mes
         trainer(tmp_path, model(), **options)
 
 
+def test_losses_of_ones_own_go_with_smoothed_labels(tmp_path):
+    """These are of evaluation then, as is an overridden `compute_loss`."""
+    made = run(tmp_path, model(), losses=sample_losses, label_smoothing_factor=0.1, eval_dataset=FORGET, steps=1)
+    plain = trainer(tmp_path, made.model, eval_dataset=FORGET)
+    with contextlib.redirect_stdout(None):
+        assert made.evaluate()["eval_loss"] != plain.evaluate()["eval_loss"]
+
+
 def test_what_is_wrong_with_other_parts(tmp_path):
     bare = tokenizer().__class__(tokenizer_object=tokenizer().backend_tokenizer)
     with pytest.raises(ValueError, match=r"the tokenizer has no pad token: set tokenizer\.pad_token"):

@@ -1,6 +1,7 @@
 """`OrthoGrad.backward`: the update in `.grad`, and steps that somebody else takes."""
 
 import copy
+import io
 from contextlib import nullcontext
 
 import pytest
@@ -320,3 +321,34 @@ def test_two_backward_calls_without_a_step_warn(metric, recwarn):
     assert not recwarn.list
     with pytest.warns(UserWarning, match="lists of closures"):
         twins.unlearners[1].backward(*twins.closures(1))
+
+
+def saved(unlearner):
+    file = io.BytesIO()
+    torch.save(unlearner, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
+@pytest.mark.parametrize("metric", ["gradient", "optimizer"])
+@pytest.mark.parametrize("pending", [False, True])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_copy_steps_as_the_original_and_leaves_it_alone(copied, metric, pending, pieces):
+    """A copy made before the optimizer's step called off the correction of that step, which is the original's."""
+    twins = Twins(pieces=pieces, metric=metric)
+    twins.unlearners[0].step(*twins.closures(0))
+    if pending:
+        twins.unlearners[0].backward(*twins.closures(0, 1))
+    twin = copied(twins.unlearners[0])
+    twins.models[1], twins.optimizers[1] = twin.model, twin.optimizer
+    if pending:
+        twin.step(*twins.closures(1, 1))
+        twins.optimizers[0].step()
+        assert torch.equal(twins.weights(0), twins.weights(1))
+    for model, optimizer in zip(twins.models, twins.optimizers, strict=True):  # in which what was forgotten decays
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    for k, unlearner in enumerate((twins.unlearners[0], twin)):
+        unlearner.step(*twins.closures(k, 2))
+    assert torch.equal(twins.weights(0), twins.weights(1))
