@@ -25,6 +25,7 @@ from .common import (
     clear_grads,
     distributed,
     held_parameters,
+    refuse_statistics,
     trainable_parameters,
 )
 from .protocol import Closure, SteppingOptimizer
@@ -66,7 +67,7 @@ class Closures:
                 )
         self.params, self.optimizer, self.model = trainable_parameters(model, optimizer), optimizer, model
         self._spread, self._given = spread, tuple(given)
-        self._normalises = not batch_statistics and any(isinstance(m, BatchNorm) for m in modules_of(model))
+        self._norms = [] if batch_statistics else [m for m in modules_of(model) if isinstance(m, BatchNorm)]
         self._look: RemovableHandle | None = None
         updated = set(map(id, self.params.values()))
         held = enumerate(held_parameters(optimizer))
@@ -187,24 +188,28 @@ class Closures:
         And wrappers that share gradients of these parameters with other processes.
         """
         alone = distributed() and not self._spread
-        if not alone and not self._normalises:
+        if not alone and not self._norms:
             yield
             return
 
         def check(module: nn.Module, _) -> None:
             if not any(step is self for step, _ in _running):  # a hook that Ctrl-C left behind
                 return
-            if self._normalises:
+            if self._norms:
                 check_statistics(module, self.model)
             is_wrapper = alone and isinstance(module, DistributedDataParallel)
             if is_wrapper and any(id(p) in self._names for p in module.parameters()):
                 check_replicas(module, f"what {closure}() runs")
 
+        counts = [(norm, t, version(t)) for norm in self._norms if (t := norm.num_batches_tracked) is not None]
         self._look = register_module_forward_pre_hook(check)
         try:
             yield
         finally:
             self._look.remove()
+        for norm, count, before in counts:  # what was compiled before the step runs no such hook
+            if version(count) != before:
+                refuse_statistics(norm, self.model)
 
     def compare(self, losses: Tensor, forgotten: Callable[[list[str]], Sequence[Tensor | None]]) -> None:
         """Check that both closures saw the same weights: those that a forward pass normalises come out alike in both.

@@ -232,6 +232,26 @@ def test_a_batch_norm_counts_as_it_is_in_the_forward_pass(name, options):
     normed.model.train()(normed.x)  # nothing of a step refuses it
 
 
+@pytest.mark.filterwarnings("ignore:PGU")
+@pytest.mark.parametrize("name", ["gradient", "optimizer", "feasible", "pgu"])
+def test_a_batch_norm_in_what_was_compiled_before_is_refused(name):
+    normed = Normed(name)
+    compiled = torch.compile(lambda x: normed.model(x), backend="aot_eager")
+    retain = [] if name == "pgu" else [lambda: normed.model.eval()(normed.x).square().sum(1)]
+
+    def forget(mode):
+        mode()
+        return compiled(normed.x).square().mean()
+
+    for mode in (normed.model.eval, normed.model.train):
+        forget(mode)  # compiled here: hooks that the step sets are not called
+    weights = [p.clone() for p in normed.model.parameters()]
+    with pytest.raises(ValueError, match="1 is a BatchNorm1d that uses batch statistics"):
+        normed.method.step(lambda: forget(normed.model.train), *retain)
+    assert all(map(torch.equal, normed.model.parameters(), weights))
+    normed.method.step(lambda: forget(normed.model.eval), *retain)
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_garbage_collector_pauses_and_goes_on_as_before(name, enabled):
