@@ -39,9 +39,9 @@ def draws():
     return own(model, retain=retain)
 
 
-def adagrad():
+def adamax():
     model = nn.Linear(3, 4)
-    return own(model, None, None, torch.optim.Adagrad(model.parameters(), 0.01))
+    return own(model, None, None, torch.optim.Adamax(model.parameters(), 0.01))
 
 
 def raises():
