@@ -106,6 +106,12 @@ class MetricStep:
         self.groups = {name: group_of[id(p)] for name, p in self.params.items()}
         for group in self.optimizer.param_groups:
             _check_group(group)
+        half = next((name for name, p in self.params.items() if p.dtype == torch.float16), None)
+        if half and "eps" in self.groups[half] and not isinstance(self.response, Custom):
+            raise ValueError(
+                f'metric="optimizer" cannot know what {type(self.optimizer).__name__} does to {half}, which is '
+                "float16: squares of its gradients vanish there. Keep float32 weights under autocast, or bfloat16"
+            )
 
     def finish(
         self, scaler: torch.amp.GradScaler | None, max_norm: float | None, damping: float, rtol: float | None

@@ -157,8 +157,13 @@ class Search:
             raise ArithmeticError(
                 "two backward passes through the same graph do not give the same gradients, so there are no per-sample "
                 "gradients to protect: an operation changes what it saved, draws new random numbers when it is "
-                f"recomputed, or a hook clips. {self._foreign_operations()}"
+                f"recomputed, or a hook clips. {self._foreign_operations()}{self._vanishing()}"
             )
+
+    def _vanishing(self) -> str:
+        if self.coarsest != torch.float16:
+            return ""
+        return ". Or float16 gradients vanish there: scale the losses (torch.amp.GradScaler), or use bfloat16"
 
     def _foreign_operations(self) -> str:
         names = sorted({node.name() for node in self.nodes if not of_torch(node)})
@@ -177,6 +182,7 @@ class Search:
                     f"the gradient at the last {last.name} mixes samples: the losses share terms (a mean over the "
                     "batch, a contrastive loss, batch statistics), so there is no gradient of one sample to protect. "
                     "Return one independent loss per sample, sample j along dimension 0"
+                    f"{self._vanishing()}"
                 )
 
 

@@ -155,3 +155,55 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     with pytest.raises(FloatingPointError, match="NaN or Inf in the gradient of the step"):
         unlearner.step(lambda: 6e4 * model.bias.sum() + 4e4 * model.bias.sum(), retain)
     assert torch.equal(flat(model.parameters()), before)
+
+
+class Wide(torch.optim.Optimizer):
+    """Says its diagonal itself, and keeps no squares in float16."""
+
+    def __init__(self, params):
+        super().__init__(params, dict(lr=0.1, eps=1e-8))
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.data -= (0.1 * p.grad.float()).to(p.dtype)
+
+    def diagonal(self, param, state, group):
+        return torch.full_like(param, 0.1, dtype=torch.float32)
+
+
+ADAPTIVE = [(kind, fused) for kind in ("Adam", "AdamW", "Adagrad", "RMSprop") for fused in (False, True)]
+
+
+@pytest.mark.parametrize("where", ["all", "one tensor"])
+@pytest.mark.parametrize("kind, fused", [case for case in ADAPTIVE if case != ("RMSprop", True)])
+def test_float16_weights_whose_squares_vanish_are_refused_before_anything_is_changed(kind, fused, where):
+    """Fused AdamW moved them by thousands where plain torch moves them by 0.01, and the record said 1e-7."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+    (model if where == "all" else model[1]).half()
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1e-2, **({"fused": True} if fused else {}))
+    unlearner = projgrad.OrthoGrad(model, optimizer, metric="optimizer")
+    before, states = flat(model.parameters()), len(optimizer.state)  # Adagrad has one from the beginning
+    run = lambda x: model[1](model[0](x.to(model[0].weight.dtype)).half()).float().square().sum(1)  # noqa: E731
+    with pytest.raises(ValueError, match=rf"cannot know what {kind} does to .*, which is float16.*under autocast"):
+        unlearner.step(lambda: run(torch.randn(4, 8)).mean(), lambda: run(torch.randn(4, 8)))
+    assert torch.equal(flat(model.parameters()), before) and len(optimizer.state) == states
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("make", [lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9), Wide], ids=["sgd", "its own"])
+def test_float16_weights_without_squares_of_theirs_are_taken(make):
+    model = nn.Linear(8, 3).half()
+    unlearner = projgrad.OrthoGrad(model, make(model.parameters()), metric="optimizer")
+    x = torch.randn(4, 8).half()
+    record = unlearner.step(lambda: model(-x).square().mean(), lambda: model(x).square().sum(1))
+    assert record.residual < 3e-2
+
+
+def test_float32_adapters_on_a_frozen_float16_base_are_taken():
+    base, adapter = nn.Linear(8, 6).half().requires_grad_(False), nn.Linear(6, 3)
+    model = nn.ModuleList([base, adapter])
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2, fused=True)
+    unlearner = projgrad.OrthoGrad(model, optimizer, metric="optimizer")
+    run = lambda x: adapter(base(x).float()).square().sum(1)  # noqa: E731
+    x = torch.randn(2, 8).half()
+    assert unlearner.step(lambda: run(-x).mean(), lambda: run(x)).residual < 1e-5

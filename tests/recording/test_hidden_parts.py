@@ -183,3 +183,20 @@ def test_losses_of_tokens_taken_for_samples(n, t):
         losses = to_ramp(model(x)[0].flatten(0, 1))
     with pytest.warns(UserWarning, match=rf"\({n}, .*if that is {n} samples, reduce the losses to one a sample\)"):
         tape.gram(losses)
+
+
+@pytest.mark.parametrize("power", [-17, -18, -20])
+def test_float16_gradients_that_vanish_are_named_as_a_cause(power):
+    """They look like samples that are mixed, or passes that differ: half of the smallest number is 0."""
+    torch.manual_seed(0)
+    adapter, base = nn.Linear(8, 8).float(), nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5)).half()
+    base.requires_grad_(False)
+    x, y = torch.randn(N, 8).float(), torch.randint(5, (N,))
+    losses = lambda scale: scale * F.cross_entropy(base(adapter(x).half()).float(), y, reduction="none")  # noqa: E731
+    with projgrad.per_sample(adapter) as tape:
+        small = losses(2.0**power)
+    with pytest.raises((ValueError, ArithmeticError), match="float16 gradients vanish there: scale the losses"):
+        tape.gram(small)
+    with projgrad.per_sample(adapter) as tape:
+        large = losses(2.0**4)
+    assert tape.gram(large).diagonal().min() > 0
