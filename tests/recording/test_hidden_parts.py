@@ -185,7 +185,7 @@ def test_losses_of_tokens_taken_for_samples(n, t):
         tape.gram(losses)
 
 
-@pytest.mark.parametrize("power", [-17, -18, -20])
+@pytest.mark.parametrize("power", [-18, -20])
 def test_float16_gradients_that_vanish_are_named_as_a_cause(power):
     """They look like samples that are mixed, or passes that differ: half of the smallest number is 0."""
     torch.manual_seed(0)
