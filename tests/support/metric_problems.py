@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+from unlearners import flat_parameters
 
 import projgrad
 
@@ -153,3 +154,28 @@ class Halves(torch.optim.Optimizer):
             for p in group["params"]:
                 self.state[p]["steps"] = self.state[p].get("steps", 0) + 1
                 p -= group["lr"] * self.scales(p) * p.grad
+
+
+def unlearner_of(model, optimizer, alpha=0.3, **options):
+    return projgrad.OrthoGrad(model, optimizer, alpha, metric="optimizer", **options)
+
+
+def ascent(unlearner, forget, retain):
+    """With alpha = 0 and no decay the whole change is the forgetting part: return its cosine, itself and the record."""
+    params = list(unlearner.model.parameters())
+    G = torch.stack([gradients(loss, params) for loss in retain()])
+    before = flat_parameters(unlearner.model).double()
+    record = unlearner.step(forget, retain)
+    moved = flat_parameters(unlearner.model).double() - before
+    return (G @ moved / G.norm(dim=1) / moved.norm()).abs().max().item(), moved, record
+
+
+def wide(dtype, weights=None):
+    """Two of the retain samples are the same; weights: of their losses."""
+    model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 10)).to(dtype)
+    x, xf = torch.randn(8, 64, dtype=dtype), torch.randn(6, 64, dtype=dtype)
+    y, yf = torch.randint(10, (8,)), torch.randint(10, (6,))
+    x[2], y[2] = x[1], y[1]
+    weights = torch.ones(8, dtype=dtype) if weights is None else weights
+    forget = lambda: F.cross_entropy(model(xf), yf)  # noqa: E731
+    return model, forget, lambda: weights * F.cross_entropy(model(x), y, reduction="none")
