@@ -82,7 +82,7 @@ part_tests() {
   cuda) run_tests cuda "${files[@]}" -k "cuda and not pretend and not linear_cuda" ;;
   cpu) run_tests cpu "${files[@]}" -k "not cuda or pretend or linear_cuda" ;;
   "") run_tests all "${files[@]}" ;;
-  *) run_tests some tests -k "$1" ;;
+  *) run_tests some "${files[@]}" -k "$1" ;;
   esac
 }
 
