@@ -94,7 +94,7 @@ def extension():
 def recording():
     """The one file that is written against torch's own headers, which no other release shares: it is in the name."""
     name = "_recording_" + re.sub(r"\W", "_", torch.__version__)
-    options = {"define_macros": [("NAME", name)], "extra_compile_args": ["-O2"]}
+    options = {"define_macros": [("NAME", name)], "extra_compile_args": ["-O2"], "optional": True}
     return CppExtension(f"projgrad.{name}", ["csrc/recording.cpp"], include_dirs=[pybind11.get_include()], **options)
 
 

@@ -36,7 +36,7 @@ def build(folder: Path, sanitized: bool) -> None:
     """Copy the repository into a folder, and compile the extension there."""
     for part in PARTS:
         if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
         else:
             shutil.copy(ROOT / part, folder)
     setup = folder / "setup.py"
