@@ -10,13 +10,13 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 .PHONY: build test quick demo bench docs lint types dist-check format
 build: .venv/built
 
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml # without .pyc files, which take 50 s: those that are needed come with the first import
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q "$(TORCH)" "setuptools>=77" wheel ninja "pybind11>=2.13" "numpy<2.4"
+	$(BIN)/pip install -q --no-compile "$(TORCH)" "setuptools>=77" wheel ninja "pybind11>=2.13" "numpy<2.4"
 	touch $@
 
 .venv/built: .venv/ready $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation --config-settings editable_mode=compat -e ".[demo,dev,docs]"
+	$(BIN)/pip install -q --no-compile --no-build-isolation --config-settings editable_mode=compat -e ".[demo,dev,docs]"
 	touch $@
 
 test: build
