@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -13,7 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _get_overloaded_args,
+    _pop_mode,
+    _push_mode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -23,6 +30,11 @@ from torch.utils.flop_counter import flop_registry
 BatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of all batch norms
 Dropout = nn.modules.dropout._DropoutNd  # the base class of all dropouts
 without_torch_function = torch._C.DisableTorchFunction
+
+# Torch's functions themselves. What stands under their names in torch and torch.nn.functional may be a user's wrapper,
+# which was run before a call came to us.
+builtins = torch._C._VariableFunctions
+linear = torch._C._nn.linear
 
 
 # Tensors.
@@ -71,6 +83,50 @@ def drop_step_hooks(optimizer: torch.optim.Optimizer, hooks: Collection[Callable
 def function_modes() -> list[TorchFunctionMode]:
     """Return the function modes of this thread that are active, the innermost last."""
     return _get_current_function_mode_stack()
+
+
+def enter_beneath(mode: TorchFunctionMode, upper: Callable[[TorchFunctionMode], bool]) -> None:
+    """Enter a function mode beneath the `upper` ones on top: it sees the calls that they make."""
+    above = []
+    while (modes := _get_current_function_mode_stack()) and upper(modes[-1]):
+        above.append(_pop_mode())
+    for entered in (mode, *reversed(above)):
+        _push_mode(entered)
+
+
+def leave(mode: TorchFunctionMode) -> None:
+    """Leave a function mode, wherever it is among those that are active."""
+    above = []
+    while _get_current_function_mode_stack()[-1] is not mode:
+        above.append(_pop_mode())
+    _pop_mode()
+    for entered in reversed(above):
+        _push_mode(entered)
+
+
+@functools.cache
+def _overrides(kind: type) -> bool:
+    """Return whether a class of tensors does something of its own in torch's functions."""
+    override = kind.__torch_function__
+    usual = override is torch._C._disabled_torch_function_impl
+    return not usual and getattr(override, "__func__", None) is not Tensor.__torch_function__.__func__
+
+
+def overriding(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return one tensor of each class that does something of its own in torch's functions, as torch would ask them."""
+    if all(type(t) is Tensor or type(t) is nn.Parameter for t in tensors):
+        return []
+    return [t for t in _get_overloaded_args(tensors) if _overrides(type(t))]
+
+
+def ask(tensors: Sequence[Tensor], func: Callable, args: tuple, kwargs: dict) -> object:
+    """Return what a torch function gives of which `tensors` are the overriding arguments."""
+    kinds = tuple(map(type, tensors))
+    for kind in kinds:
+        out = kind.__torch_function__(func, kinds, args, kwargs)
+        if out is not NotImplemented:
+            return out
+    raise TypeError(f"no class among {', '.join(k.__name__ for k in kinds)} implements {func.__name__}")
 
 
 def foreach_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -165,6 +221,12 @@ def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
 # Modules and modes.
 
 
+INSIDE_COMPILED = (
+    "per-sample gradients cannot be recorded inside a function that torch.compile compiled: compile the model, or "
+    "parts of it, and leave the step outside"
+)
+
+
 class Uncompiled:
     """Makes what `torch.compile` made run as it was written, in all threads, while somebody is inside."""
 
@@ -174,9 +236,12 @@ class Uncompiled:
 
     def __enter__(self) -> None:
         with self._lock:
-            self._inside += 1
             if self._stance is None and "torch._dynamo" in sys.modules:  # else nothing was compiled yet
-                self._stance = torch.compiler.set_stance("force_eager")
+                try:
+                    self._stance = torch.compiler.set_stance("force_eager")
+                except RuntimeError as error:
+                    raise RuntimeError(INSIDE_COMPILED) from error
+            self._inside += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:

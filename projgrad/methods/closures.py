@@ -85,11 +85,11 @@ class Closures:
             raise RuntimeError("a step needs gradients: call it outside torch.inference_mode()")
         check_alone(model, self.params, optimizer, spread)
         self.changed: dict[str, dict[str, Tensor]] = {}
-        self._inside, self._modes, self._torch_modes = False, 0, _torch_modes()
+        self._inside, self._modes, self._torch_modes = False, [], _torch_modes()
         self._collect: weakref.finalize | None = None
 
     def __enter__(self) -> Closures:
-        self._modes, self._torch_modes = len(function_modes()), _torch_modes()
+        self._modes, self._torch_modes = function_modes(), _torch_modes()
         if not gc.isenabled() or len(self._given) > 2:  # with micro-batches a step may last for minutes
             return self
         self._collect = weakref.finalize(self, gc.enable)  # should Ctrl-C keep `__exit__` from it
@@ -125,8 +125,9 @@ class Closures:
         _running[:] = [entry for entry in _running if entry[0] is not self]
         if self._look is not None:
             self._look.remove()
-        while len(modes := function_modes()) > self._modes and isinstance(modes[-1], Interception):
-            modes[-1].__exit__(None, None, None)
+        for mode in function_modes():
+            if isinstance(mode, Interception) and mode not in self._modes:
+                mode.__exit__(None, None, None)
         grad, autocast, nesting = self._torch_modes
         torch.set_grad_enabled(grad)
         for device, enabled in autocast.items():

@@ -26,7 +26,7 @@ from ..tape.weighted import RetainSide
 from .before import Before
 from .common import clip_, is_sharded, lay_out_grads, stepping, whole
 from .protocol import SteppingOptimizer
-from .responses import Custom, Diagonal, State, known_response, response_of
+from .responses import SGD, Custom, Diagonal, State, known_response, response_of
 from .written import Written
 
 FLOOR = 0.1  # of the root mean square of 1 / D in a tensor, which the metric adds to 1 / D
@@ -112,6 +112,12 @@ class MetricStep:
                 f'metric="optimizer" cannot know what {type(self.optimizer).__name__} does to {half}, which is '
                 "float16: squares of its gradients vanish there. Keep float32 weights under autocast, or bfloat16"
             )
+        for name, p in self.params.items():
+            if type(self.response) is SGD and self.groups[name].get("fused") and p.is_cpu and p.itemsize == 2:
+                raise ValueError(
+                    f"torch.optim.SGD(fused=True) leaves most elements of {name} where they are: of 16-bit weights on "
+                    "a CPU it moves the last few alone. Use fused=False"
+                )
 
     def finish(
         self, scaler: torch.amp.GradScaler | None, max_norm: float | None, damping: float, rtol: float | None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,9 +16,9 @@ USUAL = frozenset(vars(nn.Module())) | {"in_features", "out_features"}  # attrib
 def fixed_tensors(model: nn.Module, followed: Iterable[Tensor]) -> list[Tensor]:
     """Return buffers, frozen parameters and tables of a model."""
     ids, fixed, modules = {id(p) for p in followed}, [], modules_of(model)
-    for attributes in map(vars, modules):
-        fixed += [b for b in attributes["_buffers"].values() if b is not None]
-        for p in attributes["_parameters"].values():
+    for module in modules:
+        fixed += [b for b in held(module, "_buffers").values() if b is not None]
+        for p in held(module, "_parameters").values():
             if p is not None and not (p.requires_grad or id(p) in ids):
                 fixed.append(p)
     for value in attributes_of(modules, USUAL):
@@ -54,6 +55,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def held(module: nn.Module, kind: str) -> Mapping[str, Any]:
+    """Return the "_modules", "_parameters" or "_buffers" right inside of a module, by name."""
+    found = vars(module).get(kind)
+    return getattr(module, kind) if found is None else found  # what torch.jit.trace made asks another object
+
+
 def modules_of(model: nn.Module) -> dict[nn.Module, str]:
     """Return every module once, with what stands before the names of its parameters.
 
@@ -65,7 +72,7 @@ def modules_of(model: nn.Module) -> dict[nn.Module, str]:
         prefix, module = waiting.pop()
         if module not in found:
             found[module] = prefix
-            if inner := vars(module)["_modules"]:
+            if inner := held(module, "_modules"):
                 waiting += [(f"{prefix}{name}.", m) for name, m in reversed(inner.items()) if m is not None]
     return found
 
@@ -76,7 +83,7 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
         return dict(model.named_parameters())
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for module, prefix in modules_of(model).items():
-        for name, p in vars(module)["_parameters"].items():
+        for name, p in held(module, "_parameters").items():
             if p is not None and id(p) not in found:
                 found[id(p)] = prefix + name, p
     return dict(found.values())

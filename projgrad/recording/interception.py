@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .._torch_private import is_parallel_hook, uncompiled
+from .._torch_private import ask, enter_beneath, is_parallel_hook, leave, overriding, uncompiled
 from . import functional as pf
 from . import torch_names as names
 from .compiled import compiled
@@ -20,7 +20,7 @@ from .functional.lookups import lookup
 from .functional.recurrent import CELLS, recurrent, recurrent_cell
 from .recording import Recorder, Recording
 from .sites import Source
-from .torch_names import is_in_place, opened, tensors_in
+from .torch_names import behind, is_in_place, is_wrapper, opened, tensors_in
 
 HANDLERS: dict[str, Callable[..., Any]] = {
     **{name: getattr(pf, name) for name in pf.__all__},
@@ -48,14 +48,15 @@ class Interception(TorchFunctionMode):
     def __enter__(self) -> Interception:
         uncompiled.__enter__()
         try:
-            return super().__enter__()
+            enter_beneath(self, lambda mode: not isinstance(mode, Interception))
         except BaseException:
             uncompiled.__exit__()
             raise
+        return self
 
     def __exit__(self, *error: object) -> None:
         uncompiled.__exit__()
-        super().__exit__(*error)
+        leave(self)
 
     def __torch_function__(self, func, _, args=(), kwargs=None):
         recording = self.recording
@@ -77,6 +78,7 @@ class Interception(TorchFunctionMode):
     def special(self, func, args: tuple, kwargs: dict | None):
         """Handle a call that meets a followed tensor, or that matters in another way."""
         recording = self.recording
+        func = behind(func) if is_wrapper(func) else func
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if _is_ordinary(func):
             return self._handle(func, name, args, kwargs)
@@ -113,6 +115,9 @@ class Interception(TorchFunctionMode):
             if isinstance(out, Tensor) and made and all(map(recording.is_constant, tensors)):
                 recording.note_constant(out)
             return out
+        if own := overriding(tensors):  # tensors that do something else in this function: it is looked at what they do
+            with self:
+                return ask(own, func, args, kwargs)
         if name == "__get__":  # a property: x.T, x.shape
             out = func(*args, **kwargs)
             return recording.derive(out, followed, "T") if isinstance(out, Tensor) and out.grad_fn is not None else out
@@ -186,7 +191,7 @@ def _is_ordinary(func: Callable) -> bool:
     """Return whether a function that meets no followed tensor does nothing that matters but to make its result."""
     name = getattr(func, "__name__", "")
     special = func in names.BACKWARD or func == names.GRAD_FN or name == "register_hook"
-    return not (special or is_in_place(name) or name in names.FACTORIES)
+    return not (special or is_wrapper(func) or is_in_place(name) or name in names.FACTORIES)
 
 
 def _picks_rows(name: str, args: tuple) -> bool:

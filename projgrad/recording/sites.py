@@ -153,4 +153,5 @@ class Site:
     @property
     def key(self) -> tuple:
         """Return what identifies the site in the next forward pass of the same model."""
-        return self.name, self.shape, tuple([(s.names, s.window) for s in self.sources]), self.derived
+        sources = tuple([(s.names, s.window) for s in self.sources])
+        return self.name, self.shape, sources, self.derived, self.saved.unpacks  # hooks may round what they keep

@@ -1,11 +1,13 @@
 """What the names of torch's functions say about them, and how to look inside those written in Python."""
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 
 def names(text: str) -> frozenset[str]:
@@ -66,3 +68,25 @@ def opened(func: types.FunctionType) -> Callable:
     )
     inside.__kwdefaults__ = func.__kwdefaults__
     return inside
+
+
+def is_wrapper(func: Callable) -> bool:
+    """Return whether a function is somebody's that took the place of one of torch's, such as F.layer_norm."""
+    return isinstance(func, types.FunctionType) and not func.__globals__.get("__name__", "").startswith("torch")
+
+
+_bodies: dict[types.CodeType, types.FunctionType] = {}
+
+
+def behind(wrapper: types.FunctionType) -> types.FunctionType:
+    """Return the function that asks the mode, for a call that carries the name of a wrapper around it.
+
+    The wrapper has been run: a function of torch that is written in Python finds it under its own name.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not handle_torch_function.__code__:
+        frame = frame.f_back
+    body = None if frame is None else frame.f_back.f_code
+    if body is None or body is wrapper.__code__ or body.co_freevars:
+        return wrapper
+    return _bodies.setdefault(body, types.FunctionType(body, frame.f_back.f_globals, body.co_name))

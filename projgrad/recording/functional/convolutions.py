@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..._torch_private import builtins
 from ...rules.convolution import Convolution
 from ...rules.layout import Layout
 from ...rules.rule import Rows, Rule
@@ -93,7 +93,7 @@ def _convolve_transposed(function: Callable[..., Tensor]) -> Callable[..., Tenso
     return conv_transpose
 
 
-conv1d, conv2d, conv3d = map(_convolve, (F.conv1d, F.conv2d, F.conv3d))
+conv1d, conv2d, conv3d = map(_convolve, (builtins.conv1d, builtins.conv2d, builtins.conv3d))
 conv_transpose1d, conv_transpose2d, conv_transpose3d = map(
-    _convolve_transposed, (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+    _convolve_transposed, (builtins.conv_transpose1d, builtins.conv_transpose2d, builtins.conv_transpose3d)
 )

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from ..._torch_private import builtins
 from ...ops.cost import chunk_bytes
 from ...rules.layout import Layout
 from ...rules.rule import Rows, Rule
@@ -72,12 +72,12 @@ def _sum(name: str, function: Callable, signs: tuple[int, int], input: Any, othe
 
 def add(input: Tensor, other: Tensor, *, alpha: float = 1, tape: Recorder) -> Tensor:
     """`torch.add` with a parameter on either side."""
-    return _sum("add", torch.add, (1, 1), input, other, alpha, tape)
+    return _sum("add", builtins.add, (1, 1), input, other, alpha, tape)
 
 
 def sub(input: Tensor, other: Tensor, *, alpha: float = 1, tape: Recorder) -> Tensor:
     """`torch.sub` with a parameter on either side."""
-    return _sum("sub", torch.sub, (1, -1), input, other, alpha, tape)
+    return _sum("sub", builtins.sub, (1, -1), input, other, alpha, tape)
 
 
 def add_(input: Tensor, other: Tensor, *, alpha: float = 1, tape: Recorder) -> Tensor:
@@ -91,7 +91,7 @@ def sub_(input: Tensor, other: Tensor, *, alpha: float = 1, tape: Recorder) -> T
 def mul(input: Tensor, other: Tensor, *, tape: Recorder) -> Tensor:
     """`torch.mul` with a parameter on either side."""
     call = tape.call("mul", input, other)
-    y = torch.mul(input, other)
+    y = builtins.mul(input, other)
     p, x = (input, other) if call.follows(input) else (other, input)
     if call.follows(x) or not isinstance(x, Tensor):
         return call.note(y, None, [], (), [])
@@ -129,7 +129,7 @@ def local(function: Callable, args: tuple, kwargs: dict, aligned: bool, tape: Re
     flat = [*args, *kwargs.values()]
     call = tape.call(function.__name__, *flat)
     y = function(*args, **kwargs)
-    if kwargs.get("dropout_p", args[4] if function is F.scaled_dot_product_attention and len(args) > 4 else 0):
+    if kwargs.get("dropout_p", args[4] if function.__name__ == "scaled_dot_product_attention" and len(args) > 4 else 0):
         return call.unknown(y)  # made again, it would drop others
     claimed = [t for t in flat if call.follows(t)]
     tensors = [i for i, t in enumerate(flat) if isinstance(t, Tensor)]

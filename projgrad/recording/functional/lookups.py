@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..._torch_private import builtins
 from ...rules.layout import Layout, gather
 from ...rules.lookup import Lookup
 from ...rules.rule import Rule
@@ -38,8 +38,11 @@ def embedding(
     call = tape.call("embedding", input, weight)
     if sparse and call.follows(weight):
         raise ValueError("embedding(sparse=True) has gradients that cannot be projected: use sparse=False")
-    y = F.embedding(input, weight, padding_idx, max_norm, norm_type, False, sparse)
     padding = None if padding_idx is None else padding_idx % len(weight)
+    if max_norm is not None:
+        with torch.no_grad():
+            builtins.embedding_renorm_(weight, input.contiguous(), max_norm, norm_type)
+    y = builtins.embedding(weight, input, -1 if padding is None else padding, False, sparse)
     return lookup(call, y, input, weight, padding)
 
 
@@ -70,7 +73,7 @@ def embedding_bag(weight: Tensor, input: Tensor, offsets: Tensor, *args: Any, ta
         raise ValueError(SCALED.format("embedding_bag"))
     mode, scale = given.get("mode", 0), given.get("per_sample_weights")
     call = tape.call("embedding_bag", weight, input, offsets, scale)
-    y, bag, sizes, largest = torch.embedding_bag(weight, input, offsets, *args)
+    y, bag, sizes, largest = builtins.embedding_bag(weight, input, offsets, *args)
     shape, padding = weight.shape, given.get("padding_idx")
     bags = len(y)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
+from torch.backends import cudnn
 
+from ..._torch_private import builtins
 from ...rules.layout import Layout
 from ...rules.rule import Rows, Rule
 from ..recording import Recorder
@@ -46,7 +47,7 @@ def layer_norm(
     tape: Recorder,
 ) -> Tensor:
     """`torch.nn.functional.layer_norm`."""
-    function = lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps)  # noqa: E731
+    function = lambda x, w, b: builtins.layer_norm(x, normalized_shape, w, b, eps, cudnn.enabled)  # noqa: E731
     last = input.ndim - len(normalized_shape)
     return _normalise(tape, "layer_norm", function, input, weight, bias, range(last), range(last, input.ndim))
 
@@ -60,7 +61,7 @@ def rms_norm(
     tape: Recorder,
 ) -> Tensor:
     """`torch.nn.functional.rms_norm`."""
-    function = lambda x, w, _: F.rms_norm(x, normalized_shape, w, eps)  # noqa: E731
+    function = lambda x, w, _: builtins.rms_norm(x, normalized_shape, w, eps)  # noqa: E731
     last = input.ndim - len(normalized_shape)
     return _normalise(tape, "rms_norm", function, input, weight, None, range(last), range(last, input.ndim))
 
@@ -75,7 +76,7 @@ def group_norm(
     tape: Recorder,
 ) -> Tensor:
     """`torch.nn.functional.group_norm`."""
-    function = lambda x, w, b: F.group_norm(x, num_groups, w, b, eps)  # noqa: E731
+    function = lambda x, w, b: builtins.group_norm(x, num_groups, w, b, eps, cudnn.enabled)  # noqa: E731
     return _normalise(tape, "group_norm", function, input, weight, bias, (0,), (1,))
 
 
@@ -94,8 +95,9 @@ def instance_norm(
     """`torch.nn.functional.instance_norm`."""
     running = running_mean, running_var
     kept = (None, None) if use_input_stats else running  # they are updated once
-    function = lambda x, w, b: F.instance_norm(x, *running, w, b, use_input_stats, momentum, eps)  # noqa: E731
-    again = lambda x, w, b: F.instance_norm(x, *kept, w, b, use_input_stats, 0.0, eps)  # noqa: E731
+    norm, last = builtins.instance_norm, (eps, cudnn.enabled)
+    function = lambda x, w, b: norm(x, w, b, *running, use_input_stats, momentum, *last)  # noqa: E731
+    again = lambda x, w, b: norm(x, w, b, *kept, use_input_stats, 0.0, *last)  # noqa: E731
     return _normalise(tape, "instance_norm", function, input, weight, bias, (0,), (1,), again)
 
 
@@ -121,5 +123,6 @@ def batch_norm(
             "batch norm with batch statistics: the gradient of one sample then depends on the others, so there is "
             "nothing to project. Call model.eval() first"
         )
-    function = lambda x, w, b: F.batch_norm(x, running_mean, running_var, w, b, False, momentum, eps)  # noqa: E731
+    norm, running, last = builtins.batch_norm, (running_mean, running_var), (momentum, eps, cudnn.enabled)
+    function = lambda x, w, b: norm(x, w, b, *running, False, *last)  # noqa: E731
     return _normalise(tape, "batch_norm", function, input, weight, bias, (0,), (1,))

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, functional
 
+from ... import _torch_private as private
 from ...rules.layout import Layout
 from ...rules.product import Grouped, Product
 from ...rules.rule import Rows, Rule
@@ -19,7 +19,7 @@ from .elementwise import fold
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, tape: Recorder) -> Tensor:
     """`torch.nn.functional.linear`: input (..., i), weight (o, i), bias (o,)."""
     call = tape.call("linear", input, weight, bias)
-    y = F.linear(input, weight, bias)
+    y = private.linear(input, weight, bias)
 
     def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
         p, rules = layout.positions(b, n), []
@@ -84,7 +84,7 @@ def contract(y: Tensor, x: Tensor, sx: str, weight: Tensor, sw: str, sy: str, ca
 def matmul(input: Tensor, other: Tensor, *, tape: Recorder) -> Tensor:
     """`torch.matmul` with a parameter on either side."""
     call = tape.call("matmul", input, other)
-    y = torch.matmul(input, other)
+    y = private.builtins.matmul(input, other)
     return _note_matmul(call, y, input, other)
 
 
@@ -126,7 +126,8 @@ def _not_along(added: Tensor | None, y: Tensor) -> list[int]:
 def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, tape: Recorder) -> Tensor:
     """`torch.addmm` and `torch.baddbmm`."""
     call = tape.call("addmm", input, mat1, mat2)
-    y = (torch.addmm if mat1.ndim == 2 else torch.baddbmm)(input, mat1, mat2, beta=beta, alpha=alpha)
+    function = private.builtins.addmm if mat1.ndim == 2 else private.builtins.baddbmm
+    y = function(input, mat1, mat2, beta=beta, alpha=alpha)
     return _note_matmul(call, y, mat1, mat2, (input, beta, alpha))
 
 
@@ -134,7 +135,7 @@ def einsum(equation: str, *operands: Tensor, tape: Recorder) -> Tensor:
     """`torch.einsum` of two operands, one of them a parameter."""
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     call = tape.call("einsum", *operands)
-    y = torch.einsum(equation, *operands)
+    y = functional.einsum(equation, *operands)
     sides = _subscripts(equation, operands)
     if len(operands) != 2 or sides is None or len(sides[2]) != y.ndim:
         return call.note(y, None, [], (), [])
@@ -159,7 +160,7 @@ def _subscripts(equation: str, operands: Sequence[Tensor]) -> list[str] | None:
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None, *, tape: Recorder) -> Tensor:
     """`torch.nn.functional.bilinear`: y_o = x₁ᵀ W_o x₂ + b_o, weight (o, i, i₂)."""
     call = tape.call("bilinear", input1, input2, weight, bias)
-    y = F.bilinear(input1, input2, weight, bias)
+    y = private.builtins.bilinear(input1, input2, weight, bias)
 
     def make(b: Tensor, saved: Sequence[Tensor], layout: Layout, n: int) -> list[Rule]:
         p, x1, x2 = (layout.split(f, n).flatten(1, -2) for f in (b, *saved))

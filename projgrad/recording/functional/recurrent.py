@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..._torch_private import builtins
 from ..recording import Recorder
 from .products import linear
 
@@ -82,7 +82,7 @@ def recurrent(name: str, *args, tape: Recorder):
             outputs.append(out[::-1] if direction else out)
         steps = [torch.cat(states, 1) for states in zip(*outputs, strict=True)] if both else outputs[0]
         if dropout and train and layer < layers - 1:
-            steps = [F.dropout(x, dropout) for x in steps]
+            steps = [builtins.dropout(x, dropout, True) for x in steps]
     y = torch.cat(steps) if packed else torch.stack(steps, 1 if first else 0)
     return y, *(torch.stack(states) for states in zip(*finals, strict=True))
 
