@@ -138,8 +138,8 @@ def _kind(model: nn.Module) -> str | None:
 
 def _inner(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel and torch.compile; inside peft there is still its own forward."""
-    while not hasattr(model, "config"):
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+    while hasattr(model, "_orig_mod") or not hasattr(model, "config"):  # the first has the attributes of what is inside
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if inner is None:
             raise ValueError(f"{type(model).__name__} has no config: losses of its samples need a function of your own")
         model = inner
