@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from .._torch_private import BatchNorm
-from .methods import METHODS, Losses, Method, Numbers, Window
+from .methods import METHODS, Losses, Method, Numbers, Window, inner
 from .token_losses import sample_losses
 
 LOGGED = ("forget_loss", "retain_loss", "rank", "preserved_norm", "residual", "kept", "iterations")
@@ -76,7 +76,7 @@ class UnlearningSteps:
         optimizer = super().create_optimizer(*args, **options)
         if self.unlearning_method is None:
             raise RuntimeError("call unlearn_by before train")
-        self.unlearning_method.check_optimizer(getattr(optimizer, "optimizer", optimizer))
+        self.unlearning_method.check_optimizer(inner(optimizer))
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *_: Any, **__: Any) -> Tensor:
