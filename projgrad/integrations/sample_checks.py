@@ -12,16 +12,29 @@ from torch import Tensor, nn
 from ..recording.fixed import evaluating
 from .label_losses import POSITIONS
 from .pairs import Collator
-from .token_losses import IGNORED, Batch, answers_of, counts, outputs_of, sample_losses
+from .token_losses import (
+    IGNORED,
+    Batch,
+    answers_of,
+    counted_labels,
+    counts,
+    outputs_of,
+    sample_losses,
+    shifts_labels,
+    uncounted,
+)
 
 MASKS = "completion_mask", "assistant_masks"  # columns of trl, which makes labels of them
+TOKENS = "labels", "position_ids", "attention_mask"
 SCANNED = 10_000  # samples whose labels are looked at, of either side
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}  # of losses, relative, without tensor cores; else 1e-3
 COARSE = 5e-2  # in 16 bits
 
 
-def check_columns(name: str, data: Sequence[Any], columns: frozenset[str] | None) -> None:
+def check_columns(name: str, data: Sequence[Any], columns: frozenset[str] | None, model: nn.Module) -> None:
     """Check that a data set has columns that the model takes, and that every sample has a label; raises ValueError.
+
+    Where labels are shifted, that of a first token, or of one behind padding, is none: no token predicts it.
 
     columns: that the model takes; None: whatever they are.
     """
@@ -46,10 +59,10 @@ def check_columns(name: str, data: Sequence[Any], columns: frozenset[str] | None
         )
     if not isinstance(first.get("labels"), (Sequence, Tensor)):
         return
-    bare = [k for k in range(min(len(data), SCANNED)) if not _is_labelled(data[k]["labels"])]
+    bare = [k for k in range(min(len(data), SCANNED)) if not _is_labelled(model, data[k])]
     if bare:
         few = ", ".join(map(str, bare[:4])) + (f" and {len(bare) - 4} more" if len(bare) > 4 else "")
-        raise ValueError(f"{name} has samples without any label other than {IGNORED}: {few}. Leave them out")
+        raise ValueError(f"{name} has samples without any label other than {uncounted(model)}: {few}. Leave them out")
 
 
 def check_labels(name: str, batch: Batch, model: nn.Module) -> None:
@@ -73,8 +86,10 @@ def check_loss(model: nn.Module, batch: Batch) -> None:
     are not compared: the model's own loss may predict the first token of one from another.
     """
     kind = type(model).__name__
-    if not has_labels(batch):
-        raise ValueError(f"no token of the first samples has a label other than {IGNORED}: were the answers cut off?")
+    if not has_labels(model, batch):
+        raise ValueError(
+            f"no token of the first samples has a label other than {uncounted(model)}: were the answers cut off?"
+        )
     with evaluating(model):
         try:
             found, *more = sample_losses(model, {k: v for k, v in batch.items() if k != "token_weights"}).tolist()
@@ -116,10 +131,9 @@ def warn_of_company(model: nn.Module, collate: Collator, samples: Sequence[Any])
         )
 
 
-def has_labels(batch: Batch) -> bool:
+def has_labels(model: nn.Module, batch: Batch) -> bool:
     """Return whether any label of a batch counts."""
-    labels = batch.get("labels")
-    return not isinstance(labels, Tensor) or counts(labels)
+    return not isinstance(batch.get("labels"), Tensor) or counts(counted_labels(model, batch))
 
 
 def _check_forward(model: nn.Module, batch: Batch) -> None:
@@ -134,10 +148,19 @@ def _check_forward(model: nn.Module, batch: Batch) -> None:
         return
 
 
-def _is_labelled(labels: Any) -> bool:
-    if isinstance(labels, Tensor):
-        return counts(labels)
-    return not isinstance(labels, Sequence) or any(label != IGNORED for label in labels)
+def _is_labelled(model: nn.Module, sample: Mapping[str, Any]) -> bool:
+    """Return whether any label of a sample counts, as it is before a collator."""
+    labels = sample["labels"]
+    if not isinstance(labels, (Sequence, Tensor)):
+        return True
+    is_flat = labels.ndim == 1 if isinstance(labels, Tensor) else len(labels) and isinstance(labels[0], int)
+    if not shifts_labels(model) or not is_flat:
+        return counts(labels) if isinstance(labels, Tensor) else any(label != IGNORED for label in labels)
+    rows = {name: torch.as_tensor(sample[name])[None] for name in TOKENS if sample.get(name) is not None}
+    counted, mask = counted_labels(model, rows), rows.get("attention_mask")
+    if mask is not None and mask.shape == counted.shape:
+        counted[:, 1:].masked_fill_(mask[:, :-1] == 0, IGNORED)
+    return counts(counted)
 
 
 def _length(sample: Any) -> int:

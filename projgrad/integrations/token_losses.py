@@ -14,8 +14,8 @@ from .label_losses import CLASSIFIERS, POSITIONS, SINGLE, SPANS, class_sums, spa
 Batch = Mapping[str, Any]
 IGNORED = -100  # a label that does not count
 UNSHIFTED = ("ForMaskedLM", "ForTokenClassification")  # kinds of losses in transformers: a label is of its own token
-MEANS = (None, "ForCausalLM", "ForConditionalGeneration", "CsmForConditionalGeneration", *UNSHIFTED)
-MEANS += (*CLASSIFIERS, SPANS)
+SHIFTED = (None, "ForCausalLM", "ForConditionalGeneration", "CsmForConditionalGeneration")
+MEANS = (*SHIFTED, *UNSHIFTED, *CLASSIFIERS, SPANS)
 ROWS = 1024  # of logits that are float32 at a time
 
 
@@ -65,15 +65,13 @@ def token_sums(model: nn.Module, batch: Batch) -> TokenSums:
     if kind == SPANS:
         outputs = outputs_of(model, batch)
         return TokenSums(*span_sums(outputs.start_logits, outputs.end_logits, batch))
-    labels = batch["labels"]
-    labels = labels if labels.is_floating_point() else labels.long()
+    labels, shifts = counted_labels(model, batch), shifts_labels(model)
     if not counts(labels):
-        raise ValueError(f"no token of the batch has a label other than {IGNORED}: were the answers cut off?")
+        raise ValueError(f"no token of the batch has a label other than {uncounted(model)}: were the answers cut off?")
     logits = outputs_of(model, batch).logits
     if labels.ndim == 1 or kind in CLASSIFIERS:
         problem = getattr(_inner(model).config, "problem_type", None) if kind in CLASSIFIERS else SINGLE
         return TokenSums(*class_sums(logits, labels, problem))
-    shifts = not _is_pair(model) and kind not in UNSHIFTED
     if not _is_pair(model) and "input_ids" in batch and batch["input_ids"].shape == labels.shape:
         logits = logits[:, -labels.shape[1] :]  # virtual tokens of a learned prompt come before
     if logits.shape[:-1] != labels.shape:
@@ -81,8 +79,6 @@ def token_sums(model: nn.Module, batch: Batch) -> TokenSums:
             f"labels of shape {tuple(labels.shape)} for logits of {tuple(logits.shape)}: a label needs a row of logits"
         )
     owners = None if _is_pair(model) else _owners(batch)
-    if owners is not None and shifts:
-        labels = labels.masked_fill(owners.diff(prepend=owners[:, :1] - 1) != 0, IGNORED)
     weights = batch.get("token_weights")
     weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.float()
     weights = weights.masked_fill(labels == IGNORED, 0)
@@ -114,6 +110,27 @@ def answers_of(model: nn.Module) -> tuple[str, ...]:
     return POSITIONS if _kind(model) == SPANS else ("labels",)
 
 
+def shifts_labels(model: nn.Module) -> bool:
+    """Return whether a label is what the token before it predicts."""
+    return not _is_pair(model) and _kind(model) in SHIFTED
+
+
+def uncounted(model: nn.Module) -> str:
+    """Return the words of messages for the labels that do not count."""
+    return f"{IGNORED}, first tokens aside, which nothing predicts" if shifts_labels(model) else str(IGNORED)
+
+
+def counted_labels(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the labels of a batch; where they are shifted, -100 at a sample's first token, which nothing predicts."""
+    labels, positions = batch["labels"], batch.get("position_ids")
+    labels = labels if labels.is_floating_point() else labels.long()
+    if labels.ndim != 2 or not shifts_labels(model):
+        return labels
+    labels = torch.cat([torch.full_like(labels[:, :1], IGNORED), labels[:, 1:]], 1)
+    owners = _owners(batch) if positions is not None and positions.shape == labels.shape else None
+    return labels if owners is None else labels.masked_fill(owners.diff(prepend=owners[:, :1]) != 0, IGNORED)
+
+
 def counts(labels: Tensor) -> bool:
     """Return whether any label counts; numbers all do."""
     return labels.is_floating_point() or bool((labels != IGNORED).any())
@@ -138,8 +155,8 @@ def _kind(model: nn.Module) -> str | None:
 
 def _inner(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel and torch.compile; inside peft there is still its own forward."""
-    while not hasattr(model, "config"):
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+    while hasattr(model, "_orig_mod") or not hasattr(model, "config"):  # the first has the attributes of what is inside
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if inner is None:
             raise ValueError(f"{type(model).__name__} has no config: losses of its samples need a function of your own")
         model = inner

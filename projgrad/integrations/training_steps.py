@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from .._torch_private import BatchNorm
-from .methods import METHODS, Losses, Method, Numbers, Window
+from .methods import METHODS, Losses, Method, Numbers, Window, inner
 from .token_losses import sample_losses
 
 LOGGED = ("forget_loss", "retain_loss", "rank", "preserved_norm", "residual", "kept", "iterations")
@@ -56,8 +56,6 @@ class UnlearningSteps:
             self.args.label_smoothing_factor or getattr(self, "compute_loss_func", None) is not None
         ):
             raise ValueError("label_smoothing_factor and compute_loss_func make no losses of samples: give `losses`")
-        if self.args.torch_compile:
-            raise ValueError("gradients of single samples are not found in a compiled model: set torch_compile=False")
         given = getattr(self.args, "gradient_checkpointing_kwargs", None) or {}
         if self.args.gradient_checkpointing and given.get("use_reentrant", transformers.__version__ < "5"):
             raise ValueError(
@@ -72,14 +70,13 @@ class UnlearningSteps:
         if self.args.remove_unused_columns and not self.makes_batches:
             raise ValueError("set remove_unused_columns=False: the Trainer would take both sides out of the batches")
         self.unlearning_method.check(self)
-        self._norms = [module for module in self.model.modules() if isinstance(module, BatchNorm)]
         self._window, self._numbers = [], []
 
     def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **options)
         if self.unlearning_method is None:
             raise RuntimeError("call unlearn_by before train")
-        self.unlearning_method.check_optimizer(getattr(optimizer, "optimizer", optimizer))
+        self.unlearning_method.check_optimizer(inner(optimizer))
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *_: Any, **__: Any) -> Tensor:
@@ -93,8 +90,9 @@ class UnlearningSteps:
                 "that makes them"
             )
         model.train()
-        for norm in self._norms:  # the statistics of a batch would make every gradient depend on all samples
-            norm.eval()
+        for module in model.modules():
+            if isinstance(module, BatchNorm):  # the statistics of a batch make every gradient depend on all samples
+                module.eval()
         if callable(getattr(self.optimizer, "train", None)):  # of optimizers without a schedule
             self.optimizer.train()
         self._window.append(send_to_device(inputs, self.args.device))

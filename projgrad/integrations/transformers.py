@@ -148,11 +148,11 @@ class UnlearningTrainer(UnlearningSteps, Trainer):
         def collate(samples: list[Any]) -> Batch:
             return send_to_device(self._collate([(position, sample) for sample in samples])[side], device)
 
-        check_columns(name, data, self._collate.columns)
+        check_columns(name, data, self._collate.columns, self.model)
         samples = [data[k] for k in range(min(8, len(data)))]
         batch = collate(samples[:1])
         for sample in samples[1:]:  # a collator that masks at random may leave a short one without labels
-            if has_labels(batch):
+            if has_labels(self.model, batch):
                 break
             batch = collate([sample])
         check_labels(name, batch, self.model)

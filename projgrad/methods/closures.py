@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from .._options import kind
-from .._torch_private import BatchNorm, function_modes, sequence_number, version
+from .._torch_private import BatchNorm, function_modes, sequence_number, uncompiled, version
 from ..recording.fixed import modules_of
 from ..recording.graph import nodes_of
 from ..recording.interception import Interception
@@ -25,7 +25,6 @@ from .common import (
     clear_grads,
     distributed,
     held_parameters,
-    refuse_statistics,
     trainable_parameters,
 )
 from .protocol import Closure, SteppingOptimizer
@@ -202,15 +201,12 @@ class Closures:
             if is_wrapper and any(id(p) in self._names for p in module.parameters()):
                 check_replicas(module, f"what {closure}() runs")
 
-        counts = [(norm, t, version(t)) for norm in self._norms if (t := norm.num_batches_tracked) is not None]
         self._look = register_module_forward_pre_hook(check)
         try:
-            yield
+            with uncompiled:  # what was compiled before the step runs no such hook
+                yield
         finally:
             self._look.remove()
-        for norm, count, before in counts:  # what was compiled before the step runs no such hook
-            if version(count) != before:
-                refuse_statistics(norm, self.model)
 
     def compare(self, losses: Tensor, forgotten: Callable[[list[str]], Sequence[Tensor | None]]) -> None:
         """Check that both closures saw the same weights: those that a forward pass normalises come out alike in both.

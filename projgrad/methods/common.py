@@ -204,12 +204,8 @@ def check_batch_norm(model: nn.Module) -> None:
 
 def check_statistics(module: nn.Module, model: nn.Module) -> None:
     """Check that a module of a model is no batch norm that uses the statistics of the batch; raises ValueError."""
-    if isinstance(module, BatchNorm) and (module.training or module.running_mean is None):
-        refuse_statistics(module, model)
-
-
-def refuse_statistics(module: nn.Module, model: nn.Module) -> None:
-    """Raise ValueError if a batch norm is one of a model's."""
+    if not isinstance(module, BatchNorm) or not (module.training or module.running_mean is None):
+        return
     name = next((name for name, one in model.named_modules() if one is module), None)
     if name is not None:  # else it is another model's
         raise ValueError(

@@ -10,6 +10,7 @@ from language import model, padded, samples
 from torch.nn.functional import cross_entropy
 
 import projgrad
+from projgrad.integrations.pairs import columns_of
 from projgrad.integrations.token_losses import ROWS, sample_losses, token_sums
 
 pytestmark = pytest.mark.same_without_extension
@@ -73,6 +74,14 @@ def test_packed_samples_are_those_of_a_padded_batch(shape):
         assert tape.project_(losses).rank == 4
         found.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     torch.testing.assert_close(*found, rtol=0, atol=1e-5 * float(found[1].abs().max()))
+
+
+def test_a_compiled_model_has_the_arguments_of_the_one_inside():
+    """Of `use_cache` too: with a cache, transformers does not keep packed samples apart."""
+    net, packed = model(), transformers.DataCollatorWithFlattening()(samples(4))
+    compiled = torch.compile(net, backend="eager")
+    torch.testing.assert_close(sample_losses(compiled, packed), sample_losses(net, packed))
+    assert columns_of(compiled) == columns_of(net)
 
 
 def test_logits_in_slices():

@@ -37,9 +37,8 @@ WRONG = {
     ),
     "cut": (
         dict(data=([FORGET[0], FORGET[1] | {"labels": [-100] * 7}], RETAIN)),
-        "forget_dataset has samples without any label other than -100: 1. Leave them out",
+        "samples without any label other than -100, first tokens aside, which nothing predicts: 1. Leave them out",
     ),
-    "compiled": (dict(torch_compile=True), "set torch_compile=False"),
     "none": (dict(n=0), "retain_batch_size must be an integer of at least 1; got 0"),
     "counted": (dict(include_num_input_tokens_seen="all"), "does not count the tokens of two batches"),
     "columns": (

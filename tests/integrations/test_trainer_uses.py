@@ -170,7 +170,24 @@ def test_packed_rows_in_a_trainer(tmp_path):
     assert logged(made, "forget_loss") == pytest.approx([20 * math.log(2)] * 4, rel=1e-5)
 
 
-def test_batch_norm_uses_its_running_statistics(tmp_path):
+@pytest.mark.parametrize("method", ["orthograd", "pgu", "feasible", "npo"])
+def test_a_compiled_model_takes_the_same_steps(tmp_path, method):
+    made = []
+    for compiled in (False, True):
+        options = dict(torch_compile=compiled, torch_compile_backend="eager" if compiled else None)
+        if method == "pgu":
+            options |= dict(method_options={"gamma": 0.5}, optim="sgd")
+        evaluated = dict(eval_dataset=FORGET, eval_strategy="steps", eval_steps=1)
+        made.append(run(tmp_path, model("gpt2"), method, steps=2, **evaluated, **options))
+        assert isinstance(made[-1].model_wrapped, torch._dynamo.OptimizedModule) == compiled
+    assert_same(made[0].model, made[1].model, 0)
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert logged(made[0], name) == logged(made[1], name)
+
+
+@pytest.mark.parametrize("method", ["orthograd", "graddiff"])
+@pytest.mark.parametrize("is_made_anew", [False, True])
+def test_batch_norm_uses_its_running_statistics(tmp_path, method, is_made_anew):
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -182,7 +199,9 @@ def test_batch_norm_uses_its_running_statistics(tmp_path):
     data = [[{"x": [float(k), 1.0, 2.0, 3.0], "y": k % 3} for k in range(m)] for m in (6, 9)]
     made = run(
         tmp_path,
-        Net(),
+        None if is_made_anew else Net(),
+        method,
+        model_init=Net if is_made_anew else None,
         collator=lambda rows: {name: torch.tensor([row[name] for row in rows]) for name in ("x", "y")},
         data=data,
         losses=lambda net, batch: cross_entropy(net(batch["x"]), batch["y"], reduction="none"),
@@ -190,4 +209,5 @@ def test_batch_norm_uses_its_running_statistics(tmp_path):
         n=3,
         warmup_steps=0,
     )
-    assert set(logged(made, "rank")) == {3}
+    assert method == "graddiff" or set(logged(made, "rank")) == {3}
+    assert made.model.norm.num_batches_tracked == 0

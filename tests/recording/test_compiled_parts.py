@@ -80,6 +80,33 @@ def test_steps_are_those_of_the_model_before_it_was_compiled(name):
     assert compiler.count or name == "in_place"  # outside of the tape it was compiled; torch may skip a single layer
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile\\(module\\)` when there are global hooks")
+@pytest.mark.parametrize("is_tracked", [True, False])
+def test_batch_norms_of_a_compiled_model_are_looked_at(is_tracked):
+    """In the forget closure too: it compiled the hook that looks, and without running statistics it saw nothing."""
+    torch.compiler.reset()
+
+    class Net(nn.Sequential):  # whose forward is not torch's own: torch.compile leaves that alone
+        def forward(self, x):
+            return self[2](self[1](self[0](x)))
+
+    plain = Net(nn.Linear(8, 7), nn.BatchNorm1d(7, track_running_stats=is_tracked), nn.Linear(7, 5)).eval()
+    model, x, y, weights = copy.deepcopy(plain), torch.randn(N, 8), torch.randint(5, (N,)), []
+    compiled = torch.compile(model, backend=Compiler())
+    compiled(x)
+    for module in (plain, compiled):
+        unlearner = projgrad.OrthoGrad(module, torch.optim.SGD(module.parameters(), lr=0.1))
+        closures = losses_of(module, -x[:4], y[:4]), losses_of(module, x, y)
+        if is_tracked:
+            assert unlearner.step(lambda: closures[0]().mean(), closures[1]).residual < 1e-10  # noqa: B023
+            weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+            continue
+        with pytest.raises(ValueError, match="1 is a BatchNorm1d that uses batch statistics"):
+            unlearner.step(lambda: closures[0]().mean(), closures[1])  # noqa: B023
+    if is_tracked:
+        torch.testing.assert_close(*weights, rtol=0, atol=1e-12)
+
+
 def test_only_the_recorded_pass_is_not_compiled():
     torch.compiler.reset()
     compiler, model, x = Compiler(), mlp(), torch.randn(N, 8)

@@ -9,14 +9,11 @@ from language import padded, samples
 from projgrad.integrations.transformers import UnlearningTrainer
 
 FORGET, RETAIN = samples(10), samples(24, 10)
+OURS = "method_options", "losses", "eval_dataset", "processing_class", "callbacks", "optimizers", "model_init"
 
 
 def trainer(folder, net, method="orthograd", steps=4, collator=padded, data=(FORGET, RETAIN), **options):
-    ours = {
-        name: options.pop(name)
-        for name in ("method_options", "losses", "eval_dataset", "processing_class", "callbacks", "optimizers")
-        if name in options
-    }
+    ours = {name: options.pop(name) for name in OURS if name in options}
     n = options.pop("n", 5)
     settings = dict(
         per_device_train_batch_size=3,
