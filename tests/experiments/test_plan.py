@@ -189,6 +189,8 @@ def test_a_function_gives_a_model_of_ones_own():
     plan = make_plan(f"{__name__}:pair", 16)
     assert plan["plain"]["peak_bytes"] == costs(NET, ["plain"], 16)["plain"].peak_bytes
     assert "more than" not in sentence(plan)
+    plan["about"]["device"], plan["global"]["peak_bytes"] = "cuda", 20e9
+    assert "20 GB, fits a GPU with 24 GB;" in sentence(plan)
 
 
 @pytest.mark.parametrize(
