@@ -312,23 +312,18 @@ def conversions_of_fakes() -> Iterator[None]:
         nn.Module._apply = before
 
 
-def attention_flops() -> dict[object, Callable[..., int]]:
-    """Return formulas for the attention of a CPU, which torch's counter of operations does not know: those of a GPU."""
-    aten = torch.ops.aten
+def flops(op: object, args: tuple, kwargs: dict, result: object) -> int:
+    """Return the floating-point operations of a call, by torch's formula; 0 of an operation that has none.
 
-    def as_on_a_gpu(operation: object) -> Callable[..., int]:
-        def flops(*args: object, **kwargs: object) -> int:
-            return flop_registry[operation](*args, **kwargs)
-
-        flops._get_raw = True  # the formula takes tensors
-        return flops
-
-    return {
-        aten._scaled_dot_product_flash_attention_for_cpu: as_on_a_gpu(aten._scaled_dot_product_flash_attention),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: as_on_a_gpu(
-            aten._scaled_dot_product_flash_attention_backward
-        ),
-    }
+    The attention of a CPU has none there: that of a GPU is taken.
+    """
+    aten, packet = torch.ops.aten, getattr(op, "_overloadpacket", op)
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        packet = aten._scaled_dot_product_flash_attention
+    elif packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        packet = aten._scaled_dot_product_flash_attention_backward
+    formula = flop_registry.get(packet)
+    return formula(*args, **kwargs, out_val=result) if formula else 0
 
 
 # The profiler: the old one, whose records come in order and which says nothing on stderr.

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from projgrad.experiments import cli
 from projgrad.experiments.plan.memory import BLOCK, imagined
 from projgrad.experiments.plan.plan import WAYS, largest, make_plan, sentence
-from projgrad.experiments.plan.steps import costs
+from projgrad.experiments.plan.steps import Job, costs
 from projgrad.experiments.plan.subjects import Subject, Unknown, subject_of
 
 pytestmark = pytest.mark.same_without_extension
 WIDTH, DEPTH = 1024, 4
-TINY = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 128, "n_positions": 64}
+TINY = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 128, "n_positions": 64}
 
 
 def net():
@@ -55,7 +55,7 @@ def config(tmp_path_factory):
 
 
 def test_the_ledger_counts_what_lives():
-    with imagined("cpu") as (ledger, _):
+    with imagined("cpu") as ledger:
         a = torch.zeros(1000)
         view, b = a[:10], torch.zeros(3)
         assert ledger.live == 4096 + BLOCK
@@ -64,6 +64,34 @@ def test_the_ledger_counts_what_lives():
         del view
         assert ledger.live == BLOCK and ledger.peak == 4096 + BLOCK
         del b
+
+
+@pytest.mark.parametrize("way", ["plain", "global", "metric", "explicit_qr"])
+def test_a_step_leaves_only_gradients_and_state(way):
+    with imagined("cpu") as ledger:
+        model, losses = pair()
+        job, left = Job(model, losses, 4, "momentum", "cpu", lambda: ledger.flops), []
+        for first in (True, False, False):
+            job.take(way, first)
+            left.append(ledger.live)
+    tensors = 4 if way == "metric" else 3  # weights, gradients, momentum; and the forget gradient's own momentum
+    batches = (4 + 4 + 1) * WIDTH * 4
+    assert left == 3 * [tensors * WEIGHTS + batches]
+
+
+def test_operations_are_counted_as_torch_counts_them():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def run():
+        x = torch.ones(2, 3, 8, 8, requires_grad=True)
+        x = F.conv2d(x, torch.ones(4, 3, 3, 3)).flatten(2)
+        return (x @ x.mT + torch.addmm(x[0], x[0], torch.ones(36, 36)).sum()).sum().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    with imagined("cpu") as ledger:
+        run()
+    assert ledger.flops == counter.get_total_flops() > 0
 
 
 def test_a_plain_step_takes_weights_gradients_state_and_activations():
@@ -98,11 +126,11 @@ def test_the_metric_takes_a_copy_of_the_forget_gradient_and_its_momentum():
 
 
 def test_memory_grows_with_samples_and_shrinks_with_adapters(config):
-    small, large = (costs(subject_of(str(config), 32), ["plain"], n)["plain"] for n in (4, 64))
+    whole = subject_of(str(config), 32)
+    small, large = (costs(whole, ["plain"], n, optimizer="adamw")["plain"] for n in (4, 64))
     assert large.peak_bytes > 2 * small.peak_bytes and large.flops == pytest.approx(16 * small.flops)
     adapted = costs(subject_of(str(config), 32, lora=2), ["plain", "global"], 64, optimizer="adamw")
-    whole = costs(subject_of(str(config), 32), ["plain"], 64, optimizer="adamw")["plain"]
-    assert adapted["plain"].peak_bytes < whole.peak_bytes
+    assert adapted["plain"].peak_bytes < large.peak_bytes
     assert adapted["global"].peak_bytes < 1.2 * adapted["plain"].peak_bytes
 
 
@@ -116,12 +144,18 @@ def test_float32_logits_take_more_than_some_rows_at_a_time(config):
 
 def chatty():
     print("hello")
-    layer = nn.Linear(WIDTH, WIDTH, bias=False)
-    return layer, lambda n: net_losses(layer, n)
+    layer = nn.Linear(64, 64, bias=False)
+
+    def losses(n):
+        x = torch.zeros(n, 64, 64)
+        return lambda: F.mse_loss(layer(x), x, reduction="none").mean((1, 2))
+
+    return layer, losses
 
 
 def test_a_plan_in_json_which_holds_nothing_that_a_function_prints(capsys):
-    assert cli.main(["plan", f"{__name__}:chatty", "--n", "2", "--json", "--memory", "0.04"]) == 0
+    given = ["--n", "2", "--json", "--memory", "0.0005", "--optimizer", "sgd"]
+    assert cli.main(["plan", f"{__name__}:chatty", *given]) == 0
     captured = capsys.readouterr()
     plan = json.loads(captured.out)
     assert "hello" in captured.err
@@ -155,6 +189,8 @@ def test_a_function_gives_a_model_of_ones_own():
     plan = make_plan(f"{__name__}:pair", 16)
     assert plan["plain"]["peak_bytes"] == costs(NET, ["plain"], 16)["plain"].peak_bytes
     assert "more than" not in sentence(plan)
+    plan["about"]["device"], plan["global"]["peak_bytes"] = "cuda", 20e9
+    assert "20 GB, fits a GPU with 24 GB;" in sentence(plan)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Memory that a computation would take, counted on tensors that have shapes and no elements."""
+"""Memory and operations that a computation would take, counted on tensors that have shapes and no elements."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..._torch_private import (
     FakeTensorMode,
     TorchDispatchMode,
-    attention_flops,
     conversions_of_fakes,
+    flops,
     storage_id,
     tree_leaves,
 )
@@ -25,14 +24,16 @@ BLOCK = 512  # bytes: torch's allocator on a GPU rounds up to a multiple of it
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all storages that live, and of most that ever lived together.
+    """Counts the bytes of all storages that live, of most that ever lived together, and floating-point operations.
 
     live, peak: in bytes. While it is a context, every tensor that an operation returns is counted until it dies.
+    flops: of products of matrices and attention. torch's FlopCounterMode is not used: it hooks into all modules, which
+    is slow, and its hooks hold the graph beyond a step.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.flops = 0
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -40,6 +41,7 @@ class Ledger(TorchDispatchMode):
         for t in tree_leaves(result):
             if isinstance(t, Tensor):
                 self._count(t)
+        self.flops += flops(function, args, kwargs or {}, result)
         return result
 
     def _count(self, t: Tensor) -> None:
@@ -66,12 +68,11 @@ class OnGPU(TorchFunctionMode):
 
 
 @contextmanager
-def imagined(device: str) -> Iterator[tuple[Ledger, FlopCounterMode]]:
+def imagined(device: str) -> Iterator[Ledger]:
     """Make a context in which tensors have no elements; give what counts their bytes and operations.
 
     device: "cpu", or "cuda" for what a GPU would hold.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=attention_flops())
     gpu = OnGPU() if device == "cuda" else nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger, counter, conversions_of_fakes(), gpu:
-        yield ledger, counter
+    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger, conversions_of_fakes(), gpu:
+        yield ledger

@@ -19,9 +19,9 @@ WAYS = {
     "explicit_qr": "all per-sample gradients with QR, as published",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CARDS = {"GPU with 16 GB": 16, "24 GB": 24, "A100-40": 40, "48 GB": 48, "H100-80": 80, "H200": 141}  # GB
+CARDS = {"GPU with 16 GB": 16, "GPU with 24 GB": 24, "A100-40": 40, "GPU with 48 GB": 48, "H100-80": 80, "H200": 141}
 MOST = 1 << 20  # samples
-SPARE = 0.92  # of a card's memory that a program can have
+SPARE = 0.92  # of a card's GB that a program can have
 
 
 def make_plan(

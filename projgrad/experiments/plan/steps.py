@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...methods.common import check_batch_norm
 from ...methods.projectors import qr
@@ -66,7 +65,10 @@ class Use(NamedTuple):
 
 
 class Job:
-    """A model with a new optimizer, and a forget and a retain batch of n samples."""
+    """A model with a new optimizer, and a forget and a retain batch of n samples.
+
+    operations: returns how many were counted so far.
+    """
 
     def __init__(
         self,
@@ -75,9 +77,9 @@ class Job:
         n: int,
         optimizer: str,
         device: str,
-        counter: FlopCounterMode | None = None,
+        operations: Callable[[], int] = int,
     ) -> None:
-        self.model, self.n, self.counter = model, n, counter
+        self.model, self.n, self.operations = model, n, operations
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.forget, self.retain, self.one = (losses(k) for k in (n, n, 1))
         # torch chooses foreach by itself on a GPU, where its temporaries are as large as the model
@@ -153,10 +155,10 @@ class Job:
         self.optimizer.zero_grad()
         self.forget().mean().backward()
         rows = [torch.empty(self.n, p.numel(), device=p.device) for p in self.params]
-        before = self.counter.get_total_flops()
+        before = self.operations()
         gradients = torch.autograd.grad(self.one().sum(), self.params, allow_unused=True)
         del gradients
-        others = (self.n - 1) * (self.counter.get_total_flops() - before)
+        others = (self.n - 1) * (self.operations() - before)
         for p in self.params:
             G = rows.pop(0)
             overwritten = G.mT.clone()  # LAPACK and cuSOLVER factor in place
@@ -212,7 +214,7 @@ def _run(
 ) -> None:
     """Add what two steps of every way take."""
     before = torch.get_default_dtype()
-    with imagined(device) as (ledger, counter):
+    with imagined(device) as ledger:
         torch.set_default_dtype(dtype)
         try:
             model = subject.make().train()
@@ -221,13 +223,13 @@ def _run(
             torch.set_default_dtype(before)
         for way in ways:
             notify(way)
-            job = Job(model, functools.partial(subject.losses, model), n, optimizer, device, counter)
+            job = Job(model, functools.partial(subject.losses, model), n, optimizer, device, lambda: ledger.flops)
             peaks = []
             for first in (True, False):
-                ledger.peak, counted = ledger.live, counter.get_total_flops()
+                ledger.peak, ledger.flops = ledger.live, 0
                 rest = job.take(way, first)
                 peaks.append(ledger.peak)
-            runs[way, n] = Run(*peaks, round(counter.get_total_flops() - counted + rest), len(job.params))
+            runs[way, n] = Run(*peaks, round(ledger.flops + rest), len(job.params))
             job.optimizer.zero_grad()
             del job
             gc.collect()
