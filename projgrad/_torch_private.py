@@ -17,7 +17,6 @@ from torch.autograd.graph import Node
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode_stack,
-    _get_overloaded_args,
     _pop_mode,
     _push_mode,
 )
@@ -112,21 +111,10 @@ def _overrides(kind: type) -> bool:
     return not usual and getattr(override, "__func__", None) is not Tensor.__torch_function__.__func__
 
 
-def overriding(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return one tensor of each class that does something of its own in torch's functions, as torch would ask them."""
-    if all(type(t) is Tensor or type(t) is nn.Parameter for t in tensors):
-        return []
-    return [t for t in _get_overloaded_args(tensors) if _overrides(type(t))]
-
-
-def ask(tensors: Sequence[Tensor], func: Callable, args: tuple, kwargs: dict) -> object:
-    """Return what a torch function gives of which `tensors` are the overriding arguments."""
-    kinds = tuple(map(type, tensors))
-    for kind in kinds:
-        out = kind.__torch_function__(func, kinds, args, kwargs)
-        if out is not NotImplemented:
-            return out
-    raise TypeError(f"no class among {', '.join(k.__name__ for k in kinds)} implements {func.__name__}")
+def are_overriding(tensors: Sequence[Tensor]) -> bool:
+    """Return whether torch would ask a class of tensors among arguments what a function does with them."""
+    plain = all(type(t) is Tensor or type(t) is nn.Parameter or not _overrides(type(t)) for t in tensors)
+    return not plain and torch._C._is_torch_function_enabled()
 
 
 def foreach_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:

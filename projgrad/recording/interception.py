@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .._torch_private import ask, enter_beneath, is_parallel_hook, leave, overriding, uncompiled
+from .._torch_private import are_overriding, enter_beneath, is_parallel_hook, leave, uncompiled
 from . import functional as pf
 from . import torch_names as names
 from .compiled import compiled
@@ -115,9 +115,8 @@ class Interception(TorchFunctionMode):
             if isinstance(out, Tensor) and made and all(map(recording.is_constant, tensors)):
                 recording.note_constant(out)
             return out
-        if own := overriding(tensors):  # tensors that do something else in this function: it is looked at what they do
-            with self:
-                return ask(own, func, args, kwargs)
+        if are_overriding(tensors):  # torch asks these, and then this mode for what they call
+            return NotImplemented
         if name == "__get__":  # a property: x.T, x.shape
             out = func(*args, **kwargs)
             return recording.derive(out, followed, "T") if isinstance(out, Tensor) and out.grad_fn is not None else out
