@@ -127,6 +127,7 @@ int meets(PyObject* sources, PyObject* const* arguments, Py_ssize_t count) {
 
 // Interception.__torch_function__ of recording/interception.py: self, function, types, arguments, keyword arguments.
 PyObject* torch_function(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count < 4 || !PyTuple_Check(given[3])) return PyErr_BadArgument(), nullptr;
   PyObject *self = given[0], *function = given[1], *args = given[3];
   PyObject* kwargs = count > 4 && given[4] != Py_None && PyDict_GET_SIZE(given[4]) ? given[4] : nullptr;
   static PyObject *tables = PyUnicode_InternFromString("tables"), *special = PyUnicode_InternFromString("special"),
