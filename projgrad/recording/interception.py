@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -78,7 +79,8 @@ class Interception(TorchFunctionMode):
     def special(self, func, args: tuple, kwargs: dict | None):
         """Handle a call that meets a followed tensor, or that matters in another way."""
         recording = self.recording
-        func = behind(func) if is_wrapper(func) else func
+        if isinstance(func, types.FunctionType):
+            func = behind(func, _caller())
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if _is_ordinary(func):
             return self._handle(func, name, args, kwargs)
@@ -123,6 +125,8 @@ class Interception(TorchFunctionMode):
         if all(map(recording.is_constant, [t for t in tensors if id(t) not in recording.sources])):
             return self._derived(func, name, followed, args, kwargs)
         handler, python = _handler(func), isinstance(func, types.FunctionType)
+        if python and _is_replaced_inside(name):
+            handler = None
         try:
             if handler is not None:
                 return handler(*args, **kwargs, tape=recording)
@@ -153,7 +157,8 @@ class Interception(TorchFunctionMode):
             return recording.derive(HANDLERS[name](*args, **kwargs, tape=recording), followed, name)
         if name in names.SPREAD:
             return recording.derive(spread(func, *args, **kwargs, tape=recording), followed, name)
-        if name == "embedding" and isinstance(func, types.FunctionType) and kwargs.get("max_norm") is None:
+        known = isinstance(func, types.FunctionType) and not _is_replaced_inside(name)
+        if name == "embedding" and known and kwargs.get("max_norm") is None:
             out = pf.embedding(*args, **kwargs, tape=recording)
             ids = args[0] if kwargs.get("padding_idx") is None else None
             return recording.derive(out, followed, name, ids)
@@ -191,6 +196,17 @@ def _is_ordinary(func: Callable) -> bool:
     name = getattr(func, "__name__", "")
     special = func in names.BACKWARD or func == names.GRAD_FN or name == "register_hook"
     return not (special or is_wrapper(func) or is_in_place(name) or name in names.FACTORIES)
+
+
+def _is_replaced_inside(name: str) -> bool:
+    """Return whether somebody replaced the builtin that a function of torch.nn.functional of the same name calls."""
+    return name in names.PYTHON and not isinstance(getattr(torch, name), types.BuiltinFunctionType)
+
+
+def _caller() -> types.FrameType:
+    """Return the frame that asks the mode."""
+    frame = inspect.currentframe().f_back.f_back  # of whoever called `special`
+    return frame.f_back if frame.f_code is in_python.__code__ else frame
 
 
 def _picks_rows(name: str, args: tuple) -> bool:

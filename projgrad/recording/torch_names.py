@@ -1,7 +1,6 @@
 """What the names of torch's functions say about them, and how to look inside those written in Python."""
 
 import functools
-import inspect
 import types
 from collections.abc import Callable
 
@@ -54,7 +53,6 @@ def tensors_in(args: tuple, kwargs: dict) -> list[Tensor]:
     return tensors
 
 
-@functools.cache
 def opened(func: types.FunctionType) -> Callable:
     """Return the body of a torch function written in Python, without the check that sends it back to the mode."""
     inner = getattr(func, "__wrapped__", None)
@@ -63,6 +61,7 @@ def opened(func: types.FunctionType) -> Callable:
     no = dict.fromkeys(
         ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False
     )
+    # What it calls is looked up anew: somebody may have replaced it.
     inside = types.FunctionType(
         func.__code__, {**func.__globals__, **no}, func.__name__, func.__defaults__, func.__closure__
     )
@@ -70,23 +69,32 @@ def opened(func: types.FunctionType) -> Callable:
     return inside
 
 
+MAKERS = "torch._dynamo", "torch.utils", "torch.amp", "torch.compiler"  # modules of torch that wrap others' functions
+
+
+@functools.cache
 def is_wrapper(func: Callable) -> bool:
     """Return whether a function is somebody's that took the place of one of torch's, such as F.layer_norm."""
-    return isinstance(func, types.FunctionType) and not func.__globals__.get("__name__", "").startswith("torch")
+    if not isinstance(func, types.FunctionType):
+        return False
+    home = func.__globals__.get("__name__", "")
+    return not home.startswith("torch") or home.startswith(MAKERS)
 
 
 _bodies: dict[types.CodeType, types.FunctionType] = {}
 
 
-def behind(wrapper: types.FunctionType) -> types.FunctionType:
-    """Return the function that asks the mode, for a call that carries the name of a wrapper around it.
+def behind(func: types.FunctionType, caller: types.FrameType) -> Callable:
+    """Return the function of torch that asks a mode: `func`, or the one in whose place that is.
 
-    The wrapper has been run: a function of torch that is written in Python finds it under its own name.
+    torch looks its functions up by their names to ask in their name, and finds wrappers, which have been run.
+
+    caller: of the mode's `__torch_function__`.
     """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not handle_torch_function.__code__:
-        frame = frame.f_back
-    body = None if frame is None else frame.f_back.f_code
-    if body is None or body is wrapper.__code__ or body.co_freevars:
-        return wrapper
-    return _bodies.setdefault(body, types.FunctionType(body, frame.f_back.f_globals, body.co_name))
+    if caller.f_code is handle_torch_function.__code__:  # a function written in Python
+        body = caller.f_back.f_code
+        if body is func.__code__ or body.co_freevars or not (is_wrapper(func) or body.co_name == func.__name__):
+            return func
+        return _bodies.setdefault(body, types.FunctionType(body, caller.f_back.f_globals, body.co_name))
+    name = next((name for name, value in vars(Tensor).items() if value is func), None) if is_wrapper(func) else None
+    return func if name is None else getattr(Tensor.__base__, name)

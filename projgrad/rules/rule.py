@@ -132,6 +132,10 @@ class Rule:
         """Return G [n, *shape]."""
         return self.chunk(slice(0, self.rows)).reshape(self.n, *self.shape)
 
+    def transposed(self) -> Rule:
+        """Return the rule of the transposed parameter, for two dimensions; override what needs no gradients in full."""
+        return Rows(self.dense().mT)
+
     def _chunks(self, float64: bool = False, parts: int = 1) -> Iterator[tuple[slice, Tensor]]:
         step = max(1, self.chunk_rows(float64) // parts)
         for start in range(0, self.rows, step):

@@ -106,6 +106,6 @@ def undo_transpose(recording: Recording, source: Source, rule: Rule | None) -> t
     size, stride, offset = source.window
     if whole.window == source.window:
         return whole, rule
-    if whole.window == (size[::-1], stride[::-1], offset) and (rule is None or hasattr(rule, "transposed")):
+    if whole.window == (size[::-1], stride[::-1], offset):
         return whole, None if rule is None else rule.transposed()
     return source, rule

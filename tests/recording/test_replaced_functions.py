@@ -30,9 +30,9 @@ class Model(nn.Module):
         return self.last(self.function(self, torch.tanh(self.first(x))).flatten(1))
 
 
-def heads(m, x):
+def heads(m, x, need_weights=False):
     x = x.view(-1, 4, 2).transpose(0, 1)
-    options = dict(need_weights=False, out_proj_weight=m.w[:2, :2], out_proj_bias=m.v[:2])
+    options = dict(need_weights=need_weights, out_proj_weight=m.w[:2, :2], out_proj_bias=m.v[:2])
     y, _ = F.multi_head_attention_forward(
         x, x, x, 2, 1, m.w[:6, :2], m.v[:6], None, None, False, dropout_p=0.0, **options
     )
@@ -109,6 +109,71 @@ def test_a_wrapper_in_the_place_of_a_function_is_run_once(name, effect, named):
     model = Model(USES[name])
     for from_step in (0, 1):
         assert max(errors(model, lambda: replaced(name, effect, named), from_step)) < 1e-12
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first replaced", "first as it is"])
+@pytest.mark.parametrize("name", ["F.linear", "F.scaled_dot_product_attention", "F.softmax"])
+def test_what_attention_calls_is_looked_up_in_every_step(name, first):
+    """It is looked into: the functions of its first time must not stay."""
+
+    def attention(m, x):
+        return heads(m, x) if name != "F.softmax" else heads(m, x, need_weights=True)
+
+    model = Model(attention)
+    for replace in (first, not first, first):
+        around = (lambda: replaced(name, "bent", True)) if replace else nullcontext
+        assert max(errors(model, around)) < 1e-12
+
+
+INNER = ("embedding", "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm")
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_a_wrapper_in_the_place_of_what_a_function_calls_is_run(name):
+    """F.layer_norm calls torch.layer_norm, which may be somebody's."""
+    model = Model(USES[f"F.{name}"])
+    with pytest.warns(UserWarning, match=f"no rule covers {name}"):
+        assert max(errors(model, lambda: replaced(f"torch.{name}", "bent", True), 1)) < 1e-12
+
+
+METHODS = {
+    "matmul": lambda m, x: x.matmul(m.w),
+    "__matmul__": lambda m, x: x @ m.w,
+    "__mul__": lambda m, x: x * m.v,
+    "view": lambda m, x: x @ m.w.view(64).view(8, 8),
+    "t": lambda m, x: x @ m.w.t(),
+    "tanh": lambda m, x: x.tanh() @ m.w,
+    "split": lambda m, x: x @ torch.cat(m.w.split(4)),
+}
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["functools.wraps", "plain"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_wrapper_in_the_place_of_a_method_changes_nothing(name, named, monkeypatch):
+    """One that bends what ours call, too, would be found by the comparison with autograd, and refused."""
+    original, calls = getattr(torch.Tensor, name), []
+
+    def mine(*args, **kwargs):
+        calls.append(name)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, name, functools.wraps(original)(mine) if named else mine)
+    assert max(errors(Model(METHODS[name]), nullcontext)) < 1e-12 and calls
+
+
+def many_hands(function):
+    """Functions that others put around one, which torch itself made."""
+    yield torch.compiler.disable(function)
+    yield torch.enable_grad()(function)
+    yield torch.autocast("cpu", enabled=False)(function)
+    yield torch.overrides.wrap_torch_function(lambda query, *_, **__: (query,))(function)
+    yield functools.partial(function)
+
+
+@pytest.mark.parametrize("hand", range(5))
+def test_decorators_of_torch_around_attention(hand, monkeypatch):
+    monkeypatch.setattr(F, "multi_head_attention_forward", list(many_hands(F.multi_head_attention_forward))[hand])
+    assert max(errors(Model(heads), nullcontext)) < 1e-12
 
 
 class Bending(TorchFunctionMode):
