@@ -168,9 +168,10 @@ def many_hands(function):
     yield torch.autocast("cpu", enabled=False)(function)
     yield torch.overrides.wrap_torch_function(lambda query, *_, **__: (query,))(function)
     yield functools.partial(function)
+    yield torch.enable_grad()(lambda *args, **kwargs: function(*args, **kwargs))
 
 
-@pytest.mark.parametrize("hand", range(5))
+@pytest.mark.parametrize("hand", range(6))
 def test_decorators_of_torch_around_attention(hand, monkeypatch):
     monkeypatch.setattr(F, "multi_head_attention_forward", list(many_hands(F.multi_head_attention_forward))[hand])
     assert max(errors(Model(heads), nullcontext)) < 1e-12
