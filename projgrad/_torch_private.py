@@ -94,7 +94,9 @@ def enter_beneath(mode: TorchFunctionMode, upper: Callable[[TorchFunctionMode], 
 
 
 def leave(mode: TorchFunctionMode) -> None:
-    """Leave a function mode, wherever it is among those that are active."""
+    """Leave a function mode, wherever it is among those that are active, if it is."""
+    if not is_active(mode):
+        return
     above = []
     while _get_current_function_mode_stack()[-1] is not mode:
         above.append(_pop_mode())

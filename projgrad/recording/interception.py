@@ -180,7 +180,7 @@ if compiled is not None:
     Interception.__torch_function__ = compiled.torch_function
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _handler(func: Callable) -> Callable | None:
     """Return the drop-in of a function, None where there is none or its name has two meanings."""
     name = getattr(func, "__name__", "")
@@ -190,7 +190,7 @@ def _handler(func: Callable) -> Callable | None:
     return HANDLERS.get(name)
 
 
-@functools.cache
+@functools.lru_cache(4096)  # of some users' functions, too
 def _is_ordinary(func: Callable) -> bool:
     """Return whether a function that meets no followed tensor does nothing that matters but to make its result."""
     name = getattr(func, "__name__", "")

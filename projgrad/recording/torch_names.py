@@ -72,7 +72,6 @@ def opened(func: types.FunctionType) -> Callable:
 MAKERS = "torch._dynamo", "torch.utils", "torch.amp", "torch.compiler"  # modules of torch that wrap others' functions
 
 
-@functools.cache
 def is_wrapper(func: Callable) -> bool:
     """Return whether a function is somebody's that took the place of one of torch's, such as F.layer_norm."""
     if not isinstance(func, types.FunctionType):
