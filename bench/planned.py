@@ -185,7 +185,6 @@ def main() -> None:
                 print(f"{row['case']}, {row['step']}: {numbers}{off}; first step {row['first_ratio']:.2f}", flush=True)
             done = {row["case"] for row in rows}
             others = [row for row in read_csv(path) if row["case"] not in done] if path.exists() else []
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_csv(path, [*others, *(row | about for row in rows)], [*COLUMNS, *about])
 
 

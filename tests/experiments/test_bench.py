@@ -14,7 +14,7 @@ from in_process import DRAW, EXAMPLE, FEW, MODELS, InProcess
 
 from projgrad.experiments.benchmark import options, report, step_worker, steps, store
 from projgrad.experiments.benchmark.contenders import Contender, loop
-from projgrad.experiments.benchmark.report import read_csv
+from projgrad.experiments.benchmark.report import read_csv, write_csv
 from projgrad.experiments.benchmark.show import WIDTH
 from projgrad.experiments.comparison.store import DamagedFile
 from projgrad.projectors import qr
@@ -240,3 +240,9 @@ def test_a_process_of_its_own_survives_what_the_function_prints(tmp_path, monkey
     with steps.start_worker(task) as worker:
         about = worker.ask()
     assert about["n"] == 3 and about["p"] == 6 and about["precision"] == "float64" and not about["slices"]
+
+
+def test_a_table_may_go_into_a_folder_that_is_not_there(tmp_path):
+    path = tmp_path / "new" / "rows.csv"
+    write_csv(path, [{"a": 0.5}], ["a"])
+    assert read_csv(path) == [{"a": "0.5"}]
